@@ -1,0 +1,21 @@
+"""LR-QAT as a PEFT adapter type. Importing this package registers the type ``LRQAT`` with PEFT."""
+
+from ._version import __version__
+from .config import LRQATConfig
+from .layer import LRQATLayer, LRQATLinear
+from .model import LRQATModel
+from .registration import register
+from .size import deployed_weight_bytes, target_weight_bytes
+
+
+__all__ = [
+    "LRQATConfig",
+    "LRQATLayer",
+    "LRQATLinear",
+    "LRQATModel",
+    "__version__",
+    "deployed_weight_bytes",
+    "target_weight_bytes",
+]
+
+register("lrqat", LRQATConfig, LRQATModel)

@@ -1,0 +1,257 @@
+"""The configuration of an LR-QAT adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from .card import describe_adapter
+from .quant import DOWNCASTS, RANGES, Grid, WeightFormat
+from .quant.grid import SCALE_DTYPES
+
+
+# Raised when the same file would give other integers than before.
+FORMAT_VERSION = 1
+
+
+@dataclass
+class LRQATConfig(PeftConfig):
+    """Configuration of LR-QAT, low-rank quantisation-aware training (arXiv 2406.06385).
+
+    Each target linear's weight is replaced by a downcast one on an integer grid; rank-``r`` factors inside the rounding and
+    the scales are trained. ``merge_and_unload()`` gives one integer matrix times its scales.
+
+    Example:
+        ```py
+        from peft import get_peft_model
+        from peft_lrqat import LRQATConfig
+
+        model = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=3))
+        ```
+    """
+
+    r: int = field(
+        default=32, metadata={"help": "Rank of the factors lrqat_A and lrqat_B. Default 32, as in the paper."}
+    )
+    lora_alpha: float = field(
+        default=32,
+        metadata={
+            "help": "The low-rank product is multiplied by gamma = lora_alpha / r. Default 32: gamma = 1, with which the factors "
+            "move integers soonest at a given learning rate. The paper uses 1 (gamma = 1/32 at r = 32)."
+        },
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear' (every "
+            "Linear and Conv1D but the output layer: what the paper quantises). Default: PEFT's LoRA targets of the architecture."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules to leave alone: names or endings of names, or one regular expression."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Further modules to train in full and to save with the adapter, such as a classification head."
+        },
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Index or indices of the layers to work on; needs target_modules as a list."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Name of the ModuleList that layers_to_transform counts in, where it is not 'layers' or 'h'."
+        },
+    )
+    bits: int = field(default=4, metadata={"help": "Bits per weight, 2 to 8. Default 4; the paper has 4, 3 and 2."})
+    group_size: int = field(
+        default=-1,
+        metadata={
+            "help": "Weights of a row that share a scale; it must divide in_features. -1, the default: the whole row ('per "
+            "channel'). As in GPTQ and AWQ configurations. The paper has -1 and 128."
+        },
+    )
+    symmetric: bool = field(
+        default=True,
+        metadata={
+            "help": "True, the default: signed integers -2^(b-1)..2^(b-1)-1. False: 0..2^b-1 with an integer zero point per group, "
+            "which the paper uses at 2 bits."
+        },
+    )
+    downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
+        default="fixed8",
+        metadata={
+            "help": "How the frozen weight is kept during training. fixed8 (default): 8-bit fixed point, b integer and 8-b "
+            "fractional bits (the paper's Q4.4 at 4 bits), 1 byte a weight. int: rounded integers, densely packed, b/8 bytes a "
+            "weight. fp32, bf16, fp16: for reference."
+        },
+    )
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16",
+        metadata={
+            "help": "The scales are trained in float32 and rounded to this dtype in every forward pass, so that the file format "
+            "they ship in changes nothing. Default bfloat16, which every format holds exactly."
+        },
+    )
+    range_estimator: Literal["minmax", "lp"] = field(
+        default="lp",
+        metadata={
+            "help": "First scales. lp (default): a search for the least sum of |error|^range_p in each group, as in the paper. "
+            "minmax: the smallest grid that covers every weight."
+        },
+    )
+    range_p: float = field(
+        default=4.0, metadata={"help": "Exponent of range_estimator='lp', 1 to 8. Default 4, of the paper's 2.4 to 5."}
+    )
+    bits_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Bits of single modules, by name, ending of a name or regular expression, as LoRA's rank_pattern: "
+            "{'down_proj': 4} in a 3-bit model. Default: none."
+        },
+    )
+    group_size_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Group sizes of single modules, by name as in bits_pattern. Default: none."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True, the default: A Kaiming-uniform and B zero, so that training starts from round-to-nearest. False: B "
+            "random, of one grid step; useful in tests only."
+        },
+    )
+    base_dtype: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "The dtype of the base weights that the frozen weights are made from; filled in when the adapter is created. A "
+            "base loaded in a wider dtype is rounded to it first, so that the same integers come out."
+        },
+    )
+    verify_base: bool = field(
+        default=True,
+        metadata={
+            "help": "Refuse to load the adapter on a base model other than the one it was trained on. Not saved. Default True; "
+            "False is for those who know that the difference does no harm."
+        },
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Version of the saved format; leave it to the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LRQAT
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check_choices()
+        self._check_numbers()
+        self._check_targets()
+
+    def _check_choices(self) -> None:
+        if isinstance(self.format_version, bool) or not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"`format_version` must be a positive integer, but is {self.format_version!r}")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version}, but this peft_lrqat reads up to {FORMAT_VERSION}: the adapter was "
+                "saved by a newer release; run `pip install -U peft-lrqat`"
+            )
+        for name, known in (
+            ("downcast", DOWNCASTS),
+            ("scale_dtype", SCALE_DTYPES),
+            ("range_estimator", RANGES),
+            ("base_dtype", (*SCALE_DTYPES, None)),
+        ):
+            if getattr(self, name) not in known:
+                allowed = ", ".join(map(repr, known))
+                raise ValueError(f"`{name}` must be one of {allowed}, but is {getattr(self, name)!r}")
+        for name in ("symmetric", "init_weights", "verify_base"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}")
+
+    def _check_numbers(self) -> None:
+        _check_integer("r", self.r, 1)
+        _check_bits("bits", self.bits)
+        _check_group_size("group_size", self.group_size)
+        for name, check in (("bits_pattern", _check_bits), ("group_size_pattern", _check_group_size)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict):
+                raise ValueError(f"`{name}` must be a dict from module names to integers, but is {pattern!r}")
+            for key, value in pattern.items():
+                check(f"{name}[{key!r}]", value)
+                _check_regex(name, key)
+        if (
+            isinstance(self.lora_alpha, bool)
+            or not isinstance(self.lora_alpha, int | float)
+            or not 0 < self.lora_alpha < 1e6
+        ):
+            raise ValueError(f"`lora_alpha` must be a positive number, but is {self.lora_alpha!r}")
+        if isinstance(self.range_p, bool) or not isinstance(self.range_p, int | float) or not 1 <= self.range_p <= 8:
+            raise ValueError(f"`range_p` must be 1 to 8, but is {self.range_p!r}")
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, but it is one string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: it only says where its indices count")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                _check_regex(name, getattr(self, name))
+
+    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
+        """The format of one target; ValueError with the module's name when the group size does not fit its width."""
+        bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
+        group_size = self.group_size_pattern.get(get_pattern_key(self.group_size_pattern, module_name), self.group_size)
+        grid = Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+        try:
+            return WeightFormat(
+                grid=grid, downcast=self.downcast, scale_dtype=self.scale_dtype, in_features=in_features
+            )
+        except ValueError as error:
+            raise ValueError(f"`{module_name}`: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; `verify_base` belongs to one run and is left out."""
+        fields = super().to_dict()
+        del fields["verify_base"]
+        return fields
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; where an adapter is saved beside it, its model card gets what a reader of the files must know."""
+        super().save_pretrained(save_directory, **kwargs)
+        if os.path.exists(os.path.join(save_directory, "adapter_model.safetensors")):
+            describe_adapter(save_directory, self)
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, but is {value!r}")
+
+
+def _check_bits(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise ValueError(f"`{name}` must be an integer from 2 to 8, but is {value!r}")
+
+
+def _check_group_size(name: str, value: object) -> None:
+    if value != -1:
+        try:
+            _check_integer(name, value, 1)
+        except ValueError as error:
+            raise ValueError(f"{error}; -1 is one group per row") from None
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{name}`: {pattern!r} is not a regular expression: {error}") from error

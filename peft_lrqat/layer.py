@@ -1,0 +1,219 @@
+"""The LR-QAT layer: one downcast weight, and for each adapter its factors and scales inside the rounding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .downcast import DowncastLinear, keep_precision
+from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_codes, quantized_weight
+from .quant.grid import SCALE_DTYPES
+
+
+if TYPE_CHECKING:
+    from .config import LRQATConfig
+
+
+class _ExactParameterDict(nn.ParameterDict):
+    """Parameters that ``.half()`` and ``.to(dtype)`` move but do not shorten: they decide which integers ship."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactParameterDict:
+        return super()._apply(keep_precision(fn), recurse)
+
+
+class LRQATLayer(BaseTunerLayer):
+    """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
+
+    adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lrqat_fingerprint")
+
+    def __init__(self, base_layer: DowncastLinear) -> None:
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # gamma = lora_alpha / r
+        self.lrqat_A = _ExactParameterDict({})
+        self.lrqat_B = _ExactParameterDict({})
+        self.lrqat_scale = _ExactParameterDict({})
+        # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
+        self.lrqat_fingerprint = BufferDict({}, persistent=True)
+        self._verified: set[str] = set()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: LRQATConfig) -> None:
+        """Adds an adapter that starts from round-to-nearest of the downcast weight."""
+        base = self.base_layer
+        device = base.phi.device
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = config.lora_alpha / config.r
+        self.lrqat_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features, device=device))
+        self.lrqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
+        self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
+        self.lrqat_fingerprint[adapter_name] = torch.tensor(base.fingerprint, device=device)
+        self._verified.discard(adapter_name)
+        if not config.verify_base:
+            self._verified.add(adapter_name)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """A Kaiming-uniform and B zero; or, with ``init_weights=False``, B such that gamma * B @ A has a deviation of one step."""
+        nn.init.kaiming_uniform_(self.lrqat_A[adapter_name], a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.lrqat_B[adapter_name])
+        else:
+            # The entries of A have variance 1 / (3 in).
+            std = math.sqrt(3 * self.in_features / self.r[adapter_name]) / self.scaling[adapter_name]
+            nn.init.normal_(self.lrqat_B[adapter_name], std=std)
+
+    def low_rank_weight(self, adapter_name: str) -> LowRankWeight:
+        """The tensors that decide the integers of this layer under one adapter; the only way to forward, merge and export."""
+        self._verify_base(adapter_name)
+        base = self.base_layer
+        return LowRankWeight(
+            format=base.format,
+            phi=base.phi,
+            zero_point=base.zero_point,
+            A=self.lrqat_A[adapter_name],
+            B=self.lrqat_B[adapter_name],
+            scale=self.lrqat_scale[adapter_name],
+            gamma=self.scaling[adapter_name],
+            dtype=base.dtype,
+        )
+
+    def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
+        """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by default."""
+        name = adapter_name or self._adapter_to_run()
+        if name is None:
+            raise ValueError("no adapter of this layer is active; give `adapter_name`")
+        return quantized_codes(self.low_rank_weight(name))
+
+    def matches_base(self, adapter_name: str, fingerprint: Tensor) -> bool:
+        """Whether ``fingerprint`` of a saved adapter is that of the downcast weight here."""
+        return int(fingerprint) == self.base_layer.fingerprint
+
+    def _verify_base(self, adapter_name: str) -> None:
+        if adapter_name in self._verified:
+            return
+        # PEFT's loaders are checked before anything is loaded (LRQATModel); transformers' own loader only passes here.
+        if not self.matches_base(adapter_name, self.lrqat_fingerprint[adapter_name]):
+            raise ValueError(
+                f"adapter `{adapter_name}` was trained on another base model, or on this one in another dtype: its integers "
+                "cannot be rebuilt from these weights. Load the base model named in its card; to go on all the same, set "
+                "`verify_base=False` in its config"
+            )
+        self._verified.add(adapter_name)
+
+    def _adapter_to_run(self) -> str | None:
+        active = [name for name in self.active_adapters if name in self.lrqat_A]
+        if len(active) > 1:
+            raise ValueError(f"one weight has one set of integers: adapters {active} cannot be active on it together")
+        return active[0] if active else None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._verified.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device only: PEFT's own method would round fresh scales to the base's dtype."""
+        device = device or self.base_layer.phi.device
+        for name in (*self.adapter_layer_names, "lrqat_fingerprint"):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """The factors and scales to the dtype of the base weight, as PEFT's ``autocast_adapter_dtype=False`` asks."""
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                parameter = getattr(self, name)[adapter_name]
+                parameter.data = parameter.data.to(self.base_layer.dtype)
+
+
+class LRQATLinear(nn.Module, LRQATLayer):
+    """LR-QAT on `nn.Linear` and transformers' `Conv1D`; replaces the module and frees its weight."""
+
+    def __init__(
+        self, linear: nn.Linear | Conv1D, adapter_name: str, format: WeightFormat, config: LRQATConfig
+    ) -> None:
+        super().__init__()
+        base_dtype = SCALE_DTYPES.get(config.base_dtype, linear.weight.dtype)
+        base = DowncastLinear(linear, format, estimator=config.range_estimator, p=config.range_p, base_dtype=base_dtype)
+        LRQATLayer.__init__(self, base)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        adapter_name = self._adapter_to_run()
+        if self.merged or adapter_name is None:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias)
+        return y if autocast else y.to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Computes with the dense weight s * Q from here on; the downcast weight stays, so that unmerging is exact."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lrqat_A]
+        if not names:
+            return
+        if len(names) + len(self.merged_adapters) > 1:
+            raise ValueError(
+                f"one weight has one set of integers: adapters {self.merged_adapters + names} cannot be merged together"
+            )
+        self.base_layer.merged_weight = self._merged_weight(names[0], safe_merge)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Back to the downcast weight, exactly."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.merged_weight = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear | Conv1D:
+        """The plain module with weight s * Q. PEFT calls this from ``merge_and_unload`` and ``unload``."""
+        if not merge:
+            raise ValueError(
+                "unload() cannot give the original weights back: LR-QAT replaced them by low-bit ones. Load the base model "
+                "again, or use merge_and_unload() for the quantised model"
+            )
+        if not self.merged:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.base_layer
+        plain = base.to_plain(base.stored_weight() if base.merged_weight is None else base.merged_weight)
+        # PEFT reads `base_layer.weight` once more after this.
+        self.base_layer = plain
+        return plain
+
+    def _merged_weight(self, adapter_name: str, safe_merge: bool) -> Tensor:
+        weight = quantized_weight(self.low_rank_weight(adapter_name))
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"the merged weight of adapter `{adapter_name}` is not finite; the adapter seems to be broken"
+            )
+        return weight
+
+    def __repr__(self) -> str:
+        return "lrqat." + super().__repr__()

@@ -1,0 +1,24 @@
+"""The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of PEFT or transformers."""
+
+from .fake_quant import LowRankWeight, fake_quant_linear, quantized_codes, quantized_weight
+from .grid import Grid, effective_scale
+from .packing import pack, packed_bytes, unpack
+from .ranges import RANGES, estimate_range
+from .storage import DOWNCASTS, WeightFormat
+
+
+__all__ = [
+    "DOWNCASTS",
+    "RANGES",
+    "Grid",
+    "LowRankWeight",
+    "WeightFormat",
+    "effective_scale",
+    "estimate_range",
+    "fake_quant_linear",
+    "pack",
+    "packed_bytes",
+    "quantized_codes",
+    "quantized_weight",
+    "unpack",
+]

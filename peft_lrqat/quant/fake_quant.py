@@ -1,0 +1,177 @@
+"""The fake-quantised linear with low-rank factors inside the rounding (LR-QAT, equation 6), forward and backward.
+
+    Z     = phi + gamma * B @ A            in units of the grid
+    Q     = clip(round(Z), qmin, qmax)
+    W_hat = s * (Q - zero_point)
+    y     = x @ W_hat.T + bias
+
+    dZ = s * G * inside,  G = dL/dW_hat;  dB = gamma * dZ @ A.T;  dA = gamma * B.T @ dZ;  ds = sum_group G * (Q - zero_point)
+
+``round`` is straight-through; ``inside`` marks where round(Z) lies in the grid. ``phi`` does not depend on ``s``, so the
+scale has no further term (unlike LSQ). Nothing of size (out, in) is kept for the backward pass: Z and Q are computed
+again, a block of rows at a time. Forward, merge and export all go through :func:`_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .grid import effective_scale
+from .storage import WeightFormat
+
+
+# Rows are worked on in blocks of about this many weights: float32 temporaries of a few MB, whatever the layer's size.
+BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankWeight:
+    """One quantised weight, W_hat: the frozen storage of a layer and the tensors that one adapter trains."""
+
+    format: WeightFormat
+    phi: Tensor  # (out, row_elements), stored
+    zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
+    gamma: float  # lora_alpha / r
+    dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: the integers must be the same in training, merge and export."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        precision = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def _blocks(w: LowRankWeight) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS // w.format.in_features)
+    for start in range(0, w.phi.shape[0], rows):
+        yield slice(start, min(start + rows, w.phi.shape[0]))
+
+
+def _rows(w: LowRankWeight, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """For a block of rows: round(Z) before the clip, Q - zero_point, and the step, each (rows, in) or broadcastable to it."""
+    grid, in_features = w.format.grid, w.format.in_features
+    dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
+    phi = w.format.decode(w.phi[rows]).to(dtype)
+    rounded = torch.addmm(phi, w.B[rows].to(dtype), w.A.to(dtype), alpha=w.gamma).round_()
+    codes = rounded.clamp(grid.qmin, grid.qmax)
+    if w.zero_point is not None:
+        codes = codes.sub_(grid.expand(w.zero_point[rows].to(dtype), in_features))
+    step = grid.expand(effective_scale(w.scale[rows].to(dtype), w.format.scale_dtype), in_features)
+    return rounded, codes, step
+
+
+def _dense(w: LowRankWeight, dtype: torch.dtype) -> Tensor:
+    """W_hat rounded to the deployed dtype, handed over in ``dtype``; (out, in)."""
+    dense = torch.empty(w.phi.shape[0], w.format.in_features, dtype=dtype, device=w.phi.device)
+    for rows in _blocks(w):
+        _, codes, step = _rows(w, rows)
+        dense[rows] = codes.mul_(step).to(w.dtype)
+    return dense
+
+
+class _FakeQuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        phi: Tensor,
+        zero_point: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        constants: dict[str, Any],
+    ) -> Tensor:
+        ctx.save_for_backward(x, phi, zero_point, A, B, scale)
+        ctx.constants = constants
+        w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
+        return torch.nn.functional.linear(x, _dense(w, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, phi, zero_point, A, B, scale = ctx.saved_tensors
+        w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **ctx.constants)
+        need_x, _, _, need_A, need_B, need_scale, need_bias = ctx.needs_input_grad[:7]
+        grid = w.format.grid
+        grad_A = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) if need_A else None
+        grad_B = torch.empty_like(B) if need_B else None
+        grad_scale = torch.empty_like(scale) if need_scale else None
+        dense = torch.empty(phi.shape[0], x.shape[-1], dtype=x.dtype, device=x.device) if need_x else None
+        tokens_y, tokens_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+
+        with exact_arithmetic(x.device):
+            for rows in _blocks(w):
+                rounded, codes, step = _rows(w, rows)
+                if dense is not None:
+                    dense[rows] = (codes * step).to(w.dtype)
+                if not (need_A or need_B or need_scale):
+                    continue
+                grad_weight = (tokens_y[:, rows].T @ tokens_x).to(codes.dtype)
+                if grad_scale is not None:
+                    grad_scale[rows] = grid.split(codes.mul_(grad_weight)).sum(-1).to(scale.dtype)
+                if need_A or need_B:
+                    inside = (rounded >= grid.qmin).logical_and_(rounded <= grid.qmax)
+                    grad_z = grad_weight.mul_(step).mul_(inside)
+                    if grad_B is not None:
+                        grad_B[rows] = (grad_z @ A.to(grad_z.dtype).T).mul_(w.gamma).to(B.dtype)
+                    if grad_A is not None:
+                        grad_A.addmm_(B[rows].to(grad_z.dtype).T, grad_z, alpha=w.gamma)
+            grad_x = grad_y @ dense if dense is not None else None
+        grad_bias = tokens_y.sum(0) if need_bias else None
+        return (
+            grad_x,
+            None,
+            None,
+            grad_A.to(A.dtype) if grad_A is not None else None,
+            grad_B,
+            grad_scale,
+            grad_bias,
+            None,
+        )
+
+
+def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,)."""
+    w = weight
+    constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype}
+    with exact_arithmetic(x.device):
+        return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants)
+
+
+@torch.no_grad()
+def quantized_weight(weight: LowRankWeight) -> Tensor:
+    """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies with."""
+    with exact_arithmetic(weight.phi.device):
+        return _dense(weight, weight.dtype)
+
+
+@torch.no_grad()
+def quantized_codes(weight: LowRankWeight) -> Tensor:
+    """The integers Q that ship, (out, in): int8 for a symmetric grid, uint8 for an asymmetric one."""
+    grid = weight.format.grid
+    dtype = torch.int8 if grid.symmetric else torch.uint8
+    codes = torch.empty(weight.phi.shape[0], weight.format.in_features, dtype=dtype, device=weight.phi.device)
+    with exact_arithmetic(weight.phi.device):
+        for rows in _blocks(weight):
+            codes[rows] = _rows(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
+    return codes

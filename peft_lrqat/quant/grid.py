@@ -1,0 +1,69 @@
+"""The integer grid of a quantised weight, and the step that spans it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """``2^bits`` consecutive integers, with one step (and zero point) per group of a row.
+
+    Symmetric: ``-2^(bits-1) .. 2^(bits-1)-1``, no zero point. Asymmetric: ``0 .. 2^bits-1`` with an integer zero point.
+    """
+
+    bits: int
+    symmetric: bool = True
+    group_size: int = -1  # -1: one group per row, "per channel"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"`bits` must be 2 to 8, but is {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"`group_size` must be -1 (one group per row) or at least 1, but is {self.group_size}")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return self.qmin + 2**self.bits - 1
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups in a row of ``in_features`` weights; ValueError when the group size does not divide it."""
+        if self.group_size == -1:
+            return 1
+        if in_features % self.group_size:
+            divisors = [g for g in (32, 64, 128, 256) if in_features % g == 0]
+            hint = f"use {divisors[-1]}, or -1 for one scale per row" if divisors else "use -1, one scale per row"
+            raise ValueError(
+                f"`group_size` must divide `in_features`, but {self.group_size} does not divide {in_features}; {hint}"
+            )
+        return in_features // self.group_size
+
+    def split(self, weight: Tensor) -> Tensor:
+        """(rows, in) -> (rows, groups, size of a group), a view."""
+        return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
+
+    def expand(self, per_group: Tensor, in_features: int) -> Tensor:
+        """(rows, groups) -> (rows, in), or (rows, 1) left to broadcast when a row is one group."""
+        if per_group.shape[1] == 1:
+            return per_group
+        return per_group.repeat_interleave(in_features // per_group.shape[1], dim=1)
+
+
+def effective_scale(scale: Tensor, scale_dtype: str) -> Tensor:
+    """The step that is used and shipped: ``scale`` rounded to ``scale_dtype`` and kept positive; same shape and dtype.
+
+    Training sees this rounding (straight-through), so that storing the scale in ``scale_dtype`` changes nothing.
+    """
+    info = torch.finfo(SCALE_DTYPES[scale_dtype])
+    step = scale.clamp(min=info.tiny, max=info.max)
+    return step if scale_dtype == "float32" else step.to(SCALE_DTYPES[scale_dtype]).to(scale.dtype)

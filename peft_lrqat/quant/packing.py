@@ -1,0 +1,49 @@
+"""Dense bit packing of small unsigned integers, little-endian: value ``i`` of a row starts at bit ``i * bits``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes that a row of ``n`` values takes: ``ceil(n * bits / 8)``."""
+    return -(-n * bits // 8)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """(rows, n) integers in ``[0, 2^bits)`` -> (rows, ceil(n * bits / 8)) uint8. Bits after the last value are zero."""
+    rows, n = values.shape
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 2**bits):
+        raise ValueError(f"values to pack in {bits} bits must lie in 0..{2**bits - 1}")
+    # Eight values fill `bits` whole bytes, whatever the width.
+    octets = torch.nn.functional.pad(values.to(torch.uint8), (0, -n % 8)).view(rows, -1, 8)
+    out = octets.new_zeros(rows, octets.shape[1], bits)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        out[..., byte] |= octets[..., i] << shift
+        if shift + bits > 8:
+            out[..., byte + 1] |= octets[..., i] >> (8 - shift)
+    return out.view(rows, -1)[:, : packed_bytes(n, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """(rows, ceil(n * bits / 8)) uint8 -> (rows, n) uint8 in ``[0, 2^bits)``; the inverse of :func:`pack`."""
+    rows = packed.shape[0]
+    if packed.shape[1] != packed_bytes(n, bits):
+        raise ValueError(
+            f"{n} values of {bits} bits take {packed_bytes(n, bits)} bytes a row, but the data has {packed.shape[1]}"
+        )
+    if bits == 8:
+        return packed.clone()
+    num_octets = -(-n // 8)
+    octets = torch.nn.functional.pad(packed, (0, num_octets * bits - packed.shape[1])).view(rows, num_octets, bits)
+    out = packed.new_empty(rows, num_octets, 8)
+    mask = 2**bits - 1
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = octets[..., byte] >> shift
+        if shift + bits > 8:
+            value |= octets[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(value, mask, out=out[..., i])
+    return out.view(rows, -1)[:, :n]

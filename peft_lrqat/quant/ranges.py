@@ -1,0 +1,92 @@
+"""Range estimation: the first scale and zero point of each group, from the weight alone (LR-QAT, section 4).
+
+The result must be the same on every machine, because a saved adapter rebuilds its frozen weights from it. Every
+candidate is therefore computed elementwise in float32 (exactly rounded everywhere), errors are summed in float64 and a
+candidate wins only if it is strictly better than the ones before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, effective_scale
+
+
+# The search tries these shares of the min-max range.
+SEARCH_SHARES = [1.0 - 0.8 * k / 64 for k in range(65)]
+# Elements worked on at a time: a few float32 temporaries of it stay in cache.
+BLOCK_ELEMENTS = 1 << 19
+
+
+def _scale_and_zero_point(
+    low: Tensor, high: Tensor, share: float, grid: Grid, scale_dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (uint8) whose grid covers ``share`` of the range [low, high]; shapes as ``low``."""
+    if grid.symmetric:
+        span = torch.maximum(high, -low) / grid.qmax
+    else:
+        span = (high - low) / (grid.qmax - grid.qmin)
+    scale = effective_scale(span * share, scale_dtype)
+    zero_point = torch.zeros_like(low) if grid.symmetric else (-low * share / scale).round_().clamp_(0, grid.qmax)
+    return scale, zero_point.to(torch.uint8)
+
+
+def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
+    """The smallest grid that covers every weight. (rows, groups, size) -> scale, zero point, both (rows, groups)."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    return _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
+
+
+def _power(error: Tensor, p: float) -> Tensor:
+    """``error ** p``, elementwise; even powers by exactly rounded products, the others in float64."""
+    if p == 2:
+        return error.square_()
+    if p == 4:
+        return error.square_().square_()
+    return error.double().pow_(p)
+
+
+def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
+    """Least ``sum |w - dequantize(quantize(w))|^p`` over shares of the min-max range (the paper: p around 4)."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    # Errors are taken relative to the range, so that a small weight's p-th power does not underflow.
+    unit = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    best_scale, best_zero_point = _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
+    best_loss = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
+    for share in SEARCH_SHARES:
+        scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
+        step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
+        coordinate = groups / step
+        rounded = coordinate.round() if grid.symmetric else (coordinate + offset).round_().sub_(offset)
+        rounded = (
+            rounded.clamp_(grid.qmin, grid.qmax) if grid.symmetric else rounded.clamp_(-offset, grid.qmax - offset)
+        )
+        error = coordinate.sub_(rounded).abs_().mul_(step / unit)
+        loss = _power(error, p).sum(-1, dtype=torch.float64)
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero_point = torch.where(better, zero_point, best_zero_point)
+    return best_scale, best_zero_point
+
+
+RANGES: dict[str, Callable[[Tensor, Grid, str, float], tuple[Tensor, Tensor]]] = {
+    "minmax": minmax_range,
+    "lp": lp_range,
+}
+
+
+def estimate_range(weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
+    """First scale and zero point of ``weight``: (out, in) float -> (out, groups) float32 and (out, groups) uint8.
+
+    The scale is already rounded to ``scale_dtype``. Zero points of a symmetric grid are all zero. Works on blocks of
+    rows, so that the temporaries stay small. Raises KeyError for an unknown estimator.
+    """
+    search = RANGES[estimator]
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    parts = [search(grid.split(block.float()), grid, scale_dtype, p) for block in weight.detach().split(rows)]
+    scales, zero_points = zip(*parts, strict=True)
+    return torch.cat(scales), torch.cat(zero_points)

@@ -1,0 +1,76 @@
+"""Downcast storage of phi, the frozen weight in units of its grid (LR-QAT, section 3.2, "downcasting operator").
+
+fp32, bf16, fp16   phi itself, not clipped
+fixed8             8-bit fixed point Q(b).(8-b): b integer and 8-b fractional bits, clipped to the grid; int8
+int                rounded and clipped to the grid, b bits each, densely packed; uint8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grid import SCALE_DTYPES, Grid
+from .packing import pack, packed_bytes, unpack
+
+
+FLOAT_DOWNCASTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DOWNCASTS = (*FLOAT_DOWNCASTS, "fixed8", "int")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How one (out, in) weight is kept: its grid, the downcast of phi, the dtype of its scales and its width."""
+
+    grid: Grid
+    downcast: str
+    scale_dtype: str
+    in_features: int
+
+    def __post_init__(self) -> None:
+        if self.downcast not in DOWNCASTS:
+            raise ValueError(f"`downcast` must be one of {', '.join(DOWNCASTS)}, but is {self.downcast!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is {self.scale_dtype!r}")
+        self.grid.num_groups(self.in_features)
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        return FLOAT_DOWNCASTS.get(self.downcast, torch.int8 if self.downcast == "fixed8" else torch.uint8)
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of the stored tensor in one row."""
+        return packed_bytes(self.in_features, self.grid.bits) if self.downcast == "int" else self.in_features
+
+    @property
+    def _fixed_point(self) -> tuple[int, int]:
+        # The byte is signed; the asymmetric grid 0 .. 2^b-1 is moved to its middle.
+        fraction_bits = 8 - self.grid.bits
+        return 2**fraction_bits, 0 if self.grid.symmetric else 2 ** (self.grid.bits - 1)
+
+    def encode(self, phi: Tensor) -> Tensor:
+        """(rows, in) float32 -> (rows, row_elements) in ``storage_dtype``."""
+        if self.downcast in FLOAT_DOWNCASTS:
+            # A float16 infinity would survive the clip of the forward pass, but not its gradient.
+            limit = torch.finfo(self.storage_dtype).max
+            return phi.clamp(-limit, limit).to(self.storage_dtype)
+        clipped = phi.clamp(self.grid.qmin, self.grid.qmax)
+        if self.downcast == "fixed8":
+            unit, middle = self._fixed_point
+            return (clipped - middle).mul_(unit).round_().to(torch.int8)
+        return pack(clipped.round_().sub_(self.grid.qmin).to(torch.uint8), self.grid.bits)
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of :meth:`encode` up to its rounding."""
+        if self.downcast == "fp32":
+            return stored.clone()
+        if self.downcast in FLOAT_DOWNCASTS:
+            return stored.float()
+        if self.downcast == "fixed8":
+            unit, middle = self._fixed_point
+            phi = stored.float().mul_(1 / unit)
+            return phi.add_(middle) if middle else phi
+        return unpack(stored, self.grid.bits, self.in_features).float().add_(self.grid.qmin)
