@@ -199,6 +199,13 @@ class LRQATConfig(PeftConfig):
             raise ValueError(f"`range_p` must be 1 to 8, but is {self.range_p!r}")
 
     def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name), one_string=True)
+        _check_names("modules_to_save", self.modules_to_save, one_string=False)
+        layers = self.layers_to_transform
+        if layers is not None:
+            for index in layers if isinstance(layers, list | tuple | set) else [layers]:
+                _check_integer("layers_to_transform", index, 0)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, but it is one string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -250,8 +257,17 @@ def _check_group_size(name: str, value: object) -> None:
             raise ValueError(f"{error}; -1 is one group per row") from None
 
 
+def _check_names(name: str, value: object, *, one_string: bool) -> None:
+    if value is None or (one_string and isinstance(value, str)):
+        return
+    # A string in place of a list would be read letter by letter.
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        kinds = "one string or a list of module names" if one_string else "a list of module names"
+        raise ValueError(f"`{name}` must be {kinds}, but is {value!r}")
+
+
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"`{name}`: {pattern!r} is not a regular expression: {error}") from error

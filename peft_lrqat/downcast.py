@@ -14,13 +14,16 @@ from .quant import WeightFormat, estimate_range
 from .quant.fake_quant import BLOCK_ELEMENTS
 
 
-def keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wraps what ``Module._apply`` is given, so that ``.half()`` and ``.to(dtype)`` move a tensor but never shorten it."""
+def keep_values(fn: Callable[[Tensor], Tensor], *, widen: bool = False) -> Callable[[Tensor], Tensor]:
+    """Wraps what ``Module._apply`` is given, so that ``.half()`` and ``.to(dtype)`` move a tensor and change none of its values.
+
+    With ``widen``, a shorter tensor still becomes float32. Never float64: Z would be rounded from other digits.
+    """
 
     def apply(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        shorter = result.is_floating_point() and result.element_size() < tensor.element_size()
-        return tensor.to(result.device) if shorter else result
+        wider = widen and result.dtype == torch.float32 and tensor.element_size() < 4
+        return result if result.dtype == tensor.dtype or wider else tensor.to(result.device)
 
     return apply
 
@@ -29,8 +32,8 @@ class DowncastLinear(nn.Module):
     """``phi``, its first scales and zero points, and the bias of a linear layer; computes with ``scale0 * (phi - zero_point)``.
 
     The stored tensors are parameters that need no gradient, not buffers: DDP would send buffers again at every forward pass
-    and FSDP2 would not shard them. They are not shortened by ``.half()`` or ``.to(dtype)``; only ``dtype``, that of the weight
-    this layer stands for, follows.
+    and FSDP2 would not shard them. ``.half()`` and ``.to(dtype)`` leave them alone; only ``dtype``, that of the weight this layer
+    stands for, follows.
 
     Args:
         linear: `nn.Linear`, or transformers' `Conv1D`, whose weight is (in, out).
@@ -120,7 +123,7 @@ class DowncastLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DowncastLinear:
         protected = {id(t) for t in (self.phi, self.scale0, self.zero_point)}
-        keep = keep_precision(fn)
+        keep = keep_values(fn)
         super()._apply(lambda t: keep(t) if id(t) in protected else fn(t), recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.merged_weight is not None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .downcast import DowncastLinear, keep_precision
+from .downcast import DowncastLinear, keep_values
 from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_codes, quantized_weight
 from .quant.grid import SCALE_DTYPES
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class _ExactParameterDict(nn.ParameterDict):
-    """Parameters that ``.half()`` and ``.to(dtype)`` move but do not shorten: they decide which integers ship."""
+    """Parameters whose values ``.half()`` and ``.to(dtype)`` leave alone: they decide which integers ship."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactParameterDict:
-        return super()._apply(keep_precision(fn), recurse)
+        return super()._apply(keep_values(fn, widen=True), recurse)
 
 
 class LRQATLayer(BaseTunerLayer):

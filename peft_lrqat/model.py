@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ class LRQATModel(BaseTuner):
     prefix: str = "lrqat_"
     tuner_layer_cls = LRQATLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_adapter_config(self, peft_config: LRQATConfig, model_config: dict) -> LRQATConfig:
+        """As PEFT's, on a copy: what is filled in for this model must not follow the user's config to the next one."""
+        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        peft_config = super()._prepare_adapter_config(copy.copy(peft_config), model_config)
+        self.peft_config[adapter_name] = peft_config
+        return peft_config
 
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""

