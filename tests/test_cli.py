@@ -1,0 +1,363 @@
+"""`lrqat train`, `eval` and `demo`: what is asked for is done, what cannot be done is one clear line."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+
+from peft_lrqat import LRQATConfig
+from peft_lrqat.cli import NOT_FOR_TRAINING, AdapterArguments, LRQATTrainingArguments, _Parser, adapter_config, main
+from peft_lrqat.demo import run
+
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama, saved with a tokenizer of one token per byte."""
+    directory = tmp_path_factory.mktemp("base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+
+
+def train(base, *options, steps=3, output="out"):
+    command = ["train", "--model", str(base), "--dataset", "text.txt", "--output_dir", output, "--block_size", "16"]
+    command += ["--target_modules", "all-linear", "--bits", "3", "--r", "4", "--max_steps", str(steps)]
+    command += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
+    return main([*command, *options])
+
+
+def evaluate(capsys, *options):
+    capsys.readouterr()
+    assert main(["eval", "--dataset", "text.txt", "--window", "16", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, argv):
+    """The line on stderr that ends a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in argv])
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lrqat")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# Options
+
+
+def parse(argv, kind):
+    parser = _Parser("train", "", [kind], "", "")
+    return parser.parse(argv)[0]
+
+
+def test_without_options_the_config_is_the_default_one():
+    assert adapter_config(parse([], AdapterArguments)) == LRQATConfig(task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--target_modules", "all-linear"], {"target_modules": "all-linear"}),
+        (["--target_modules", "q_proj"], {"target_modules": ["q_proj"]}),
+        (["--target_modules", "q_proj", "mlp.up_proj"], {"target_modules": ["q_proj", "mlp.up_proj"]}),
+        (["--target_modules", r".*\.(q|v)_proj"], {"target_modules": r".*\.(q|v)_proj"}),
+        (["--exclude_modules", ".*mlp.*"], {"exclude_modules": ".*mlp.*"}),
+        (["--bits", "2", "--no_symmetric"], {"bits": 2, "symmetric": False}),
+        (["--symmetric", "false", "--group-size", "16"], {"symmetric": False, "group_size": 16}),
+        (["--bits_pattern", '{"down_proj": 4}'], {"bits_pattern": {"down_proj": 4}}),
+        (["--downcast", "int", "--scale_dtype", "float16"], {"downcast": "int", "scale_dtype": "float16"}),
+        (
+            ["--layers_to_transform", "0", "2", "--target_modules", "q_proj"],
+            {"layers_to_transform": [0, 2], "target_modules": ["q_proj"]},
+        ),
+    ],
+)
+def test_options_become_the_config(words, expected):
+    assert adapter_config(parse(words, AdapterArguments)) == LRQATConfig(task_type="CAUSAL_LM", **expected)
+
+
+def test_training_defaults_are_the_recipe():
+    args = parse(["--output_dir", "out"], LRQATTrainingArguments)
+    assert (args.learning_rate, args.scale_learning_rate, args.weight_decay) == (5e-3, 1e-4, 0)
+    assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.95, 1.0)
+    assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.report_to) == ("linear", 100, [])
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count(f"  lrqat {command}") >= 2  # two examples
+    assert "None" not in text.split("training (transformers")[0]
+
+
+def test_help_of_train_explains_every_field_with_the_words_of_the_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    for field in dataclasses.fields(LRQATConfig):
+        assert (f"--{field.name}" in text) == (field.name not in NOT_FOR_TRAINING | inherited), field.name
+        if f"--{field.name}" in text:
+            assert "".join(field.metadata["help"].split()) in text
+
+
+# Training and evaluation
+
+
+def test_train_then_evaluate(base, capsys):
+    assert train(base, "--eval_dataset", "text.txt", "--learning_rate", "2e-2") == 0
+    said = capsys.readouterr().out
+    assert "7 layers quantised (down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj)" in said
+    line = next(line for line in said.splitlines() if line.startswith("perplexity before training"))
+    before, after = numbers(line)
+    assert after < before
+
+    # The adapter names its base by an absolute path, and comes with its tokenizer.
+    assert PeftConfig.from_pretrained("out").base_model_name_or_path == str(base.resolve())
+    assert AutoTokenizer.from_pretrained("out")("dog") == AutoTokenizer.from_pretrained(base)("dog")
+
+    unquantised = evaluate(capsys, "--model", str(base))
+    adapted = evaluate(capsys, "--model", str(base), "--adapter", "out")
+    assert f"{adapted['perplexity']:.3f}" == f"{after:.3f}"
+    assert adapted["perplexity"] != unquantised["perplexity"]
+    # Without --model the adapter's own base is used; merged, the model is the same to the last digit.
+    alone = evaluate(capsys, "--adapter", "out")
+    merged = evaluate(capsys, "--adapter", "out", "--merge")
+    assert alone["perplexity"] == merged["perplexity"] == adapted["perplexity"]
+    assert (merged["window"], merged["stride"], merged["merge"]) == (16, None, True)
+
+
+def numbers(line):
+    """The two perplexities in the line that `lrqat train` ends with."""
+    words = line.replace(",", "").replace(";", "").split()
+    return [float(word) for word in words if "." in word and word.replace(".", "").isdigit()]
+
+
+def test_eval_prints_the_window(base, capsys):
+    assert main(["eval", "--model", str(base), "--dataset", "text.txt", "--window", "16", "--stride", "8"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("perplexity ")
+    assert (
+        f"{len(TEXT):,} tokens scored; windows of 16, stride 8" in said
+    )  # one token per byte and the end, less the first
+
+
+def test_resumed_training_ends_where_uninterrupted_training_does(base):
+    train(base, "--save_steps", "2", steps=4)
+    train(base, "--resume_from_checkpoint", "out/checkpoint-2", steps=4, output="resumed")
+    whole, resumed = (load_file(f"{name}/adapter_model.safetensors") for name in ("out", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    half = load_file("out/checkpoint-2/adapter_model.safetensors")
+    assert not all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_resume_from_the_last_checkpoint(base):
+    train(base, "--save_steps", "2", steps=2)
+    train(base, "--resume_from_checkpoint", "last", steps=3)
+    assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_streaming(base):
+    assert train(base, "--streaming", steps=2) == 0
+    assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_the_command_runs_as_a_module(base):
+    command = [sys.executable, "-m", "peft_lrqat.cli", "eval", "--model", str(base), "--dataset", "nowhere.txt"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("lrqat eval: error: no such file or directory: 'nowhere.txt'")
+    assert "Traceback" not in done.stderr
+
+
+# The demo, on the random model: the real one takes minutes
+
+
+@pytest.fixture
+def small_demo(base, monkeypatch):
+    def in_process(command, **_):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(command[3:])  # after `python -m peft_lrqat.cli`
+        return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr="")
+
+    setup = dataclasses.replace(run.SETUPS["tiny"], window=16, steps=30, learning_rate=2e-2)
+    monkeypatch.setitem(run.SETUPS, "tiny", setup)
+    monkeypatch.setattr(run, "model_path", lambda: base)
+    monkeypatch.setattr(run, "load_topics", lambda split: [TEXT])
+    monkeypatch.setattr(subprocess, "run", in_process)
+
+
+def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
+    assert main(["demo", "--output", "demo"]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+    rows = json.loads(Path("demo/table.json").read_text())
+    methods = ["round-to-nearest", "scales only", "LR-QAT"]
+    expected = [("unquantised", None)] + [(method, bits) for bits in (3, 2) for method in methods]
+    assert [(row["method"], row["bits"]) for row in rows] == expected
+    # 7 x 32 x 32 weights, in float32; 3 bits each and 7 x 32 scales of 2 bytes; 1 byte each and scales of 4 bytes.
+    weights, scales = 7 * 32 * 32, 7 * 32
+    assert [row["deployed_bytes"] for row in rows[:2]] == [weights * 4, weights * 3 // 8 + scales * 2]
+    assert [row["trainable"] for row in rows[:4]] == [0, 0, scales, scales + 7 * 32 * (32 + 32)]
+    assert Path("demo/losses.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("demo/lrqat-2bit/adapter_model.safetensors").is_file()
+
+
+def test_a_demo_that_fails_says_why_and_ends_non_zero(small_demo, monkeypatch, capsys):
+    monkeypatch.setattr(run.Experiment, "reloaded_perplexity", lambda self, adapter: 1.0)
+    # Factors that do not move cannot beat trained scales.
+    monkeypatch.setitem(
+        run.SETUPS, "tiny", dataclasses.replace(run.SETUPS["tiny"], learning_rate=0.0, scale_learning_rate=0.0)
+    )
+    assert main(["demo", "--bits", "2", "--output", "demo"]) == 1
+    said = capsys.readouterr()
+    assert "all checks passed" not in said.out
+    failures = [line for line in said.err.splitlines() if line.startswith("lrqat demo: FAILED: ")]
+    assert len(failures) == 3
+    assert "does not beat round-to-nearest" in failures[0]
+    assert "does not beat scales only" in failures[1]
+    assert "has perplexity 1.0 when reloaded in a fresh process, but had" in failures[2]
+
+
+def test_the_demo_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "peft_lrqat.demo.run")
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        "lrqat demo: error: the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`\n"
+    )
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "9"], "`bits` must be an integer from 2 to 8, but is 9"),
+        (["--bits", "three"], "invalid int value: 'three'"),
+        (["--bitz", "3"], "unknown: --bitz 3"),
+        (["--downcast", "int3"], "invalid choice: 'int3'"),
+        (["--bits_pattern", "{'down_proj': 4}"], "must be a JSON object such as"),
+        (["--bits_pattern", "[4]"], "must be a JSON object such as"),
+        (["--group_size", "24"], "`group_size` must divide `in_features`, but 24 does not divide 32"),
+        (["--target_modules", "nothing_here"], "nothing_here"),
+        (["--dataset", "nowhere.txt"], "no such file or directory: 'nowhere.txt'"),
+        (["--eval_dataset", "nowhere.txt"], "no such file or directory: 'nowhere.txt'"),
+        (["--text_column", "body"], "no text column 'body'; it has 'text'"),
+        (["--block_size", "33"], "must fit in the model's context of 32 tokens, but it is 33"),
+        (["--model", "./no-model"], "no-model"),
+        (["--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
+        (["--optim", "sgd"], "--optim must be left out, but is 'sgd'"),
+        (["--scale_learning_rate", "-1"], "must not be negative"),
+        (["--save_steps", "1.5"], "must be an integer if bigger than 1"),
+        (["--resume_from_checkpoint", "last"], "finds no checkpoint in out"),
+        (["--resume_from_checkpoint", "elsewhere"], "'elsewhere' has no trainer_state.json"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_train_refuses(base, capsys, options, message):
+    command = ["train", "--model", base, "--dataset", "text.txt", "--output_dir", "out", "--block_size", "16"]
+    assert message in refusal(capsys, [*command, "--target_modules", "all-linear", *options])
+    assert not Path("out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --model, --adapter, or both"),
+        (["--model", "BASE", "--merge"], "--merge merges an adapter"),
+        (["--model", "BASE", "--window", "33"], "33 is more than its 32 tokens"),
+        (["--model", "BASE", "--window", "16", "--stride", "17"], "between 1 and `window`, but it is 17"),
+        (["--model", "BASE", "--adapter", "no-adapter"], "no-adapter"),
+        (["--adapter", "no-adapter"], "no-adapter"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_eval_refuses(base, capsys, options, message):
+    options = [str(base) if word == "BASE" else word for word in options]
+    assert message in refusal(capsys, ["eval", "--dataset", "text.txt", *options])
+
+
+def test_a_text_shorter_than_a_window(base, capsys):
+    Path("short.txt").write_text("dog")
+    assert "it has 4 tokens and the window is 16" in refusal(
+        capsys, ["eval", "--model", base, "--dataset", "short.txt", "--window", "16"]
+    )
+
+
+def test_an_adapter_for_another_base_model(base, tmp_path, capsys):
+    train(base)
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained("other")
+    AutoTokenizer.from_pretrained(base).save_pretrained("other")
+    assert "not the base model that the adapter was trained on" in refusal(
+        capsys, ["eval", "--model", "other", "--adapter", "out", "--dataset", "text.txt", "--window", "16"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "1"], "`bits` must be an integer from 2 to 8, but is 1"),
+        (["--model", "large"], "invalid choice: 'large'"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--output", "text.txt"], "--output must be a directory, but 'text.txt' is a file"),
+    ],
+)
+def test_what_demo_refuses(capsys, options, message):
+    assert message in refusal(capsys, ["demo", *options])
+
+
+def test_bugs_keep_their_traceback(base, monkeypatch):
+    def broken(self, **_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Trainer, "train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        train(base)
