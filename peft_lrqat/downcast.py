@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -85,6 +86,13 @@ class DowncastLinear(nn.Module):
                 digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy())
         return int.from_bytes(digest.digest(), "little") >> 1
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """A whole model's state dict brings another frozen weight, and with it that weight's fingerprint."""
+        super()._load_from_state_dict(*args)
+        # What FSDP2 shards, no rank sees as a whole; the fingerprint stays that of the base it was made from.
+        if type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
+            self.fingerprint = self._fingerprint()
+
     def stored_weight(self) -> Tensor:
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: the base weight as far as it is still known."""
         grid = self.format.grid
@@ -108,7 +116,8 @@ class DowncastLinear(nn.Module):
         if self.is_conv1d:
             plain = Conv1D(0, 0)
             plain.nf, plain.nx, plain.bias = self.out_features, self.in_features, self.bias
-            weight = weight.T.contiguous()
+            # The transposed view, not a copy: its product adds up in the same order as the unmerged layer's.
+            weight = weight.T
         else:
             plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             plain.bias = self.bias

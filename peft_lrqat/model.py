@@ -33,10 +33,11 @@ class LRQATModel(BaseTuner):
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""
         _maybe_include_all_linear_layers(peft_config, model)
+        # PEFT's answer is a bool, or what a regular expression found.
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and self._check_target_module_exists(peft_config, name)  # a bool, or what a regular expression found
+            if name and self._check_target_module_exists(peft_config, name)
         }
         targets = {
             name: module

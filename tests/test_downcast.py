@@ -211,8 +211,10 @@ def test_state_dict_there_and_back(symmetric):
     other = make_layer(torch.randn(6, 16), bias=nn.Parameter(torch.randn(6)), symmetric=symmetric)
     names = {"phi", "scale0", "bias"} if symmetric else {"phi", "scale0", "bias", "zero_point"}
     assert set(layer.state_dict()) == names
+    assert other.fingerprint != layer.fingerprint
     other.load_state_dict(layer.state_dict())
     assert same_state(layer, other)
+    assert other.fingerprint == layer.fingerprint
     assert torch.equal(layer.weight, other.weight)
     assert not any(p.requires_grad for n, p in layer.named_parameters() if n != "bias")
 

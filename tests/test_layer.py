@@ -70,7 +70,7 @@ def test_fresh_adapter_is_round_to_nearest(
             )
             weights[name].copy_(weight)
     wanted, found = logits_of(by_hand, architecture), logits_of(model, architecture)
-    if architecture == "gpt2":  # Conv1D multiplies with the transposed weight, which is summed in another order
+    if architecture == "gpt2":  # Conv1D's own weight lies the other way round in memory and is summed in another order
         torch.testing.assert_close(found, wanted)
     else:
         assert torch.equal(found, wanted)
@@ -119,10 +119,7 @@ def test_merged_is_trained_bit_for_bit(architecture, dtype, make_peft, disturb, 
         assert torch.equal(weights[name.removeprefix("base_model.model.")], weight)
     assert not lrqat_layers(plain)
     assert not any("lrqat" in name or "base_layer" in name for name in plain.state_dict())
-    if architecture == "gpt2":  # Conv1D multiplies with the transposed weight, which is summed in another order
-        torch.testing.assert_close(logits_of(plain, architecture), trained)
-    else:
-        assert torch.equal(logits_of(plain, architecture), trained)
+    assert torch.equal(logits_of(plain, architecture), trained)
 
 
 def test_merged_is_trained_in_every_format(format, dtype, make_peft, disturb, lrqat_layers, logits_of):
@@ -157,10 +154,7 @@ def test_merged_is_trained_under_autocast(architecture, make_peft, disturb, lrqa
         model.unmerge_adapter()
         assert torch.equal(logits_of(model, architecture), trained)
         plain = model.merge_and_unload()
-        if architecture == "gpt2":
-            torch.testing.assert_close(logits_of(plain, architecture), trained, rtol=0.02, atol=0.02)
-        else:
-            assert torch.equal(logits_of(plain, architecture), trained)
+        assert torch.equal(logits_of(plain, architecture), trained)
 
 
 def test_autocast_changes_the_dtype_of_the_result_as_in_a_linear():

@@ -47,7 +47,7 @@ class LRQATOptimizerFactory:
         **adamw: Any,
     ) -> torch.optim.AdamW:
         for name, rate in (("lr", lr), ("scale_lr", scale_lr)):
-            if not rate >= 0:
+            if not 0 <= rate < float("inf"):
                 raise ValueError(f"`{name}` must be a learning rate of at least 0, but is {rate}")
         groups = parameter_groups(
             model, lr=lr, scale_lr=scale_lr, weight_decay=weight_decay, scale_weight_decay=scale_weight_decay

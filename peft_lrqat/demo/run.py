@@ -1,6 +1,7 @@
 """The demo: round-to-nearest, training the scales only, and LR-QAT on one model and one text; no network needed."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ class Setup:
     learning_rate: float  # of A and B
     scale_learning_rate: float  # of the scales, trained beside A and B
     scales_only_learning_rate: float  # of the scales, trained alone: they have to do more
-    tokens_per_second: float  # of training, on 2 idle cores; for the estimate
+    tokens_per_second: float  # of training, on 2 idle CPU cores; for the estimate
 
 
 SETUPS = {
@@ -49,7 +50,7 @@ SETUPS = {
         learning_rate=1e-2,
         scale_learning_rate=1e-4,
         scales_only_learning_rate=1e-3,
-        tokens_per_second=8000,
+        tokens_per_second=7000,
     ),
     "smollm2": Setup(
         dtype="bfloat16",
@@ -125,7 +126,7 @@ class Experiment:
     def train(self, model: PeftModel, name: str, *, scales_only: bool) -> tuple[float, list[tuple[int, float]]]:
         """Trains in place; seconds, and (step, loss) along the way."""
         args = LRQATTrainingArguments(
-            output_dir=str(self.output / name),
+            output_dir=str(self.output),  # the Trainer itself saves nothing there
             max_steps=self.steps,
             per_device_train_batch_size=self.setup.batch_size,
             learning_rate=self.setup.learning_rate,
@@ -217,12 +218,13 @@ def run(args: DemoArguments) -> int:
     disable_progress_bar()  # of loading weights, which is over in no time; training and evaluation have their own
     experiment = prepare(args)
     setup, widths = experiment.setup, args.bits or experiment.setup.bits
-    tokens = experiment.steps * setup.batch_size * setup.window
-    minutes = len(widths) * 2 * tokens / setup.tokens_per_second / 60
+    trained = len(widths) * 2 * experiment.steps * setup.batch_size * setup.window
+    scored = (1 + 5 * len(widths)) * len(experiment.heldout)
+    # A forward pass is a third of a step; loading, the search for scales and the fresh process take a constant time.
+    minutes = (trained + scored / 3) / setup.tokens_per_second / 60 + len(widths) * 0.5
     print(
-        f"{len(widths)} bit width(s) x 2 trained methods x {experiment.steps} steps of"
-        f" {setup.batch_size} x {setup.window} tokens: about {minutes:.1f} minutes of training on 2 idle CPU cores,"
-        " and about half as much for evaluating, loading and checking"
+        f"{len(widths)} bit width(s), 2 trained methods each, {experiment.steps} steps of {setup.batch_size} x"
+        f" {setup.window} tokens: about {math.ceil(minutes)} minutes on 2 idle CPU cores"
     )
 
     model, _ = load_base(str(experiment.base), setup.dtype)

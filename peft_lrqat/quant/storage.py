@@ -65,10 +65,8 @@ class WeightFormat:
 
     def decode(self, stored: Tensor) -> Tensor:
         """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of :meth:`encode` up to its rounding."""
-        if self.downcast == "fp32":
-            return stored.clone()
         if self.downcast in FLOAT_DOWNCASTS:
-            return stored.float()
+            return stored.to(torch.float32, copy=True)
         if self.downcast == "fixed8":
             unit, middle = self._fixed_point
             phi = stored.float().mul_(1 / unit)
