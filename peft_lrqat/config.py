@@ -47,10 +47,11 @@ class LRQATConfig(PeftConfig):
         },
     )
     target_modules: Optional[Union[list[str], str]] = field(
-        default=None,
+        default="all-linear",
         metadata={
-            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear' (every "
-            "Linear and Conv1D but the output layer: what the paper quantises). Default: PEFT's LoRA targets of the architecture."
+            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear', the "
+            "default: every Linear and Conv1D but the output layer, which is what the paper quantises. None: PEFT's LoRA targets "
+            "of the architecture."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
@@ -63,7 +64,8 @@ class LRQATConfig(PeftConfig):
         },
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Index or indices of the layers to work on; needs target_modules as a list."}
+        default=None,
+        metadata={"help": "Index or indices of the layers to work on; with target_modules as a list or 'all-linear'."},
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None,
@@ -115,7 +117,7 @@ class LRQATConfig(PeftConfig):
         default_factory=dict,
         metadata={
             "help": "Bits of single modules, by name, ending of a name or regular expression, as LoRA's rank_pattern: "
-            "{'down_proj': 4} in a 3-bit model. Default: none."
+            '{"down_proj": 4} in a 3-bit model. Default: none.'
         },
     )
     group_size_pattern: dict[str, int] = field(
@@ -207,8 +209,12 @@ class LRQATConfig(PeftConfig):
         if layers is not None:
             for index in layers if isinstance(layers, list | tuple | set) else [layers]:
                 _check_integer("layers_to_transform", index, 0)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` needs `target_modules` as a list of names, but it is one string")
+        one_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if one_pattern and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` needs `target_modules` as a list of names or 'all-linear', but it is one regular "
+                f"expression, {self.target_modules!r}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: it only says where its indices count")
         for name in ("target_modules", "exclude_modules"):

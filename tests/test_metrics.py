@@ -148,7 +148,11 @@ def test_trainer_and_windows_agree(model, text, tmp_path):
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(tmp_path), per_device_eval_batch_size=2, report_to="none", disable_tqdm=True
+            output_dir=str(tmp_path),
+            per_device_eval_batch_size=2,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
         ),
         eval_dataset=Dataset.from_dict({"input_ids": blocks, "labels": blocks}),
         data_collator=default_data_collator,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
@@ -40,23 +41,24 @@ class Setup:
     tokens_per_second: float  # of training, on 2 idle CPU cores; for the estimate
 
 
+LOGGING_STEPS = 5  # between two points of the plot
 SETUPS = {
     "tiny": Setup(
         dtype="float32",
         window=256,
         batch_size=8,
-        steps=80,
+        steps=150,
         bits=(3, 2),
         learning_rate=1e-2,
-        scale_learning_rate=1e-4,
-        scales_only_learning_rate=1e-3,
-        tokens_per_second=7000,
+        scale_learning_rate=1e-3,
+        scales_only_learning_rate=5e-3,
+        tokens_per_second=11_000,
     ),
     "smollm2": Setup(
         dtype="bfloat16",
         window=512,
         batch_size=4,
-        steps=60,
+        steps=40,
         bits=(3,),
         learning_rate=5e-3,
         scale_learning_rate=1e-4,
@@ -120,6 +122,7 @@ class Experiment:
         return get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=bits))
 
     def perplexity(self, model: nn.Module) -> float:
+        model.to(PartialState().device)
         window, batch_size = self.setup.window, self.setup.batch_size
         return evaluate_perplexity(model, self.heldout, window=window, batch_size=batch_size)["perplexity"]
 
@@ -155,9 +158,6 @@ class Experiment:
         if done.returncode:
             raise RuntimeError(f"`{' '.join(command)}` ended with code {done.returncode}:\n{done.stderr}")
         return json.loads(done.stdout)["perplexity"]
-
-
-LOGGING_STEPS = 5
 
 
 class _LossInProgressBar(ProgressCallback):
