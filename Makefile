@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.10 or newer and pip:
+# Two commands do everything on a machine with Python 3.11 or newer and pip:
 #   make demo    a virtual environment with pinned dependencies, then the main job: train, compare, save, reload, merge
 #   make test    the same environment with the test extra, then lint and all tests
 
@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# The environment that is tested. pyproject.toml declares the ranges.
+# The direct dependencies of the environment that is tested. pyproject.toml declares the ranges.
 PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6 \
 	safetensors==0.8.0 huggingface-hub==2.4.0 numpy==2.4.6 tokenizers==0.23.3
 DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0

@@ -150,9 +150,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
             file.write("5")
         step()
         peak = status("VmHWM")
-    plain = [m.base_layer if hasattr(m, "base_layer") else m for m in model.modules()]
-    dense = {id(m.weight): m.weight for m in plain if isinstance(m, FullQAT | nn.Linear) and m.weight.shape in shapes}
-    held = target_weight_bytes(model) or sum(w.numel() * w.element_size() for w in dense.values())
+    kept = [m for n, m in model.named_modules() if isinstance(m, FullQAT) or n.endswith("base_layer")]
+    held = target_weight_bytes(model) or sum(m.weight.numel() * m.weight.element_size() for m in kept)
     formula = 0
     for out, in_ in shapes:
         per_row = {"fixed8": in_, "int": packed_bytes(in_, args.bits)}.get(variant.split()[-1], 2 * in_)

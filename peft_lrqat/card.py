@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 if TYPE_CHECKING:
     from .config import LRQATConfig
 
-HEADING = "## LR-QAT adapter"
+# The section between these is written anew at every save; the text around it is somebody else's and stays.
+BEGIN, END = "<!-- peft_lrqat: begin -->", "<!-- peft_lrqat: end -->"
 
 
 def describe_adapter(save_directory: str, config: LRQATConfig) -> None:
@@ -26,8 +27,9 @@ def describe_adapter(save_directory: str, config: LRQATConfig) -> None:
         card.data["license_name"] = "same-as-base-model"
     if config.base_model_name_or_path and not card.data.get("base_model"):
         card.data["base_model"] = config.base_model_name_or_path
-    # The section is written anew at every save: the text before it is somebody else's and stays.
-    card.text = card.text.split(HEADING)[0].rstrip() + "\n\n" + _section(config)
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{_section(config)}{END}{after or chr(10)}"
     temporary = path + ".tmp"
     card.save(temporary)
     os.replace(temporary, path)
@@ -40,7 +42,7 @@ def _section(config: LRQATConfig) -> str:
     mixed = ""
     if config.bits_pattern or config.group_size_pattern:
         mixed = f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
-    return f"""{HEADING}
+    return f"""## LR-QAT adapter
 
 A {config.bits}-bit weight-quantised model trained with LR-QAT (low-rank quantisation-aware training, arXiv 2406.06385). PEFT alone
 does not know this adapter type: without the import below it answers `KeyError: 'LRQAT'`.

@@ -35,7 +35,7 @@ from peft_lrqat.trainer import LRQATOptimizerFactory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
-NOT_FOR_TRAINING = {"base_dtype", "format_version", "verify_base"}
+NOT_FOR_TRAINING = {"base_dtype", "base_dtype_pattern", "format_version", "verify_base"}
 NAME = re.compile(r"[\w.]+")  # of a module; anything else in `--target_modules` is a regular expression
 
 
@@ -68,8 +68,12 @@ def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
         if option.name in left_out:
             continue
         metadata = {"help": option.metadata["help"].replace("%", "%%")}
-        copy = dataclasses.field(default=option.default, default_factory=option.default_factory, metadata=metadata)
-        fields.append((option.name, _command_line_type(hints[option.name]), copy))
+        kind, factory = _command_line_type(hints[option.name]), option.default_factory
+        if isinstance(option.default, str) and get_args(kind)[:1] == (list[str],):  # a list of one on the command line
+            copy = dataclasses.field(default_factory=lambda names=(option.default,): list(names), metadata=metadata)
+        else:
+            copy = dataclasses.field(default=option.default, default_factory=factory, metadata=metadata)
+        fields.append((option.name, kind, copy))
     return fields
 
 
@@ -329,7 +333,7 @@ def run_eval(argv: Sequence[str]) -> int:
         if args.adapter is not None:
             model = PeftModel.from_pretrained(model, args.adapter)
         tokens = load_tokens(args.dataset, tokenizer, split=args.split, text_column=args.text_column)
-        check_window(model, tokens, window=args.window, stride=args.stride)
+        check_window(model, tokens, window=args.window, stride=args.stride, batch_size=args.batch_size)
 
     model = model.merge_and_unload() if args.merge else model
     model = model.to(PartialState().device)

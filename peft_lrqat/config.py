@@ -50,8 +50,8 @@ class LRQATConfig(PeftConfig):
         default="all-linear",
         metadata={
             "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear', the "
-            "default: every Linear and Conv1D but the output layer, which is what the paper quantises. None: PEFT's LoRA targets "
-            "of the architecture."
+            "default: every Linear and Conv1D but the output layer, which is what the paper quantises. Without a "
+            "value: PEFT's LoRA targets of the architecture."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
@@ -138,6 +138,10 @@ class LRQATConfig(PeftConfig):
             "base loaded in a wider dtype is rounded to it first, so that the same integers come out."
         },
     )
+    base_dtype_pattern: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "The modules whose base weight had another dtype, by full name; filled in like base_dtype."},
+    )
     verify_base: bool = field(
         default=True,
         metadata={
@@ -220,6 +224,10 @@ class LRQATConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(name, getattr(self, name))
+
+    def base_dtype_of(self, module_name: str) -> str | None:
+        """The dtype that the frozen weight of one target is made from; None before it is filled in."""
+        return self.base_dtype_pattern.get(module_name, self.base_dtype)
 
     def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
         """The format of one target; ValueError with the module's name when the group size does not fit its width."""

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .quant import WeightFormat, estimate_range
-from .quant.fake_quant import BLOCK_ELEMENTS
+from .quant.blocks import row_blocks
+
+
+def range_name(estimator: str, p: float) -> str:
+    """The range estimation in words; the exponent only where it plays a part."""
+    return f"lp, p = {float(p)}" if estimator == "lp" else estimator
 
 
 def keep_values(fn: Callable[[Tensor], Tensor], *, widen: bool = False) -> Callable[[Tensor], Tensor]:
@@ -59,19 +64,17 @@ class DowncastLinear(nn.Module):
         self.merged_weight: Tensor | None = None
         if base_dtype.itemsize < weight.dtype.itemsize:
             weight = weight.to(base_dtype)
+        # What the frozen weight was made from and how: all adapters on it must agree.
+        self.base_dtype, self.range = weight.dtype, range_name(estimator, p)
         scale0, zero_point = estimate_range(
             weight, format.grid, estimator=estimator, scale_dtype=format.scale_dtype, p=p
         )
-        blocks = zip(*(t.split(self._block_rows) for t in (weight, scale0, zero_point)), strict=True)
-        phi = torch.cat([format.encode(self._in_units(w.float(), s, z)) for w, s, z in blocks])
+        blocks = list(row_blocks(*weight.shape))
+        phi = torch.cat([format.encode(self._in_units(weight[r].float(), scale0[r], zero_point[r])) for r in blocks])
         self.phi = nn.Parameter(phi, requires_grad=False)
         self.scale0 = nn.Parameter(scale0, requires_grad=False)
         self.zero_point = None if format.grid.symmetric else nn.Parameter(zero_point, requires_grad=False)
         self.fingerprint = self._fingerprint()
-
-    @property
-    def _block_rows(self) -> int:
-        return max(1, BLOCK_ELEMENTS // self.in_features)
 
     def _in_units(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         grid = self.format.grid
@@ -80,7 +83,16 @@ class DowncastLinear(nn.Module):
 
     def _fingerprint(self) -> int:
         """63 bits that change whenever anything that the integers are made from does."""
-        digest = hashlib.blake2b(repr(self.format).encode(), digest_size=8)
+        grid = self.format.grid
+        fields = (
+            grid.bits,
+            grid.symmetric,
+            grid.group_size,
+            self.format.downcast,
+            self.format.scale_dtype,
+            self.in_features,
+        )
+        digest = hashlib.blake2b(repr(fields).encode(), digest_size=8)
         for tensor in (self.phi, self.scale0, self.zero_point):
             if tensor is not None:
                 digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy())
@@ -97,11 +109,9 @@ class DowncastLinear(nn.Module):
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: the base weight as far as it is still known."""
         grid = self.format.grid
         weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.phi.device)
-        for start in range(0, self.out_features, self._block_rows):
-            rows = slice(start, start + self._block_rows)
-            phi = self.format.decode(self.phi[rows])
-            if self.zero_point is not None:
-                phi = phi.sub_(grid.expand(self.zero_point[rows].float(), self.in_features))
+        for rows in row_blocks(*weight.shape):
+            zero_point = None if self.zero_point is None else self.zero_point[rows]
+            phi = grid.centered(self.format.decode(self.phi[rows]), zero_point)
             weight[rows] = phi.mul_(grid.expand(self.scale0[rows], self.in_features)).to(self.dtype)
         return weight
 

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .downcast import DowncastLinear, keep_values
 from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_codes, quantized_weight
-from .quant.grid import SCALE_DTYPES
 
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_scale = _ExactParameterDict({})
         # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
         self.lrqat_fingerprint = BufferDict({}, persistent=True)
-        self._verified: set[str] = set()
+        self._verified: dict[str, int] = {}  # adapter: the fingerprint it was compared with
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -61,9 +60,9 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
         self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
         self.lrqat_fingerprint[adapter_name] = torch.tensor(base.fingerprint, device=device)
-        self._verified.discard(adapter_name)
+        self._verified.pop(adapter_name, None)
         if not config.verify_base:
-            self._verified.add(adapter_name)
+            self._verified[adapter_name] = base.fingerprint
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -105,7 +104,7 @@ class LRQATLayer(BaseTunerLayer):
         return int(fingerprint) == self.base_layer.fingerprint
 
     def _verify_base(self, adapter_name: str) -> None:
-        if adapter_name in self._verified:
+        if self._verified.get(adapter_name) == self.base_layer.fingerprint:
             return
         # PEFT's loaders are checked before anything is loaded (LRQATModel); transformers' own loader only passes here.
         if not self.matches_base(adapter_name, self.lrqat_fingerprint[adapter_name]):
@@ -114,7 +113,7 @@ class LRQATLayer(BaseTunerLayer):
                 "cannot be rebuilt from these weights. Load the base model named in its card; to go on all the same, set "
                 "`verify_base=False` in its config"
             )
-        self._verified.add(adapter_name)
+        self._verified[adapter_name] = self.base_layer.fingerprint
 
     def _adapter_to_run(self) -> str | None:
         active = [name for name in self.active_adapters if name in self.lrqat_A]
@@ -123,7 +122,7 @@ class LRQATLayer(BaseTunerLayer):
         return active[0] if active else None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._verified.discard(adapter_name)
+        self._verified.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -146,11 +145,21 @@ class LRQATLinear(nn.Module, LRQATLayer):
     """LR-QAT on `nn.Linear` and transformers' `Conv1D`; replaces the module and frees its weight."""
 
     def __init__(
-        self, linear: nn.Linear | Conv1D, adapter_name: str, format: WeightFormat, config: LRQATConfig
+        self,
+        linear: nn.Linear | Conv1D,
+        adapter_name: str,
+        format: WeightFormat,
+        config: LRQATConfig,
+        base_dtype: torch.dtype | None = None,  # the weight's own
     ) -> None:
         super().__init__()
-        base_dtype = SCALE_DTYPES.get(config.base_dtype, linear.weight.dtype)
-        base = DowncastLinear(linear, format, estimator=config.range_estimator, p=config.range_p, base_dtype=base_dtype)
+        base = DowncastLinear(
+            linear,
+            format,
+            estimator=config.range_estimator,
+            p=config.range_p,
+            base_dtype=base_dtype or linear.weight.dtype,
+        )
         LRQATLayer.__init__(self, base)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -193,12 +202,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Linear | Conv1D:
-        """The plain module with weight s * Q. PEFT calls this from ``merge_and_unload`` and ``unload``."""
-        if not merge:
-            raise ValueError(
-                "unload() cannot give the original weights back: LR-QAT replaced them by low-bit ones. Load the base model "
-                "again, or use merge_and_unload() for the quantised model"
-            )
+        """The plain module with weight s * Q. PEFT calls this from ``merge_and_unload``; ``unload`` does not come this far."""
         if not self.merged:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self.base_layer

@@ -107,7 +107,7 @@ def evaluate_perplexity(
     at least ``window - stride`` tokens of context (past the first window). This is the procedure of the transformers
     documentation, "Perplexity of fixed-length models"; its figures are lower, so always state both numbers.
     """
-    check_window(model, input_ids, window=window, stride=stride)
+    check_window(model, input_ids, window=window, stride=stride, batch_size=batch_size)
     stride = window if stride is None else stride
     metric = Perplexity(keep_in_memory=True)
     spans = list(_spans(len(input_ids), window, stride))
@@ -130,8 +130,12 @@ def evaluate_perplexity(
     return metric.compute()
 
 
-def check_window(model: nn.Module, input_ids: Tensor, *, window: int, stride: int | None = None) -> None:
+def check_window(
+    model: nn.Module, input_ids: Tensor, *, window: int, stride: int | None = None, batch_size: int = 1
+) -> None:
     """ValueError unless the windows suit the model and the text; `evaluate_perplexity` begins with it."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but it is {batch_size}")
     if input_ids.ndim != 1:
         raise ValueError(
             f"`input_ids` must be one row of token ids, but its shape is {tuple(input_ids.shape)}; pass `input_ids[0]`"

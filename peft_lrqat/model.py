@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .downcast import range_name
 from .layer import LRQATLayer, LRQATLinear
 from .quant.grid import SCALE_DTYPES
 
@@ -32,7 +36,11 @@ class LRQATModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""
+        all_linear = peft_config.target_modules == "all-linear"
         _maybe_include_all_linear_layers(peft_config, model)
+        if all_linear and peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            # PEFT trains these heads in full, but leaves them out of "all-linear" for SEQ_CLS only.
+            peft_config.target_modules -= {"classifier", "score", "qa_outputs"}
         # PEFT's answer is a bool, or what a regular expression found.
         targets = {
             name: module
@@ -47,13 +55,16 @@ class LRQATModel(BaseTuner):
         tied = _tied_weights(model, targets)
         for name, module in targets.items():
             _check_target(name, module, peft_config, tied)
-        dtypes = [m.weight.dtype for m in targets.values() if not isinstance(m, LRQATLayer)]
+        _check_patterns(peft_config, targets)
         # PEFT keeps the user's own config object, which may serve for several models: what was filled in for one of them must
         # not be taken for the user's word at the next.
-        if dtypes and (peft_config.base_dtype is None or peft_config.base_dtype_filled_in):
-            peft_config.base_dtype = DTYPE_NAMES[max(dtypes, key=lambda dtype: dtype.itemsize)]
+        if targets and _base_dtype_is_open(peft_config):
+            dtypes = {name: DTYPE_NAMES[_base_dtype(module)] for name, module in targets.items()}
+            ((most, _),) = Counter(dtypes.values()).most_common(1)
+            peft_config.base_dtype = most
+            peft_config.base_dtype_pattern = {name: dtype for name, dtype in dtypes.items() if dtype != most}
             peft_config.base_dtype_filled_in = True
-        _warn_of_untouched_experts(peft_config, model)
+        _warn_of_untouched_experts(model)
         _warn_of_different_targets(model, targets)
 
     def _create_and_replace(
@@ -71,7 +82,8 @@ class LRQATModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         format = peft_config.weight_format(current_key, _in_features(target))
-        module = LRQATLinear(target, adapter_name, format, peft_config)
+        base_dtype = SCALE_DTYPES[peft_config.base_dtype_of(current_key) or DTYPE_NAMES[target.weight.dtype]]
+        module = LRQATLinear(target, adapter_name, format, peft_config, base_dtype)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
@@ -85,6 +97,13 @@ class LRQATModel(BaseTuner):
                 if isinstance(module, LRQATLayer):
                     module.cast_adapter(adapter_name)
 
+    def unload(self) -> nn.Module:
+        """Refused: ValueError, and the model stays as it is."""
+        raise ValueError(
+            "unload() cannot give the original weights back: LR-QAT replaced them by low-bit ones. Load the base model again, or "
+            "use merge_and_unload() for the quantised model"
+        )
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LRQATConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -97,6 +116,29 @@ class LRQATModel(BaseTuner):
 
 def _in_features(module: nn.Linear | Conv1D | LRQATLinear) -> int:
     return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def _base_dtype(module: nn.Linear | Conv1D | LRQATLinear) -> torch.dtype:
+    return module.base_layer.base_dtype if isinstance(module, LRQATLayer) else module.weight.dtype
+
+
+def _base_dtype_is_open(config: LRQATConfig) -> bool:
+    return config.base_dtype is None or config.base_dtype_filled_in
+
+
+def _check_patterns(config: LRQATConfig, targets: dict[str, nn.Module]) -> None:
+    """Raises ValueError for a key of a pattern that fits no target: a slip there would train at other bits in silence."""
+    for field in ("bits_pattern", "group_size_pattern"):
+        for key in getattr(config, field):
+            if targets and not any(_fits(key, name) for name in targets):
+                raise ValueError(
+                    f"`{field}` has {key!r}, which is the name of no target module, such as `{min(targets)}`"
+                )
+
+
+def _fits(key: str, name: str) -> bool:
+    """As PEFT's ``get_pattern_key`` reads a pattern."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _tuner_parents(name: str, model: nn.Module) -> list[str]:
@@ -119,15 +161,22 @@ def _tied_weights(model: nn.Module, targets: dict[str, nn.Module]) -> set[str]:
 def _check_target(name: str, module: nn.Module, config: LRQATConfig, tied: set[str]) -> None:
     """Raises TypeError for a layer of the wrong kind and ValueError for one whose weight cannot be quantised as asked."""
     if isinstance(module, LRQATLinear):
-        wanted, present = config.weight_format(name, module.in_features), module.base_layer.format
+        base = module.base_layer
+        wanted = [config.weight_format(name, module.in_features), range_name(config.range_estimator, config.range_p)]
+        present = [base.format, base.range]
+        if config.verify_base and not _base_dtype_is_open(config):
+            wanted.append(config.base_dtype_of(name))
+            present.append(DTYPE_NAMES[base.base_dtype])
         if wanted != present:
             raise ValueError(
-                f"`{name}` already holds a weight in {present}, which its adapters share, but this adapter asks for {wanted}; "
-                "use the same settings, or load the base model once more for it"
+                f"`{name}` already holds a weight in {_in_words(present)}, which its adapters share, but this adapter asks for "
+                f"{_in_words(wanted)}; use the same settings, or load the base model once more for it"
             )
         return
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     plain = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    # nn.MultiheadAttention reads the weight of its output layer without calling the layer.
+    plain = plain and not isinstance(module, NonDynamicallyQuantizableLinear)
     if isinstance(module, BaseTunerLayer) or not plain:
         raise TypeError(
             f"`{name}` is a {kind}; LR-QAT works on torch.nn.Linear and transformers' Conv1D that are neither quantised nor "
@@ -158,7 +207,17 @@ def _check_target(name: str, module: nn.Module, config: LRQATConfig, tied: set[s
         raise ValueError(f"the weight of `{name}` has NaN or infinite entries; repair the base model first")
 
 
-def _warn_of_untouched_experts(config: LRQATConfig, model: nn.Module) -> None:
+def _in_words(recipe: list[object]) -> str:
+    format, first_range, *base_dtype = recipe
+    grid = format.grid
+    kind = "symmetric" if grid.symmetric else "asymmetric"
+    words = f"bits={grid.bits}, group_size={grid.group_size}, {kind}, downcast={format.downcast}"
+    return f"{words}, scale_dtype={format.scale_dtype}, first range {first_range}" + "".join(
+        f", from {d}" for d in base_dtype
+    )
+
+
+def _warn_of_untouched_experts(model: nn.Module) -> None:
     experts = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n]
     if experts:
         logger.warning(

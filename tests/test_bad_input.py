@@ -382,3 +382,19 @@ def test_native_loader_with_verify_base_false(adapter, changed_base, logits_of):
     model.load_adapter(str(adapter), peft_config=config)
     wanted = logits_of(PeftModel.from_pretrained(changed_base(), adapter, config=config).eval())
     assert torch.equal(logits_of(model), wanted)
+
+
+@pytest.mark.parametrize("field", ["bits_pattern", "group_size_pattern"])
+def test_a_pattern_that_fits_no_target_is_refused(field, make_base, make_config):
+    base = make_base()
+    before = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(ValueError, match=f"`{field}` has 'down_prj', which is the name of no target module"):
+        get_peft_model(base, make_config(**{field: {"down_prj": 4}}))
+    assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+def test_output_layer_of_multihead_attention_is_refused(make_config):
+    """nn.MultiheadAttention reads its weight without calling it: nothing would be trained."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    with pytest.raises(TypeError, match=r"`attention\.out_proj`"):
+        get_peft_model(model, make_config(target_modules=["out_proj"], task_type=None))

@@ -35,6 +35,7 @@ OTHER_VALUES = {
     "group_size_pattern": {r"layers\.[0-3]\..*": 32},
     "init_weights": False,
     "base_dtype": "float16",
+    "base_dtype_pattern": {"layers.0.q_proj": "float32"},
 }
 
 
@@ -252,7 +253,7 @@ def test_weight_format_follows_the_patterns():
 
 def test_group_size_that_does_not_divide_names_the_module():
     with pytest.raises(
-        ValueError, match=r"`layers\.0\.q_proj`: `group_size` must divide.* 96 does not divide 256; use 256"
+        ValueError, match=r"`layers\.0\.q_proj`: `group_size` must divide.* 96 does not divide 256; use 64"
     ):
         LRQATConfig(group_size=96).weight_format("layers.0.q_proj", 256)
 

@@ -196,7 +196,15 @@ def test_two_active_adapters_on_one_weight_are_refused_and_can_be_switched_back(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"bits": 3}, {"group_size": 8}, {"symmetric": False}, {"downcast": "int"}, {"scale_dtype": "float32"}],
+    [
+        {"bits": 3},
+        {"group_size": 8},
+        {"symmetric": False},
+        {"downcast": "int"},
+        {"scale_dtype": "float32"},
+        {"range_estimator": "lp"},
+        {"base_dtype": "bfloat16"},
+    ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_second_adapter_on_another_grid_is_refused(fields, make_peft, make_config, logits_of):
@@ -207,7 +215,7 @@ def test_second_adapter_on_another_grid_is_refused(fields, make_peft, make_confi
     assert list(model.peft_config) == ["default"]
     assert set(model.state_dict()) == names
     assert torch.equal(logits_of(model), before)
-    model.add_adapter("second", make_config(r=7, lora_alpha=1, range_estimator="lp", init_weights=False))
+    model.add_adapter("second", make_config(r=7, lora_alpha=1, init_weights=False))
 
 
 @pytest.mark.parametrize("safe_serialization", [True, False], ids=["safetensors", "bin"])
@@ -489,3 +497,71 @@ def test_autocast_adapter_dtype_false_is_obeyed(make_base, make_config, batch_fo
     train(model, batch_for())
     trained = logits_of(model)
     assert torch.equal(logits_of(model.merge_and_unload()), trained)
+
+
+def test_second_adapter_reloads_alone_in_a_wider_dtype(
+    make_base, make_peft, make_config, disturb, lrqat_layers, tmp_path
+):
+    """What the frozen weight was made from belongs to it, whichever adapter came first."""
+    model = make_peft(dtype=torch.bfloat16)
+    model.add_adapter("second", make_config())
+    disturb(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(dtype=torch.bfloat16).float(), tmp_path / "second")
+    layers = lrqat_layers(loaded)
+    for name, layer in lrqat_layers(model).items():
+        assert torch.equal(layers[name].quantized_codes("default"), layer.quantized_codes("second"))
+    assert 'dtype="bfloat16"' in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_base_of_mixed_dtypes_reloads_in_float32(make_base, make_config, disturb, lrqat_layers, tmp_path):
+    def make_mixed():
+        base = make_base(dtype=torch.float16)
+        base.model.layers[0].mlp.down_proj.float()
+        return base
+
+    model = disturb(get_peft_model(make_mixed(), make_config()))
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].base_dtype == "float16"
+    assert model.peft_config["default"].base_dtype_pattern == {"model.layers.0.mlp.down_proj": "float32"}
+    layers = lrqat_layers(PeftModel.from_pretrained(make_mixed().float(), tmp_path))
+    for name, layer in lrqat_layers(model).items():
+        assert torch.equal(layers[name].quantized_codes(), layer.quantized_codes())
+
+
+def test_saving_again_keeps_what_others_wrote_in_the_card(make_peft, tmp_path):
+    model = make_peft()
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text().replace("# Model Card", "# My Card") + "\n## My evaluation\n\nfine\n")
+    model.save_pretrained(tmp_path)
+    assert card.read_text().count("## My evaluation") == card.read_text().count("## LR-QAT adapter") == 1
+
+
+def test_refused_unload_leaves_modules_to_save_wrapped(make_peft, logits_of):
+    model = make_peft(modules_to_save=["embed_tokens"])
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="unload"):
+        model.unload()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_other_frozen_weights_are_noticed_after_the_first_forward_pass(make_peft, logits_of):
+    model, other = make_peft(), make_peft(seed=1)
+    logits_of(model)
+    frozen = {name: tensor for name, tensor in other.state_dict().items() if ".base_layer." in name}
+    model.load_state_dict(frozen, strict=False)
+    with pytest.raises(ValueError, match="trained on another base model"):
+        logits_of(model)
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_other_tasks(task_type, make_config):
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50
+    )
+    kind = {"TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}[task_type]
+    base = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    model = get_peft_model(base, make_config(task_type=task_type))
+    output = model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert torch.isfinite(output[0]).all()
+    assert any(p.requires_grad for n, p in model.named_parameters() if "modules_to_save" in n)

@@ -32,7 +32,7 @@ from peft_lrqat.trainer import parameter_groups
 def test_t1_fresh_scale_is_the_frozen_scale(make_base, make_config, dtype, lrqat_layers, tmp_path):
     config = make_config(scale_dtype="float32", range_estimator="lp")
     model = get_peft_model(make_base(dtype=dtype), config)
-    model.add_adapter("second", make_config(scale_dtype="float32"))
+    model.add_adapter("second", make_config(scale_dtype="float32", range_estimator="lp"))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_base(dtype=dtype), tmp_path)
     for layer in [*lrqat_layers(model).values(), *lrqat_layers(loaded).values()]:

@@ -23,12 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .blocks import row_blocks
 from .grid import effective_scale
 from .storage import WeightFormat
-
-
-# Rows are worked on in blocks of about this many weights: float32 temporaries of a few MB, whatever the layer's size.
-BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +43,25 @@ class LowRankWeight:
 
 
 @contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: the integers must be the same in training, merge and export."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        precision = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+def _ieee_matmul(device: torch.device) -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products: the integers must be the same in training, merge and export.
 
-
-def _blocks(w: LowRankWeight) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS // w.format.in_features)
-    for start in range(0, w.phi.shape[0], rows):
-        yield slice(start, min(start + rows, w.phi.shape[0]))
+    Inside a graph of ``torch.compile`` the setting of the process holds; it cannot be changed there.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
+    precision = backend.fp32_precision if backend is not None else "ieee"
+    if precision in ("ieee", "none"):
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        # "none" follows the setting of all backends.
+        backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
 
 
 def _rows(w: LowRankWeight, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,10 +69,10 @@ def _rows(w: LowRankWeight, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     grid, in_features = w.format.grid, w.format.in_features
     dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
     phi = w.format.decode(w.phi[rows]).to(dtype)
-    rounded = torch.addmm(phi, w.B[rows].to(dtype), w.A.to(dtype), alpha=w.gamma).round_()
-    codes = rounded.clamp(grid.qmin, grid.qmax)
-    if w.zero_point is not None:
-        codes = codes.sub_(grid.expand(w.zero_point[rows].to(dtype), in_features))
+    with _ieee_matmul(phi.device), torch.autocast(phi.device.type, enabled=False):
+        rounded = torch.addmm(phi, w.B[rows].to(dtype), w.A.to(dtype), alpha=w.gamma).round_()
+    zero_point = None if w.zero_point is None else w.zero_point[rows]
+    codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
     step = grid.expand(effective_scale(w.scale[rows].to(dtype), w.format.scale_dtype), in_features)
     return rounded, codes, step
 
@@ -82,7 +80,7 @@ def _rows(w: LowRankWeight, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
 def _dense(w: LowRankWeight, dtype: torch.dtype) -> Tensor:
     """W_hat rounded to the deployed dtype, handed over in ``dtype``; (out, in)."""
     dense = torch.empty(w.phi.shape[0], w.format.in_features, dtype=dtype, device=w.phi.device)
-    for rows in _blocks(w):
+    for rows in row_blocks(w.phi.shape[0], w.format.in_features):
         _, codes, step = _rows(w, rows)
         dense[rows] = codes.mul_(step).to(w.dtype)
     return dense
@@ -119,8 +117,8 @@ class _FakeQuantLinear(torch.autograd.Function):
         dense = torch.empty(phi.shape[0], x.shape[-1], dtype=x.dtype, device=x.device) if need_x else None
         tokens_y, tokens_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
 
-        with exact_arithmetic(x.device):
-            for rows in _blocks(w):
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in row_blocks(w.phi.shape[0], w.format.in_features):
                 rounded, codes, step = _rows(w, rows)
                 if dense is not None:
                     dense[rows] = (codes * step).to(w.dtype)
@@ -154,15 +152,14 @@ def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = No
     """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,)."""
     w = weight
     constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype}
-    with exact_arithmetic(x.device):
+    with torch.autocast(x.device.type, enabled=False):
         return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants)
 
 
 @torch.no_grad()
 def quantized_weight(weight: LowRankWeight) -> Tensor:
     """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies with."""
-    with exact_arithmetic(weight.phi.device):
-        return _dense(weight, weight.dtype)
+    return _dense(weight, weight.dtype)
 
 
 @torch.no_grad()
@@ -171,7 +168,6 @@ def quantized_codes(weight: LowRankWeight) -> Tensor:
     grid = weight.format.grid
     dtype = torch.int8 if grid.symmetric else torch.uint8
     codes = torch.empty(weight.phi.shape[0], weight.format.in_features, dtype=dtype, device=weight.phi.device)
-    with exact_arithmetic(weight.phi.device):
-        for rows in _blocks(weight):
-            codes[rows] = _rows(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
+    for rows in row_blocks(*codes.shape):
+        codes[rows] = _rows(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
     return codes

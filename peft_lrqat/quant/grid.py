@@ -41,8 +41,8 @@ class Grid:
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
-            divisors = [g for g in (32, 64, 128, 256) if in_features % g == 0]
-            hint = f"use {divisors[-1]}, or -1 for one scale per row" if divisors else "use -1, one scale per row"
+            smaller = [g for g in (16, 32, 64, 128, 256) if g < self.group_size and in_features % g == 0]
+            hint = f"use {smaller[-1]}, or -1 for one scale per row" if smaller else "use -1, one scale per row"
             raise ValueError(
                 f"`group_size` must divide `in_features`, but {self.group_size} does not divide {in_features}; {hint}"
             )
@@ -51,6 +51,12 @@ class Grid:
     def split(self, weight: Tensor) -> Tensor:
         """(rows, in) -> (rows, groups, size of a group), a view."""
         return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
+
+    def centered(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
+        """``values - zero_point`` in place: (rows, in) and (rows, groups), or None on a symmetric grid."""
+        if zero_point is None:
+            return values
+        return values.sub_(self.expand(zero_point.to(values.dtype), values.shape[1]))
 
     def expand(self, per_group: Tensor, in_features: int) -> Tensor:
         """(rows, groups) -> (rows, in), or (rows, 1) left to broadcast when a row is one group."""

@@ -9,9 +9,9 @@ from peft_lrqat.quant import (
     Grid,
     LowRankWeight,
     WeightFormat,
+    blocks,
     effective_scale,
     estimate_range,
-    fake_quant,
     fake_quant_linear,
     quantized_codes,
     quantized_weight,
@@ -131,7 +131,7 @@ def test_blocks_of_rows_change_nothing(downcast, monkeypatch):
         ]
 
     whole = run()
-    monkeypatch.setattr(fake_quant, "BLOCK_ELEMENTS", 3 * IN)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 3 * IN)
     parts = run()
     for a, b in zip(whole[:3], parts[:3]):
         assert torch.equal(a, b)
@@ -174,3 +174,16 @@ def test_autocast_does_not_reach_the_integers():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantized_codes(w), codes)
         assert torch.equal(fake_quant_linear(x, w), y)
+
+
+def test_matmul_precision_does_not_reach_the_integers():
+    """On processors that multiply bfloat16, "medium" lets float32 products use it."""
+    w = make(3, True, -1, "fixed8", dtype=torch.float32, out=64, in_=256)
+    codes, setting = quantized_codes(w), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        inside = torch.backends.mkldnn.matmul.fp32_precision
+        assert torch.equal(quantized_codes(w), codes)
+        assert torch.backends.mkldnn.matmul.fp32_precision == inside
+    finally:
+        torch.set_float32_matmul_precision(setting)

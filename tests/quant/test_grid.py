@@ -20,7 +20,7 @@ def test_bad_values_are_refused_by_name(field, value):
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does():
-    with pytest.raises(ValueError, match="96 does not divide 256; use 256"):
+    with pytest.raises(ValueError, match="96 does not divide 256; use 64"):
         Grid(bits=4, group_size=96).num_groups(256)
     with pytest.raises(ValueError, match="does not divide 172; use -1"):
         Grid(bits=4, group_size=32).num_groups(172)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lrqat.quant import Grid, estimate_range, ranges
+from peft_lrqat.quant import Grid, blocks, estimate_range, ranges
 
 
 GRIDS = [Grid(bits=b, symmetric=s, group_size=g) for b in (2, 3, 4, 8) for s in (True, False) for g in (-1, 8)]
@@ -58,7 +58,7 @@ def test_lp_finds_the_best_candidate_of_an_exhaustive_search():
 def test_blocks_and_threads_change_nothing(estimator, symmetric, monkeypatch):
     weight, grid = torch.randn(33, 48), Grid(bits=3, symmetric=symmetric, group_size=16)
     whole = estimate(weight, grid, estimator, "bfloat16")
-    monkeypatch.setattr(ranges, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
