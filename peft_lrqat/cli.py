@@ -69,8 +69,8 @@ def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
             continue
         metadata = {"help": option.metadata["help"].replace("%", "%%")}
         kind, factory = _command_line_type(hints[option.name]), option.default_factory
-        if isinstance(option.default, str) and get_args(kind)[:1] == (list[str],):  # a list of one on the command line
-            copy = dataclasses.field(default_factory=lambda names=(option.default,): list(names), metadata=metadata)
+        if option.name == "target_modules":  # here a whole model is quantised, not PEFT's choice for LoRA
+            copy = dataclasses.field(default_factory=lambda: ["all-linear"], metadata=metadata)
         else:
             copy = dataclasses.field(default=option.default, default_factory=factory, metadata=metadata)
         fields.append((option.name, kind, copy))

@@ -47,11 +47,11 @@ class LRQATConfig(PeftConfig):
         },
     )
     target_modules: Optional[Union[list[str], str]] = field(
-        default="all-linear",
+        default=None,
         metadata={
-            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear', the "
-            "default: every Linear and Conv1D but the output layer, which is what the paper quantises. Without a "
-            "value: PEFT's LoRA targets of the architecture."
+            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear': every "
+            "Linear and Conv1D but the output layer, which is what the paper quantises and what the command line takes by "
+            "default. Without a value in Python: PEFT's LoRA targets of the architecture, often only two in each block."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(

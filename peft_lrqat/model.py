@@ -34,6 +34,17 @@ class LRQATModel(BaseTuner):
     tuner_layer_cls = LRQATLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _prepare_adapter_config(self, peft_config: LRQATConfig, model_config: dict[str, Any]) -> LRQATConfig:
+        """As PEFT's; says so where its default leaves most of the model unquantised."""
+        chosen = peft_config.target_modules is not None
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if not chosen:
+            logger.warning(
+                f"`target_modules` is not set: only {sorted(peft_config.target_modules)}, PEFT's choice for LoRA, will be "
+                "quantised. To quantise the whole model, use `target_modules='all-linear'`"
+            )
+        return peft_config
+
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""
         all_linear = peft_config.target_modules == "all-linear"

@@ -89,7 +89,9 @@ def parse(argv, kind):
 
 
 def test_without_options_the_config_is_the_default_one():
-    assert adapter_config(parse([], AdapterArguments)) == LRQATConfig(task_type="CAUSAL_LM")
+    assert adapter_config(parse([], AdapterArguments)) == LRQATConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,9 @@ def test_without_options_the_config_is_the_default_one():
     ],
 )
 def test_options_become_the_config(words, expected):
-    assert adapter_config(parse(words, AdapterArguments)) == LRQATConfig(task_type="CAUSAL_LM", **expected)
+    assert adapter_config(parse(words, AdapterArguments)) == LRQATConfig(
+        **{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **expected}
+    )
 
 
 def test_training_defaults_are_the_recipe():
