@@ -39,9 +39,10 @@ class LRQATModel(BaseTuner):
         chosen = peft_config.target_modules is not None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if not chosen:
+            names = peft_config.target_modules
             logger.warning(
-                f"`target_modules` is not set: only {sorted(peft_config.target_modules)}, PEFT's choice for LoRA, will be "
-                "quantised. To quantise the whole model, use `target_modules='all-linear'`"
+                f"`target_modules` is not set: only {names if isinstance(names, str) else sorted(names)}, PEFT's choice for LoRA, "
+                "will be quantised. To quantise the whole model, use `target_modules='all-linear'`"
             )
         return peft_config
 
