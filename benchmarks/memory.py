@@ -1,6 +1,6 @@
 """Memory of LR-QAT: bytes of the target weights against the formula, and the peak of a training step against other ways.
 
-    python benchmarks/memory.py                     a Llama of 264 M decoder weights, bf16, 1 x 256 tokens, about 4 minutes
+    python benchmarks/memory.py                     a Llama of 264 M decoder weights, bf16, 1 x 256 tokens, about 5 minutes
     python benchmarks/memory.py --hidden 512 --layers 4
 
 Every variant runs in a process of its own. Weights are random: memory does not depend on their values. On Linux the peak is
