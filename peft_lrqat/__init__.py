@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .config import LRQATConfig
+from .hub import push_to_hub
 from .layer import LRQATLayer, LRQATLinear
 from .model import LRQATModel
 from .registration import register
@@ -15,6 +16,7 @@ __all__ = [
     "LRQATModel",
     "__version__",
     "deployed_weight_bytes",
+    "push_to_hub",
     "target_weight_bytes",
 ]
 

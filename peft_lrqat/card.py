@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 if TYPE_CHECKING:
@@ -15,8 +20,11 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- peft_lrqat: begin -->", "<!-- peft_lrqat: end -->"
 
 
-def describe_adapter(save_directory: str, config: LRQATConfig) -> None:
-    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install and load it."""
+def describe_adapter(save_directory: str, config: LRQATConfig, subfolder: str | None = None) -> None:
+    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install and load it.
+
+    ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
+    """
     path = os.path.join(save_directory, "README.md")
     card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
     card.data["library_name"] = "peft"
@@ -25,18 +33,62 @@ def describe_adapter(save_directory: str, config: LRQATConfig) -> None:
         # An adapter derives from its base model, and nothing here knows that model's licence.
         card.data["license"] = "other"
         card.data["license_name"] = "same-as-base-model"
-    if config.base_model_name_or_path and not card.data.get("base_model"):
+    drop_local_base(card.data)
+    if is_hub_id(config.base_model_name_or_path) and not card.data.get("base_model"):
         card.data["base_model"] = config.base_model_name_or_path
-    before, _, rest = card.text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{_section(config)}{END}{after or chr(10)}"
+    before, after = _around_section(card.text)
+    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{_section(config, subfolder)}{END}{after or chr(10)}"
     temporary = path + ".tmp"
     card.save(temporary)
     os.replace(temporary, path)
 
 
-def _section(config: LRQATConfig) -> str:
-    base = config.base_model_name_or_path or "the base model"
+def is_hub_id(base: str | None) -> bool:
+    """Whether ``base`` can be the name of a repository on the Hub, and names nothing on this machine."""
+    if not base or os.path.exists(base):
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
+
+
+def drop_local_base(data: CardData) -> None:
+    """Takes local directories out of ``base_model`` and of the tags, where PEFT puts them: the Hub refuses such a card."""
+    base = data.get("base_model")
+    if isinstance(base, list):
+        data["base_model"] = [name for name in base if is_hub_id(name)] or None
+    elif not is_hub_id(base):
+        data["base_model"] = None  # which leaves the field out
+    data["tags"] = [tag for tag in data.get("tags") or [] if not _names_local_base(tag)] or None
+
+
+def _names_local_base(tag: str) -> bool:
+    base = re.fullmatch(r"base_model:(?:[a-z]+:)?(.*)", tag)
+    return base is not None and not is_hub_id(base[1])
+
+
+def _around_section(text: str) -> tuple[str, str]:
+    """What stands before and after the section of an earlier save."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and not end:
+        # Where our section ends is then unknown, and text of somebody else may follow.
+        return before + rest, ""
+    return before, after
+
+
+def _section(config: LRQATConfig, subfolder: str | None) -> str:
+    base = config.base_model_name_or_path
+    if is_hub_id(base):
+        origin = f"`{base}`, in {config.base_dtype}"
+    else:
+        # Its name alone: the whole path is nobody's business, and leads nowhere on another machine.
+        place = f"a local directory, `{_plain(Path(base).name)}`" if base else "not named"
+        origin = f"{place}, in {config.base_dtype}. Whoever loads the adapter must supply a model with the same weights"
+        base = "path of the base model"
+    folder = f', subfolder="{subfolder}"' if subfolder else ""
     groups = "one scale per output channel" if config.group_size == -1 else f"one scale per {config.group_size} weights"
     grid = "symmetric" if config.symmetric else "asymmetric"
     mixed = ""
@@ -57,12 +109,29 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{config.base_dtype}")
-model = PeftModel.from_pretrained(base, "this repository or folder")
+model = PeftModel.from_pretrained(base, "this repository or folder"{folder})
 model = model.merge_and_unload()  # plain linear layers, weight = scale * integer
 ```
 
-- base model: `{base}`, in {config.base_dtype}; another base is refused
+- base model: {origin}; another base is refused
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
 - rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
 - first ranges: {config.range_estimator}{f" (p = {config.range_p})" if config.range_estimator == "lp" else ""}
-"""
+{training_text(config.training_record)}"""
+
+
+def training_text(record: dict | None) -> str:
+    """The training record in Markdown: steps, a table of the settings, a table of the metrics, each where there is one."""
+    parts = []
+    if (record or {}).get("steps") is not None:
+        parts.append(f"Trained for {_plain(record['steps'])} steps.\n")
+    for key, heading in (("settings", "setting"), ("metrics", "metric")):
+        if entries := (record or {}).get(key):
+            rows = "".join(f"| {_plain(name)} | {_plain(value)} |\n" for name, value in entries.items())
+            parts.append(f"| {heading} | value |\n|---|---|\n{rows}")
+    return "\n### Training\n\n" + "\n".join(parts) if parts else ""
+
+
+def _plain(value: object) -> str:
+    """One line that opens no cell of a table, no tag and no comment."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -149,6 +150,12 @@ class LRQATConfig(PeftConfig):
             "False is for those who know that the difference does no harm."
         },
     )
+    training_record: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "What the trainer writes down for the model card: steps, settings, metrics; filled in. It changes nothing else."
+        },
+    )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Version of the saved format; leave it to the library."}
     )
@@ -163,6 +170,7 @@ class LRQATConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_targets()
+        _check_record(self.training_record)
 
     def _check_choices(self) -> None:
         if isinstance(self.format_version, bool) or not isinstance(self.format_version, int) or self.format_version < 1:
@@ -249,9 +257,31 @@ class LRQATConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; where an adapter is saved beside it, its model card gets what a reader of the files must know."""
+        _check_record(self.training_record)  # the trainer sets it on a finished config
         super().save_pretrained(save_directory, **kwargs)
         if any(os.path.exists(os.path.join(save_directory, n)) for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            describe_adapter(save_directory, self)
+            self.write_card(save_directory)
+
+    def write_card(self, folder: str, subfolder: str | None = None) -> None:
+        """Creates or updates the model card in ``folder`` for an adapter that lies there, or in its ``subfolder``."""
+        describe_adapter(folder, self, subfolder)
+
+
+def _check_record(record: object) -> None:
+    if record is None:
+        return
+    parts = [record, record.get("settings", {}), record.get("metrics", {})] if isinstance(record, dict) else [record]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            '`training_record` must be None or a dict such as {"steps": 10, "settings": {"lr": 0.1}, "metrics": {"loss": 2.5}}, '
+            f"but is {record!r}"
+        )
+    try:
+        json.dumps(record, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`training_record` must fit into a JSON file, but is {record!r} ({error}); give numbers, strings and lists"
+        ) from error
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

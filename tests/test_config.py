@@ -36,6 +36,7 @@ OTHER_VALUES = {
     "init_weights": False,
     "base_dtype": "float16",
     "base_dtype_pattern": {"layers.0.q_proj": "float32"},
+    "training_record": {"steps": 9, "settings": {"lr": 0.1, "name": None}, "metrics": {"loss": 2.5}},
 }
 
 
@@ -80,6 +81,8 @@ BAD = [
     *[("modules_to_save", value, "a list of module names") for value in ("lm_head", [0])],
     *[("bits_pattern", value, "dict from module names to integers") for value in (None, [], "down_proj", 4)],
     *[("group_size_pattern", value, "dict from module names to integers") for value in (None, [64], -1)],
+    *[("training_record", value, "None or a dict") for value in ("steps", 3, [], {"settings": 3}, {"metrics": None})],
+    *[("training_record", value, "fit into a JSON file") for value in ({"steps": torch.tensor(3)}, {"x": {1, 2}})],
 ]
 
 
@@ -261,3 +264,24 @@ def test_group_size_that_does_not_divide_names_the_module():
 def test_base_dtype_is_filled_in_when_an_adapter_is_made(make_base, make_config, dtype):
     model = get_peft_model(make_base(dtype=dtype), make_config())
     assert model.peft_config["default"].base_dtype == str(dtype).removeprefix("torch.")
+
+
+def test_record_that_was_set_later_is_checked_before_it_is_saved(tmp_path):
+    config = LRQATConfig()
+    config.training_record = "150 steps"
+    with pytest.raises(ValueError, match=r"`training_record` must be None or a dict.*'150 steps'"):
+        config.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_record_has_no_influence_on_a_model(make_base, make_config, disturb, logits_of):
+    record = {"steps": 9, "metrics": {"loss": 2.5}}
+    plain, recorded = make_config(), make_config(training_record=record)
+    models = []
+    for config in (plain, recorded):
+        torch.manual_seed(0)
+        models.append(disturb(get_peft_model(make_base(), config).eval()))
+    assert torch.equal(*map(logits_of, models))
+    for config in (make_config(), make_config(training_record={"steps": 1})):
+        models[1].add_adapter(f"with {config.training_record}".replace(".", ""), config)
+    assert [config.training_record for config in models[1].peft_config.values()] == [record, None, {"steps": 1}]

@@ -15,6 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import peft_lrqat
 from peft_lrqat import LRQATConfig, LRQATModel
+from peft_lrqat.registration import OWN_TYPES, register
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,11 @@ for name, call in {LOADERS!r}.items():
             equal = torch.equal(loaded.eval()(**torch.load("batch.pt")).logits, torch.load("logits.pt"))
     results[name] = [type(loaded).__name__, equal]
 members = list(peft.PeftType)
+push_to_hub = peft.PeftModel.push_to_hub
 for name in [n for n in sys.modules if n.split(".")[0] == "peft_lrqat"]:
     del sys.modules[name]
 import peft_lrqat
+results["pushes"] = [peft.PeftModel.push_to_hub is push_to_hub, peft.PeftType.LRQAT in peft_lrqat.registration.OWN_TYPES]
 results["imported again"] = [list(peft.PeftType) == members, peft_lrqat.LRQATConfig().peft_type is peft.PeftType.LRQAT]
 print(json.dumps(results))
 """,
@@ -149,13 +152,19 @@ def test_copies_and_json():
 
 
 def test_registering_again_changes_nothing():
-    before = list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)
-    peft_lrqat.registration.register("lrqat", LRQATConfig, LRQATModel)
-    assert (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)) == before
+    def state():
+        tables = dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+        return list(PeftType), *tables, set(OWN_TYPES), peft.PeftModel.push_to_hub
+
+    before = state()
+    register("lrqat", LRQATConfig, LRQATModel)
+    assert state() == before
+    assert PeftType.LRQAT in OWN_TYPES
 
 
 def test_importing_the_package_again_changes_nothing(with_import):
     assert with_import["imported again"] == [True, True]
+    assert with_import["pushes"] == [True, True]
 
 
 def test_tables_of_peft():

@@ -1,0 +1,156 @@
+"""Publishing adapters with the card that says how to load them; other people's text in a published card stays."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftModel, get_peft_model_state_dict
+from transformers.utils import logging
+from yaml import YAMLError
+
+from ._version import __version__
+from .card import BEGIN, END, drop_local_base, is_hub_id
+from .registration import OWN_TYPES, has_own_adapter
+
+
+logger = logging.get_logger(__name__)
+
+# Tags that a save makes from the adapter: those of an earlier push may be out of date.
+MADE_TAG = re.compile(r"\d+-bit|base_model:.*")
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Uploads the adapters of ``model`` and their cards in one commit. Parameters and result as transformers' ``push_to_hub``.
+
+    Nothing is created on the Hub before all files are written. ``max_shard_size`` is accepted and changes nothing: an
+    adapter is one file.
+    """
+    _check(model, tags)
+    api = HfApi(library_name="peft_lrqat", library_version=__version__)
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami(token=token)['name']}/{repo_id}"
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        published = {}
+        for subfolder in _subfolders(model):
+            if path := _download_card(api, repo_id, f"{subfolder}README.md", revision, token):
+                (folder / subfolder).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / subfolder / "README.md")
+                published[subfolder] = _load_card(path, f"{subfolder}README.md", repo_id)
+        model.save_pretrained(directory)
+        _warn_of_local_base(model)  # saving fills in a base model that a config did not name
+        if "default" not in model.peft_config:
+            # Every adapter lies in a folder of its own, and the card above them is PEFT's alone.
+            name, config = next(iter(model.peft_config.items()))
+            config.write_card(directory, subfolder=name)
+        for subfolder in _subfolders(model):
+            _restore(folder / subfolder / "README.md", published.get(subfolder), tags or [])
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return api.create_commit(
+            repo_id,
+            operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _check(model: PeftModel, tags: list[str] | None) -> None:
+    """Raises ValueError for what can be refused without the Hub."""
+    if not isinstance(model, PeftModel) or not has_own_adapter(model):
+        known = ", ".join(sorted(peft_type.value for peft_type in OWN_TYPES))
+        adapters = model.peft_config if isinstance(model, PeftModel) else {}
+        found = {name: str(config.peft_type) for name, config in adapters.items()} or type(model).__name__
+        raise ValueError(
+            f"`peft_lrqat.push_to_hub` needs a PeftModel with an adapter of type {known}, but has {found}; use "
+            "`model.push_to_hub` for a model of another kind"
+        )
+    if isinstance(tags, str):
+        raise ValueError(f"`tags` must be a list of strings, but is {tags!r}; use [{tags!r}]")
+    for adapter in model.peft_config:
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        for name, value in state.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"an adapter must be finite to be published, but `{name}` of the adapter `{adapter}` has NaN or infinite "
+                    "entries; go back to an earlier checkpoint, or train with a lower learning rate"
+                )
+
+
+def _warn_of_local_base(model: PeftModel) -> None:
+    for base in {config.base_model_name_or_path for config in model.peft_config.values()}:
+        if not is_hub_id(base):
+            logger.warning(
+                f"the base model of this adapter is no repository of the Hub (`base_model_name_or_path` is {base!r}): whoever "
+                "loads the adapter must give `PeftModel.from_pretrained` a base model with the same weights. Publish the base "
+                "and train from its name there to have it loaded for them"
+            )
+
+
+def _subfolders(model: PeftModel) -> list[str]:
+    """Where `save_pretrained` puts cards: at the top, and beside every adapter that is not the default one."""
+    return ["", *(f"{name}/" for name in model.peft_config if name != "default")]
+
+
+def _download_card(
+    api: HfApi, repo_id: str, filename: str, revision: str | None, token: bool | str | None
+) -> str | None:
+    """Where the card that is published now was downloaded to; None where there is none."""
+    # A branch that is not there yet will start from the main one.
+    for branch in dict.fromkeys((revision, None)):
+        try:
+            return api.hf_hub_download(repo_id, filename, revision=branch, token=token)
+        except RevisionNotFoundError:
+            continue
+        # Not the wider EntryNotFoundError, which also means that the Hub gave no answer: the card would be lost.
+        except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+            return None
+    return None
+
+
+def _load_card(path: str, filename: str, repo_id: str) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"the metadata of a card must be YAML, but those of `{filename}` in `{repo_id}` cannot be read ({error}); repair or "
+            "delete that file first"
+        ) from error
+
+
+def _restore(path: Path, published: ModelCard | None, tags: list[str]) -> None:
+    """Adds ``tags`` and those metadata of the published card that its readers entered and PEFT left out."""
+    card = ModelCard.load(path)
+    drop_local_base(card.data)
+    earlier = [] if published is None else [t for t in published.data.tags or [] if not MADE_TAG.fullmatch(t)]
+    card.data["tags"] = sorted({*(card.data.tags or []), *earlier, *tags})
+    if published is not None and not card.data.base_model:
+        # Somebody has entered what the local directory is called on the Hub, unless our own section says it: then it is the
+        # base of an earlier adapter.
+        base, section = published.data.base_model or [], published.text.partition(BEGIN)[2].partition(END)[0]
+        if not any(name in section for name in ([base] if isinstance(base, str) else base)):
+            card.data["base_model"] = base or None
+    card.save(path)
