@@ -21,8 +21,6 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -30,12 +28,13 @@ from transformers import (
 from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.data import load_blocks, load_tokens
 from peft_lrqat.metrics import check_window, compute_metrics, evaluate_perplexity, preprocess_logits_for_metrics
-from peft_lrqat.trainer import LRQATOptimizerFactory
+from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments, last_complete_checkpoint
+from peft_lrqat.trainer.checkpoint import why_incomplete
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
-NOT_FOR_TRAINING = {"base_dtype", "base_dtype_pattern", "format_version", "verify_base"}
+NOT_FOR_TRAINING = {"base_dtype", "base_dtype_pattern", "format_version", "training_record", "verify_base"}
 NAME = re.compile(r"[\w.]+")  # of a module; anything else in `--target_modules` is a regular expression
 
 
@@ -122,28 +121,16 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class LRQATTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of LR-QAT, and a learning rate of their own for the scales."""
+class TrainArguments(LRQATTrainingArguments):
+    """`LRQATTrainingArguments` as the command line has them."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
     output_dir: str = field(metadata={"help": "directory for the adapter, its tokenizer and the checkpoints"})
-    learning_rate: float = field(default=5e-3, metadata={"help": "peak learning rate of the factors A and B"})
-    scale_learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of the scales"})
-    adam_beta2: float = field(default=0.95, metadata={"help": "decay rate of AdamW's second moment"})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "steps of linear warm-up; below 1: their share of all steps"}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "steps between two logs; below 1: share of all steps"})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "checkpoint directory to go on from, or `last` for the newest one in --output_dir"},
+        metadata={"help": "checkpoint directory to go on from, or `last` for the newest whole one in --output_dir"},
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Pinned memory serves accelerators; asked for on a CPU it only makes PyTorch warn.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
 
 @dataclass(kw_only=True)
@@ -234,23 +221,15 @@ def make_trainer(
     args: LRQATTrainingArguments,
     train_dataset: Dataset | IterableDataset,
     eval_dataset: Dataset | None = None,
-) -> Trainer:
-    """A plain `Trainer`, with the two learning rates of LR-QAT and perplexity as its metric."""
-    optimizer = {
-        "lr": args.learning_rate,
-        "scale_lr": args.scale_learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-    }
-    return Trainer(
+) -> LRQATTrainer:
+    """An `LRQATTrainer` for blocks of tokens, with perplexity as its metric."""
+    return LRQATTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, optimizer),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )
@@ -274,7 +253,7 @@ def run_train(argv: Sequence[str]) -> int:
     parser = _Parser(
         "train",
         "--model M --dataset D [D ...] --output_dir DIR [options]",
-        [DataArguments, AdapterArguments, LRQATTrainingArguments],
+        [DataArguments, AdapterArguments, TrainArguments],
         "Trains an LR-QAT adapter: the linear layers of a causal language model are rounded to a few bits, and low-rank\n"
         "factors inside the rounding win back what that costs. The adapter and the tokenizer are saved in --output_dir.",
         "  lrqat train --model ./my-llama --dataset corpus.txt --target_modules all-linear --bits 3 --output_dir out\n"
@@ -295,15 +274,17 @@ def run_train(argv: Sequence[str]) -> int:
         model = get_peft_model(model, config)
         resume = _checkpoint(args)
 
-    trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+        trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+
     say = print if trainer.is_world_process_zero() else lambda *_: None
     say(describe_size(model))
     before = trainer.evaluate() if eval_set else None
     trainer.train(resume_from_checkpoint=resume)
+    after = trainer.evaluate() if before else None
+    # With --push_to_hub this publishes as well, and the card has the metrics of the line above.
     trainer.save_model()
     trainer.save_state()
-    if before:
-        after = trainer.evaluate()
+    if after:
         say(
             f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, after"
             f" {after['eval_perplexity']:.3f}; {after['eval_tokens']:,} tokens scored, windows of {data.block_size}"
@@ -395,19 +376,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command(argv[1:])
 
 
-def _check_training(data: DataArguments, args: LRQATTrainingArguments) -> None:
+def _check_training(data: DataArguments, args: TrainArguments) -> None:
     if data.streaming and args.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: a stream has no length from which to plan the learning rate")
-    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise ValueError(
-            f"--optim must be left out, but is {args.optim.value!r}: factors and scales have two learning rates, and are trained"
-            " with AdamW"
-        )
-    if args.scale_learning_rate < 0 or args.learning_rate < 0:
-        raise ValueError(
-            "--learning_rate and --scale_learning_rate must not be negative, but are"
-            f" {args.learning_rate} and {args.scale_learning_rate}"
-        )
 
 
 def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
@@ -416,21 +387,22 @@ def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
         raise ValueError(f"--block_size must fit in the model's context of {context} tokens, but it is {block_size}")
 
 
-def _checkpoint(args: LRQATTrainingArguments) -> str | bool | None:
+def _checkpoint(args: TrainArguments) -> str | None:
     """What `Trainer.train` takes as ``resume_from_checkpoint``."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint == "last":
-        if not any(Path(args.output_dir).glob("checkpoint-*")):
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is None:
             raise FileNotFoundError(
-                f"--resume_from_checkpoint last finds no checkpoint in {args.output_dir}; checkpoints are written every"
+                f"--resume_from_checkpoint last finds no whole checkpoint in {args.output_dir}; checkpoints are written every"
                 " --save_steps steps"
             )
-        return True
-    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
+        return checkpoint
+    if reason := why_incomplete(args.resume_from_checkpoint):
         raise FileNotFoundError(
             f"--resume_from_checkpoint must be a checkpoint directory of the Trainer, or `last`, but"
-            f" {args.resume_from_checkpoint!r} has no trainer_state.json"
+            f" {args.resume_from_checkpoint!r} cannot be resumed from: {reason}"
         )
     return args.resume_from_checkpoint
 

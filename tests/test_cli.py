@@ -121,6 +121,7 @@ def test_options_become_the_config(words, expected):
 def test_training_defaults_are_the_recipe():
     args = parse(["--output_dir", "out"], LRQATTrainingArguments)
     assert (args.learning_rate, args.scale_learning_rate, args.weight_decay) == (5e-3, 1e-4, 0)
+    assert (args.A_learning_rate, args.B_learning_rate, args.distillation_weight) == (None, None, 0)
     assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.95, 1.0)
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.report_to) == ("linear", 100, [])
 
@@ -203,6 +204,28 @@ def test_resume_from_the_last_checkpoint(base):
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 3
 
 
+def logged(output="out"):
+    """What was logged of each training step."""
+    log = json.loads(Path(output, "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]
+
+
+def test_any_optimizer_with_rates_of_their_own(base):
+    rates = ["--learning_rate", "2e-2", "--B_learning_rate", "1e-2", "--scale_learning_rate", "1e-4"]
+    options = ["--optim", "adafactor", "--lr_scheduler_type", "constant", "--logging_steps", "1", "--warmup_steps", "0"]
+    assert train(base, *rates, *options) == 0
+    assert len(logged()) == 3
+    for entry in logged():
+        assert [entry[f"learning_rate_{name}"] for name in ("A", "B", "scales")] == [2e-2, 1e-2, 1e-4]
+        assert {"clipped_weights", "changed_integers", "bits_per_weight", "grad_norm_scales"} <= entry.keys()
+
+
+def test_distillation_from_the_model_itself(base):
+    """The teacher is loaded once more from --model."""
+    assert train(base, "--distillation_weight", "0.5", "--distillation_temperature", "2", "--logging_steps", "1") == 0
+    assert all(entry["distillation_loss"] > 0 for entry in logged())
+
+
 def test_streaming(base):
     assert train(base, "--streaming", steps=2) == 0
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 2
@@ -252,10 +275,9 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
 
 def test_a_demo_that_fails_says_why_and_ends_non_zero(small_demo, monkeypatch, capsys):
     monkeypatch.setattr(run.Experiment, "reloaded_perplexity", lambda self, adapter: 1.0)
-    # Factors that do not move cannot beat trained scales.
-    monkeypatch.setitem(
-        run.SETUPS, "tiny", dataclasses.replace(run.SETUPS["tiny"], learning_rate=0.0, scale_learning_rate=0.0)
-    )
+    # What does not move cannot beat trained scales.
+    still = dataclasses.replace(run.SETUPS["tiny"], learning_rate=1e-30, scale_learning_rate=1e-30)
+    monkeypatch.setitem(run.SETUPS, "tiny", still)
     assert main(["demo", "--bits", "2", "--output", "demo"]) == 1
     said = capsys.readouterr()
     assert "all checks passed" not in said.out
@@ -295,11 +317,14 @@ def test_the_demo_without_matplotlib(monkeypatch, capsys):
         (["--block_size", "33"], "must fit in the model's context of 32 tokens, but it is 33"),
         (["--model", "./no-model"], "no-model"),
         (["--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
-        (["--optim", "sgd"], "--optim must be left out, but is 'sgd'"),
-        (["--scale_learning_rate", "-1"], "must not be negative"),
+        (["--optim", "galore_adamw"], "`optim` 'galore_adamw' makes its own parameter groups"),
+        (["--learning_rate", "0"], "`learning_rate` must be a learning rate above 0, but is 0.0"),
+        (["--scale_learning_rate", "-1"], "`scale_learning_rate` must be a learning rate above 0, but is -1.0"),
+        (["--distillation_weight", "1.5"], "`distillation_weight` is a share of the loss, 0 to 1, but is 1.5"),
+        (["--distillation_temperature", "0"], "`distillation_temperature` must be above 0, but is 0.0"),
         (["--save_steps", "1.5"], "must be an integer if bigger than 1"),
-        (["--resume_from_checkpoint", "last"], "finds no checkpoint in out"),
-        (["--resume_from_checkpoint", "elsewhere"], "'elsewhere' has no trainer_state.json"),
+        (["--resume_from_checkpoint", "last"], "finds no whole checkpoint in out"),
+        (["--resume_from_checkpoint", "elsewhere"], "'elsewhere' cannot be resumed from: there is no such directory"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -359,7 +384,7 @@ def test_what_demo_refuses(capsys, options, message):
 
 
 def test_bugs_keep_their_traceback(base, monkeypatch):
-    def broken(self, **_):
+    def broken(self, *_, **__):
         raise ValueError("a bug")
 
     monkeypatch.setattr(Trainer, "train", broken)

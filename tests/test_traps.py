@@ -13,7 +13,7 @@ T10  `.half()` and `.to(dtype)` shorten scales: test_downcast.py, `test_casts_le
 T11  `prepare_model_for_kbit_training` upcasts the base, or freezes the adapter.
 T12  `is_quantized=True` on the model breaks the Trainer.
 T13  "all-linear" also selects Conv1D, and does not select the experts of a mixture.
-T14  The gradient of the scales dwarfs that of the factors.
+T14  The gradient of the scales dwarfs that of the factors, and clipped by one norm shortens their steps.
 T15  One weight has one set of integers: test_model.py, `test_two_active_adapters_are_refused_...`.
 """
 
@@ -26,7 +26,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat.quant import quantized_codes
-from peft_lrqat.trainer import parameter_groups
+from peft_lrqat.trainer import clip_by_group, parameter_groups
 
 
 def test_t1_fresh_scale_is_the_frozen_scale(make_base, make_config, dtype, lrqat_layers, tmp_path):
@@ -129,11 +129,30 @@ def test_t13_conv1d_is_trained_and_experts_are_reported(make_peft, make_config, 
     assert all(p is model.base_model.model.get_parameter(name) for name, p in experts.items())
 
 
-def test_t14_scales_have_a_group_and_a_rate_of_their_own(make_peft, batch_for):
-    """Their gradient is far larger than the factors', so that one rate, or one clipping norm, cannot serve both."""
-    model = make_peft()
-    model(**batch_for()).loss.backward()
-    factors, scales = parameter_groups(model, lr=1e-3, scale_lr=1e-5)
-    norms = [torch.stack([p.grad.norm() for p in group["params"]]).norm() for group in (factors, scales)]
-    assert norms[1] > 10 * norms[0] > 0
-    assert (factors["lr"], scales["lr"]) == (1e-3, 1e-5)
+def test_t14_the_step_of_the_factors_does_not_depend_on_the_scales(make_peft, batch_for):
+    """The scales' gradient is far larger: one norm for all groups would shorten the factors' steps because of them."""
+
+    def gradients(clip, louder):
+        torch.manual_seed(0)
+        model = make_peft(init_weights=False)
+        model(**batch_for()).loss.backward()
+        groups = {group["name"]: group for group in parameter_groups(model, lr=1e-3, scale_lr=1e-5)}
+        for parameter in groups["scales"]["params"]:
+            parameter.grad *= louder
+        norms = clip(groups.values())
+        assert [group["lr"] for group in groups.values()] == [1e-3, 1e-3, 1e-5]
+        return norms, [p.grad for name in ("A", "B") for p in groups[name]["params"]]
+
+    def by_one_norm(groups):
+        return torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 0.1)
+
+    def by_group(groups):
+        return clip_by_group(groups, 0.1)
+
+    make_peft()  # the first call draws the weights of the base model
+    norms, factors = gradients(by_group, louder=1)
+    assert norms["scales"] > 10 * max(norms["A"], norms["B"]) > 0
+    _, louder = gradients(by_group, louder=1000)
+    assert all(torch.equal(a, b) for a, b in zip(factors, louder))
+    shortened = [gradients(by_one_norm, louder)[1] for louder in (1, 1000)]
+    assert all(b.norm() < 0.01 * a.norm() for a, b in zip(*shortened))

@@ -1,6 +1,22 @@
 """Training LR-QAT adapters with the transformers Trainer."""
 
-from .optimizer import LRQATOptimizerFactory, parameter_groups
+from .arguments import LRQATArguments, LRQATTrainingArguments
+from .callback import LRQATCallback
+from .checkpoint import last_complete_checkpoint
+from .distillation import distillation_loss
+from .optimizer import LRQATOptimizerFactory, clip_by_group, parameter_groups
+from .trainer import LRQATTrainer, LRQATTrainerMixin
 
 
-__all__ = ["LRQATOptimizerFactory", "parameter_groups"]
+__all__ = [
+    "LRQATArguments",
+    "LRQATCallback",
+    "LRQATOptimizerFactory",
+    "LRQATTrainer",
+    "LRQATTrainerMixin",
+    "LRQATTrainingArguments",
+    "clip_by_group",
+    "distillation_loss",
+    "last_complete_checkpoint",
+    "parameter_groups",
+]

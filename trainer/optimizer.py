@@ -1,37 +1,129 @@
-"""Parameter groups with a learning rate of their own for the scales, in any transformers Trainer."""
+"""Parameter groups with learning rates of their own for A, B and the scales, clipped one by one, in any transformers Trainer."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+# What a checkpoint's optimizer brings along and a resumed run may have asked otherwise.
+WATCHED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, scale_lr: float, weight_decay: float = 0.0, scale_weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    lr: float,
+    scale_lr: float,
+    lr_A: float | None = None,
+    lr_B: float | None = None,
+    weight_decay: float = 0.0,
+    scale_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Two optimizer groups of the trainable parameters: everything but the scales, then the scales; empty ones left out.
+    """Optimizer groups of the trainable parameters, in this order; empty ones are left out.
 
-    A step of 1e-3 is small for a factor of the low-rank product, whose unit is a grid step, and ruin for a scale, which is
-    itself about 1e-2. LR-QAT, section 5: factors 1e-3, scales 1e-5, no weight decay.
+    ``A`` and ``B``, the factors, at ``lr_A`` and ``lr_B`` (``lr`` where None); ``scales`` at ``scale_lr``; then what else is
+    trained, such as a classification head, at ``lr``: ``other``, and ``other_no_decay`` for its norms and biases. Each group has
+    its ``name``, and its peak rate as ``initial_lr`` too.
+
+    A step of 5e-3 is small for a factor of the low-rank product, whose unit is a grid step, and ruin for a scale, which is
+    itself about 1e-2. LR-QAT, section 5: factors 1e-3, scales 1e-5, no weight decay, over 10^4 steps.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    scales = [parameter for name, parameter in named if ".lrqat_scale." in name]
-    others = [parameter for name, parameter in named if ".lrqat_scale." not in name]
-    groups = [
-        {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {"params": scales, "lr": scale_lr, "weight_decay": scale_weight_decay},
+    members: dict[str, list[nn.Parameter]] = {n: [] for n in ("A", "B", "scales", "other", "other_no_decay")}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name, parameter)].append(parameter)
+    rates = {"A": lr if lr_A is None else lr_A, "B": lr if lr_B is None else lr_B, "scales": scale_lr}
+    decays = {"scales": scale_weight_decay, "other_no_decay": 0.0}
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates.get(name, lr),
+            "initial_lr": rates.get(name, lr),
+            "weight_decay": decays.get(name, weight_decay),
+        }
+        for name, parameters in members.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    for marker, group in ((".lrqat_A.", "A"), (".lrqat_B.", "B"), (".lrqat_scale.", "scales")):
+        if marker in name:
+            return group
+    return "other" if parameter.ndim > 1 else "other_no_decay"
+
+
+def check_rates(rates: dict[str, float | None]) -> None:
+    """ValueError for a learning rate that is not a finite number above 0; None stands for no rate of its own."""
+    for name, rate in rates.items():
+        if rate is None or (isinstance(rate, int | float) and 0 < rate < math.inf):
+            continue
+        what = "`.lrqat_scale.`" if "scale" in name else "`.lrqat_A.` and `.lrqat_B.`"
+        raise ValueError(
+            f"`{name}` must be a learning rate above 0, but is {rate!r}; to keep them fixed, set `requires_grad_(False)` on the "
+            f"parameters with {what} in their names"
+        )
+
+
+def clip_by_group(groups: Iterable[dict[str, Any]], max_norm: float) -> dict[str, Tensor]:
+    """Clips the gradients of each group to the norm ``max_norm``, by itself; its norm before that, by the group's name.
+
+    One norm over all is that of the scales, about a thousand times that of B at the start: clipping by it shortens the
+    steps of the factors because of the scales.
+    """
+    return {
+        group.get("name", str(index)): torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        for index, group in enumerate(groups)
+    }
+
+
+def say_changed_rates(optimizer: Optimizer) -> None:
+    """From here on, loading a checkpoint into ``optimizer`` says which of its settings the checkpoint overrules."""
+    optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint)
+
+
+def _compare_with_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    names = [[g.get("name") for g in groups] for groups in (optimizer.param_groups, state_dict["param_groups"])]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"the checkpoint's optimizer has the parameter groups {names[1]}, but this one has {names[0]}; resume with the trainer "
+            "and with the trainable parameters that wrote the checkpoint"
+        )
+    for mine, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        changed = [key for key in WATCHED if key in mine and key in saved and not _equal(mine[key], saved[key])]
+        for key in changed:
+            logger.warning(
+                f"`{'learning rate' if key == 'initial_lr' else key}` of the group `{mine.get('name')}` is {saved[key]} in the "
+                f"checkpoint, but {mine[key]} was asked for: a resumed run goes on with the checkpoint's {saved[key]}. For other "
+                "settings, start a new run from the adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
+            )
+
+
+def _equal(mine: Any, saved: Any) -> bool:
+    # Betas come back as a list or a tuple, and a rate may be a tensor.
+    values = [value if isinstance(value, list | tuple) else (value,) for value in (mine, saved)]
+    first, second = ([v.item() if isinstance(v, Tensor) else v for v in value] for value in values)
+    return first == second
 
 
 class LRQATOptimizerFactory:
     """AdamW over :func:`parameter_groups`, made by an unmodified transformers Trainer.
 
+    With ``max_grad_norm`` each group is clipped by itself, right before the step; then turn the Trainer's own clipping off
+    (``TrainingArguments(max_grad_norm=0)``), which comes first and has one norm for all groups.
+
     Example:
         ```py
-        optimizer = (LRQATOptimizerFactory, {"lr": 5e-3, "scale_lr": 1e-4, "betas": (0.9, 0.95)})
+        optimizer = (LRQATOptimizerFactory, {"lr": 5e-3, "scale_lr": 1e-4, "betas": (0.9, 0.95), "max_grad_norm": 1.0})
         trainer = Trainer(model=model, args=args, optimizer_cls_and_kwargs=optimizer, ...)
         ```
     """
@@ -42,18 +134,33 @@ class LRQATOptimizerFactory:
         *,
         lr: float,
         scale_lr: float,
+        lr_A: float | None = None,
+        lr_B: float | None = None,
         weight_decay: float = 0.0,
         scale_weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
         **adamw: Any,
     ) -> torch.optim.AdamW:
-        for name, rate in (("lr", lr), ("scale_lr", scale_lr)):
-            if not 0 <= rate < float("inf"):
-                raise ValueError(f"`{name}` must be a learning rate of at least 0, but is {rate}")
+        check_rates({"lr": lr, "scale_lr": scale_lr, "lr_A": lr_A, "lr_B": lr_B})
         groups = parameter_groups(
-            model, lr=lr, scale_lr=scale_lr, weight_decay=weight_decay, scale_weight_decay=scale_weight_decay
+            model,
+            lr=lr,
+            scale_lr=scale_lr,
+            lr_A=lr_A,
+            lr_B=lr_B,
+            weight_decay=weight_decay,
+            scale_weight_decay=scale_weight_decay,
         )
         if not groups:
             raise ValueError(
                 "the model has no trainable parameters; wrap it with get_peft_model(model, LRQATConfig(...))"
             )
-        return torch.optim.AdamW(groups, lr=lr, **adamw)
+        optimizer = torch.optim.AdamW(groups, lr=lr, **adamw)
+        say_changed_rates(optimizer)
+        if max_grad_norm > 0:
+
+            def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                clip_by_group(optimizer.param_groups, max_grad_norm)
+
+            optimizer.register_step_pre_hook(clip)
+        return optimizer

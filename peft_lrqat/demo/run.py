@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.utils.logging import disable_progress_bar
 
 from peft_lrqat import LRQATConfig, deployed_weight_bytes, target_weight_bytes
-from peft_lrqat.cli import LRQATTrainingArguments, load_base, make_trainer
+from peft_lrqat.cli import load_base, make_trainer
 from peft_lrqat.data import load_tokens, pack
 from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
 from peft_lrqat.metrics import evaluate_perplexity
+from peft_lrqat.trainer import LRQATTrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)

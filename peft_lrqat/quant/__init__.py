@@ -1,6 +1,6 @@
 """The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of PEFT or transformers."""
 
-from .fake_quant import LowRankWeight, fake_quant_linear, quantized_codes, quantized_weight
+from .fake_quant import LowRankWeight, fake_quant_linear, inspect_rows, quantized_codes, quantized_weight
 from .grid import Grid, effective_scale
 from .packing import pack, packed_bytes, unpack
 from .ranges import RANGES, estimate_range
@@ -16,6 +16,7 @@ __all__ = [
     "effective_scale",
     "estimate_range",
     "fake_quant_linear",
+    "inspect_rows",
     "pack",
     "packed_bytes",
     "quantized_codes",

@@ -64,8 +64,8 @@ def _ieee_matmul(device: torch.device) -> Iterator[None]:
         backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
 
 
-def _rows(w: LowRankWeight, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """For a block of rows: round(Z) before the clip, Q - zero_point, and the step, each (rows, in) or broadcastable to it."""
+def _rows(w: LowRankWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows: round(Z) before the clip, Q - zero_point, and the step, each (rows, in) or broadcastable to it."""
     grid, in_features = w.format.grid, w.format.in_features
     dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
     phi = w.format.decode(w.phi[rows]).to(dtype)
@@ -171,3 +171,12 @@ def quantized_codes(weight: LowRankWeight) -> Tensor:
     for rows in row_blocks(*codes.shape):
         codes[rows] = _rows(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
     return codes
+
+
+@torch.no_grad()
+def inspect_rows(weight: LowRankWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For the rows with the given indices: the integers Q as in :func:`quantized_codes`, and which of them were clipped."""
+    grid = weight.format.grid
+    rounded, _, _ = _rows(weight, rows)
+    clipped = (rounded < grid.qmin).logical_or_(rounded > grid.qmax)
+    return rounded.clamp_(grid.qmin, grid.qmax).to(torch.int8 if grid.symmetric else torch.uint8), clipped

@@ -13,6 +13,7 @@ from peft_lrqat.quant import (
     effective_scale,
     estimate_range,
     fake_quant_linear,
+    inspect_rows,
     quantized_codes,
     quantized_weight,
 )
@@ -114,6 +115,21 @@ def test_weight_is_step_times_integer(scale_dtype):
         offset = 0 if symmetric else grid.expand(w.zero_point.float(), IN)
         step = w.scale.detach().to(getattr(torch, scale_dtype)).float()
         assert torch.equal(quantized_weight(w), grid.expand(step, IN) * (codes.float() - offset))
+
+
+@pytest.mark.parametrize("rows", [[0], [OUT - 1], [7, 2, 2], list(range(OUT))], ids=str)
+@pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("downcast", DOWNCASTS)
+def test_some_rows_are_those_of_all_integers(downcast, symmetric, group_size, rows):
+    w, rows = make(3, symmetric, group_size, downcast, dtype=torch.float32), torch.tensor(rows, dtype=torch.long)
+    codes, clipped = inspect_rows(w, rows)
+    whole = quantized_codes(w)
+    assert codes.dtype == whole.dtype
+    assert torch.equal(codes, whole[rows])
+    rounded = (w.format.decode(w.phi).float() + w.gamma * (w.B @ w.A)).detach().round()[rows]
+    assert torch.equal(clipped, (rounded < w.format.grid.qmin) | (rounded > w.format.grid.qmax))
+    assert clipped.any() or len(rows) < OUT
 
 
 @pytest.mark.parametrize("downcast", DOWNCASTS)

@@ -1,148 +1,332 @@
-"""Two learning rates in an unmodified Trainer, and in TRL's."""
+"""Groups, rates and clipping, in `LRQATTrainer` and from the factory in an unmodified Trainer."""
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
-from peft_lrqat.trainer import LRQATOptimizerFactory, parameter_groups
+from peft_lrqat.trainer import LRQATOptimizerFactory, clip_by_group, parameter_groups
+from peft_lrqat.trainer.arguments import OWN_GROUPS
 
 
 RATES = {"lr": 1e-3, "scale_lr": 1e-5}
+FACTORS_AND_SCALES = ["A", "B", "scales"]
 
 
-def dataset(rows=8, length=10):
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 96, (rows, length), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in ids]
+def plain(optimizer):
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
-def arguments(folder, **fields):
-    defaults = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 7.0,  # not used by the factory: it would be seen
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    return {"output_dir": str(folder), **defaults, **fields}
+def rates_of(optimizer):
+    return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
-def run(model, folder, rates, **fields):
-    trainer = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments(folder, **fields)),
-        train_dataset=dataset(),
-        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, rates),
-    )
-    trainer.train()
-    return trainer
+@pytest.fixture
+def factory_run(make_peft, lrqat_args, token_rows):
+    """An unmodified Trainer with the factory, after training."""
 
+    def run(options, model=None, callbacks=(), **fields):
+        fields = {"learning_rate": 7.0, "max_grad_norm": 0.0, **fields}  # the factory's rates count: 7.0 would be seen
+        trainer = transformers.Trainer(
+            model=model or make_peft(init_weights=False),
+            args=lrqat_args(transformers.TrainingArguments, **fields),
+            train_dataset=token_rows(),
+            optimizer_cls_and_kwargs=(LRQATOptimizerFactory, options),
+            callbacks=list(callbacks),
+        )
+        trainer.train()
+        return trainer
 
-def adapter(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lrqat_" in name}
+    return run
 
 
 def largest_move(before, after, kind):
     return max((after[name] - tensor).abs().max() for name, tensor in before.items() if f".{kind}." in name)
 
 
+# Groups
+
+
 def test_groups_hold_every_trainable_parameter_once(make_peft):
     model = make_peft("classifier")
-    others, scales = parameter_groups(model, **RATES, weight_decay=0.1, scale_weight_decay=0.2)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    options = {"lr_A": 2e-3, "lr_B": 3e-3, "weight_decay": 0.1, "scale_weight_decay": 0.2}
+    groups = parameter_groups(model, **RATES, **options)
+    settings = [(g["name"], g["lr"], g["weight_decay"]) for g in groups]
+    assert settings == [
+        ("A", 2e-3, 0.1),
+        ("B", 3e-3, 0.1),
+        ("scales", 1e-5, 0.2),
+        ("other", 1e-3, 0.1),
+        ("other_no_decay", 1e-3, 0.0),
+    ]
+    assert all(group["initial_lr"] == group["lr"] for group in groups)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert all(".lrqat_scale." in names[id(p)] for p in scales["params"])
-    assert not any(".lrqat_scale." in names[id(p)] for p in others["params"])
-    assert any("score" in names[id(p)] for p in others["params"])
-    listed = [id(p) for p in others["params"] + scales["params"]]
+    found = {group["name"]: [names[id(p)] for p in group["params"]] for group in groups}
+    for group, marker in (("A", ".lrqat_A."), ("B", ".lrqat_B."), ("scales", ".lrqat_scale.")):
+        assert found[group] == [name for name in names.values() if marker in name]
+    assert found["other"] == ["base_model.model.score.modules_to_save.default.weight"]
+    assert found["other_no_decay"] == ["base_model.model.model.norm.weight"]
+    listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
-    assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
-    assert (scales["lr"], scales["weight_decay"]) == (1e-5, 0.2)
 
 
-def test_groups_without_scales_or_without_factors(make_base, make_peft):
+def test_factors_take_the_common_rate_unless_they_have_their_own(make_peft):
+    model = make_peft()
+    assert [g["lr"] for g in parameter_groups(model, **RATES)] == [1e-3, 1e-3, 1e-5]
+    assert [g["lr"] for g in parameter_groups(model, **RATES, lr_B=4e-3)] == [1e-3, 4e-3, 1e-5]
+
+
+def test_empty_groups_are_left_out(make_base, make_peft):
     (group,) = parameter_groups(get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"])), **RATES)
-    assert group["lr"] == 1e-3
+    assert (group["name"], group["lr"]) == ("other", 1e-3)
     model = make_peft()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lrqat_scale." in name)
     (group,) = parameter_groups(model, **RATES)
-    assert group["lr"] == 1e-5
+    assert (group["name"], group["lr"]) == ("scales", 1e-5)
 
 
-def test_plain_trainer_uses_two_groups(make_peft, tmp_path):
-    model, rates = make_peft(), {**RATES, "betas": (0.8, 0.9), "eps": 1e-12}
-    before = adapter(model)
-    trainer = run(model, tmp_path, rates)
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
-        optimizer = optimizer.optimizer
+# Every optimizer of transformers
+
+REFUSED = [name for name in OptimizerNames if name.value.startswith(OWN_GROUPS)]
+
+
+@pytest.mark.parametrize("optim", [o.value for o in OptimizerNames if o not in REFUSED])
+def test_every_optimizer_trains_every_group_at_its_rate(optim, lrqat_trainer, trained_tensors, step_logs):
+    rates = {"A": 1e-3, "B": 2e-3, "scales": 1e-6}
+    fields = {"A_learning_rate": rates["A"], "B_learning_rate": rates["B"], "scale_learning_rate": rates["scales"]}
+    trainer = lrqat_trainer(optim=optim, learning_rate=3e-3, max_steps=6, **fields)  # RAdam begins to move at the fifth
+    try:
+        trainer.create_optimizer()
+    except (ImportError, ValueError) as error:  # transformers has both for what is not installed
+        if not any(word in str(error).lower() for word in ("install", "import")):
+            raise
+        pytest.skip(f"{optim}: {error}")
+    before = trained_tensors(trainer.model)
+    trainer.train()
+    assert rates_of(plain(trainer.optimizer)) == rates
+    assert [{n: log[f"learning_rate_{n}"] for n in rates} for log in step_logs(trainer)] == 6 * [rates]
+    after = trained_tensors(trainer.model)
+    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+@pytest.mark.parametrize("optim", [name.value for name in REFUSED])
+def test_optimizers_with_groups_of_their_own_are_refused(optim, lrqat_args):
+    with pytest.raises(ValueError, match=f"`optim` '{optim}' makes its own parameter groups.*such as 'adamw_torch'"):
+        lrqat_args(optim=optim)
+
+
+def test_no_other_optimizer_makes_groups_of_its_own():
+    from transformers import trainer_optimizer
+
+    own = [*trainer_optimizer._GALORE_OPTIMIZERS, *trainer_optimizer._APOLLO_OPTIMIZERS]
+    assert {*own, OptimizerNames.LOMO, OptimizerNames.ADALOMO} == set(REFUSED)
+
+
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd"])
+def test_schedule_free_optimizers_count_their_warm_up_in_steps(optim, lrqat_trainer):
+    """They would take a share of 0.1 for the length of the warm-up, and make the first step ten times too long."""
+    pytest.importorskip("schedulefree")
+    trainer = lrqat_trainer(optim=optim, warmup_steps=0.4, max_steps=5)
+    trainer.train()
+    assert [group["warmup_steps"] for group in trainer.optimizer.param_groups] == [2, 2, 2]
+
+
+# Every schedule
+
+SCHEDULES = {
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 2},
+    "polynomial": {"lr_end": 1e-4, "power": 2.0},
+    "reduce_lr_on_plateau": {"patience": 0, "factor": 0.5, "threshold": 1.0, "min_lr": 1e-3},
+    "greedy": {"patience": 0, "factor": 0.5, "smooth": False, "threshold": 1.0},
+}
+
+
+@pytest.mark.parametrize("schedule", [s.value for s in SchedulerType])
+def test_every_schedule_keeps_the_ratio_of_the_rates(schedule, lrqat_trainer, token_rows, step_logs):
+    trainer = lrqat_trainer(
+        options={"eval_dataset": token_rows(2)},
+        max_steps=6,
+        warmup_steps=2,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=SCHEDULES.get(schedule),
+        learning_rate=4e-3,
+        B_learning_rate=8e-3,
+        scale_learning_rate=1e-5,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    logged = [[log[f"learning_rate_{name}"] for name in FACTORS_AND_SCALES] for log in step_logs(trainer)]
+    for factors, b, scales in logged:
+        assert b == pytest.approx(2 * factors)
+        assert scales == pytest.approx(factors / 400)
+    peak = max(factors for factors, _, _ in logged)
+    # GreedyLR may raise the rate while the loss falls; every other schedule has its peak at the rate that was given.
+    assert peak == pytest.approx(4e-3) or (schedule == "greedy" and peak > 4e-3)
+    assert (len({a for a, _, _ in logged}) == 1) == (schedule == "constant")
+
+
+def test_bounds_given_group_by_group_are_kept(lrqat_trainer, token_rows):
+    bounds = [1e-3, 2e-3, 3e-5]
+    fields = {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": bounds}, "eval_strategy": "steps"}
+    trainer = lrqat_trainer(options={"eval_dataset": token_rows(2)}, **fields)
+    trainer.create_optimizer_and_scheduler(3)
+    assert trainer.lr_scheduler.min_lrs == bounds
+
+
+# Clipping
+
+
+def norm_of(gradients, marker):
+    return torch.stack([g.double().norm() for name, g in gradients.items() if marker in name]).norm().item()
+
+
+MARKERS = {"A": ".lrqat_A.", "B": ".lrqat_B.", "scales": ".lrqat_scale."}
+
+
+def test_each_group_is_clipped_by_its_own_norm():
+    tensors = [torch.randn(6, 5), torch.randn(3), torch.randn(4, 4)]
+    groups = [
+        {"name": "large", "params": [nn.Parameter(t) for t in tensors[:2]]},
+        {"params": [nn.Parameter(tensors[2])]},
+    ]
+    for parameter, gradient in zip([p for g in groups for p in g["params"]], tensors):
+        parameter.grad = gradient.clone()
+    groups[1]["params"][0].grad *= 1e-3
+    small = groups[1]["params"][0].grad.clone()
+    norms = clip_by_group(groups, 0.5)
+    assert list(norms) == ["large", "1"]
+    whole = torch.cat([t.flatten() for t in tensors[:2]]).norm()
+    torch.testing.assert_close(norms["large"], whole)
+    clipped = torch.cat([p.grad.flatten() for p in groups[0]["params"]])
+    torch.testing.assert_close(clipped, torch.cat([t.flatten() for t in tensors[:2]]) * 0.5 / whole, rtol=1e-5, atol=0)
+    assert clipped.norm() <= 0.5
+    assert torch.equal(groups[1]["params"][0].grad, small)
+
+
+def test_groups_are_clipped_one_by_one_and_their_norms_logged(lrqat_trainer, gradients, step_logs):
+    fields = {"optim": "sgd", "learning_rate": 1e-3, "scale_learning_rate": 1e-7}
+    trainer = lrqat_trainer(options={"callbacks": [gradients]}, max_grad_norm=0.0, **fields)
+    trainer.train()
+    unclipped, free = list(gradients.steps), step_logs(trainer)
+    raw = {name: norm_of(unclipped[0], marker) for name, marker in MARKERS.items()}
+    limit = sorted(raw.values())[0] * 1.5  # one group is below it, two are above
+    gradients.steps.clear()
+    trainer = lrqat_trainer(options={"callbacks": [gradients]}, max_grad_norm=limit, **fields)
+    trainer.train()
+    logged = step_logs(trainer)[0]
+    for name, marker in MARKERS.items():
+        own = {n: g for n, g in gradients.steps[0].items() if marker in n}
+        assert logged[f"grad_norm_{name}"] == pytest.approx(raw[name], rel=1e-5)
+        if raw[name] <= limit:
+            assert all(torch.equal(g, unclipped[0][n]) for n, g in own.items())
+        else:
+            assert limit * (1 - 1e-4) < norm_of(own, marker) <= limit
+            for n, g in own.items():  # only shorter
+                torch.testing.assert_close(g, unclipped[0][n] * limit / raw[name], rtol=1e-4, atol=1e-12)
+    overall = sum(norm**2 for norm in raw.values()) ** 0.5
+    assert logged["grad_norm"] == pytest.approx(overall, rel=1e-5)
+    # Without clipping the same is logged.
+    assert {k: v for k, v in free[0].items() if "norm" in k} == {k: v for k, v in logged.items() if "norm" in k}
+
+
+def test_the_factory_clips_like_the_trainer(lrqat_trainer, factory_run, trained_tensors):
+    """In an unmodified Trainer: the same steps, bit for bit."""
+    betas = {"betas": (0.9, 0.95)}
+    fields = {"learning_rate": 1e-3, "scale_learning_rate": 1e-5}
+    ours = lrqat_trainer(max_grad_norm=1e-3, optim="adamw_torch", **fields)
+    ours.train()
+    clipped = trained_tensors(factory_run({**RATES, **betas, "max_grad_norm": 1e-3}).model)
+    unclipped = trained_tensors(factory_run({**RATES, **betas}).model)
+    mine = trained_tensors(ours.model)
+    assert all(torch.equal(clipped[name], tensor) for name, tensor in mine.items())
+    assert not all(torch.equal(unclipped[name], tensor) for name, tensor in mine.items())
+
+
+def test_the_factory_clips_each_step(factory_run):
+    norms = []
+
+    class Norms(transformers.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model, **_):
+            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            norms.append([norm_of(found, marker) for marker in MARKERS.values()])
+
+    factory_run({**RATES, "max_grad_norm": 1e-4}, callbacks=[Norms()])
+    assert len(norms) == 3
+    assert all(norm == pytest.approx(1e-4, rel=1e-2) and norm <= 1e-4 for step in norms for norm in step)
+
+
+# The factory in an unmodified Trainer
+
+
+def test_factory_makes_adamw_with_the_groups(make_peft, factory_run, trained_tensors):
+    model, options = make_peft(), {**RATES, "betas": (0.8, 0.9), "eps": 1e-12, "scale_weight_decay": 0.3}
+    before = trained_tensors(model)
+    trainer = factory_run(options, model)
+    optimizer = plain(trainer.optimizer)
     assert type(optimizer) is torch.optim.AdamW
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-5]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0]
+    assert rates_of(optimizer) == {"A": 1e-3, "B": 1e-3, "scales": 1e-5}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0.3]
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-12 for group in optimizer.param_groups)
-    assert rates == {**RATES, "betas": (0.8, 0.9), "eps": 1e-12}
-    after = adapter(trainer.model)
+    assert options == {**RATES, "betas": (0.8, 0.9), "eps": 1e-12, "scale_weight_decay": 0.3}
+    after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert trainer.state.global_step == 3
 
 
-def test_first_step_is_as_long_as_the_rate(make_peft, tmp_path):
+def test_first_step_is_as_long_as_the_rate(make_peft, factory_run, trained_tensors):
     """Adam's first step has the length of the learning rate wherever the gradient is not zero."""
     model = make_peft()
-    before = adapter(model)
-    after = adapter(run(model, tmp_path, {**RATES, "eps": 1e-12}, max_steps=1).model)
-    assert largest_move(before, after, "lrqat_B") == pytest.approx(1e-3, rel=1e-4)
+    before = trained_tensors(model)
+    after = trained_tensors(factory_run({**RATES, "lr_B": 2e-3, "eps": 1e-12}, model, max_steps=1).model)
+    assert largest_move(before, after, "lrqat_B") == pytest.approx(2e-3, rel=1e-4)
     # Scales of 1e-2 resolve a step of 1e-5 to their own rounding.
     assert largest_move(before, after, "lrqat_scale") == pytest.approx(1e-5, rel=1e-3)
     assert largest_move(before, after, "lrqat_A") == 0  # B is zero still
 
 
-@pytest.mark.parametrize("still", ["lr", "scale_lr"])
-def test_rate_of_zero_stands_still(still, make_peft, tmp_path):
-    model = make_peft()
-    before = adapter(model)
-    after = adapter(run(model, tmp_path, {**RATES, still: 0.0}).model)
-    kinds = {"lr": ["lrqat_A", "lrqat_B"], "scale_lr": ["lrqat_scale"]}
-    for name, moves in ((name, name != still) for name in kinds):
-        assert all((largest_move(before, after, kind) > 0) == moves for kind in kinds[name])
-
-
-def test_schedule_keeps_the_ratio(make_peft, tmp_path):
-    trainer = run(make_peft(), tmp_path, RATES, lr_scheduler_type="linear", warmup_steps=1, max_steps=4)
-    factors, scales = trainer.lr_scheduler.get_last_lr()
-    assert scales == pytest.approx(factors / 100)
+def test_schedule_keeps_the_ratio_of_the_factory(factory_run):
+    trainer = factory_run({**RATES, "lr_A": 4e-3}, lr_scheduler_type="linear", warmup_steps=1, max_steps=4)
+    a, b, scales = trainer.lr_scheduler.get_last_lr()
+    assert (a, scales) == (pytest.approx(4 * b), pytest.approx(b / 100))
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert max(logged) == pytest.approx(1e-3)
+    assert max(logged) == pytest.approx(4e-3)  # of the first group
 
 
-def test_resumed_is_uninterrupted(make_peft, tmp_path):
-    """Bit for bit, with both groups' state."""
-    whole = adapter(run(make_peft(), tmp_path / "whole", RATES, max_steps=4).model)
-    torch.manual_seed(0)
-    run(make_peft(), tmp_path / "parts", RATES, max_steps=4, save_strategy="steps", save_steps=2)
-    model = make_peft()
+def test_resumed_is_uninterrupted(factory_run, make_peft, trained_tensors, tmp_path, lrqat_args, token_rows):
+    """Bit for bit, with every group's state."""
+    options = {**RATES, "lr_B": 2e-3, "max_grad_norm": 1e-2}
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trained_tensors(factory_run(options, make_peft(), output_dir=str(tmp_path / "whole"), **fields).model)
     trainer = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**arguments(tmp_path / "rest", max_steps=4)),
-        train_dataset=dataset(),
-        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, RATES),
+        model=make_peft(),
+        args=lrqat_args(transformers.TrainingArguments, max_steps=4, max_grad_norm=0.0, learning_rate=7.0),
+        train_dataset=token_rows(),
+        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, options),
     )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
-    rest = adapter(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    rest = trained_tensors(trainer.model)
     assert all(torch.equal(rest[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("value", [-1e-3, float("nan"), -float("inf")])
-@pytest.mark.parametrize("name", ["lr", "scale_lr"])
+@pytest.mark.parametrize("value", [0, 0.0, -1e-3, float("nan"), float("inf"), -float("inf"), "1e-3"])
+@pytest.mark.parametrize("name", ["lr", "scale_lr", "lr_A", "lr_B"])
 def test_bad_rate_is_refused(name, value, make_peft):
-    with pytest.raises(ValueError, match=f"`{name}` must be a learning rate of at least 0, but is {value}"):
+    markers = "`.lrqat_scale.`" if "scale" in name else "`.lrqat_A.` and `.lrqat_B.`"
+    message = f"`{name}` must be a learning rate above 0, but is {value!r};.*parameters with {markers} in their names"
+    with pytest.raises(ValueError, match=message):
         LRQATOptimizerFactory()(make_peft(), **{**RATES, name: value})
 
 
@@ -156,34 +340,3 @@ def test_both_rates_must_be_given(make_peft):
 def test_model_with_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"no trainable parameters; wrap it with get_peft_model\(model, LRQATConfig"):
         LRQATOptimizerFactory()(nn.Linear(2, 2).requires_grad_(False), **RATES)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_sft_trainer_of_trl(make_base, make_config, tmp_path):
-    trl = pytest.importorskip("trl")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 96)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    processing_class = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    from datasets import Dataset
-
-    rows = [" ".join(f"w{3 + (7 * i + j) % 93}" for j in range(12)) for i in range(8)]
-    trainer = trl.SFTTrainer(
-        model=make_base(),
-        args=trl.SFTConfig(**arguments(tmp_path, max_steps=2), max_length=16, bf16=False, dataset_num_proc=None),
-        train_dataset=Dataset.from_dict({"text": rows}),
-        processing_class=processing_class,
-        peft_config=make_config(),
-        optimizer_cls_and_kwargs=(LRQATOptimizerFactory, RATES),
-    )
-    before = adapter(trainer.model)
-    trainer.train()
-    after = adapter(trainer.model)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3, 1e-5]
-    assert largest_move(before, after, "lrqat_B") > 0
-    assert 0 < largest_move(before, after, "lrqat_scale") < 1e-4
-    trainer.save_model(str(tmp_path / "adapter"))
-    assert "import peft_lrqat" in (tmp_path / "adapter" / "README.md").read_text()
