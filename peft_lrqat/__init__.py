@@ -1,9 +1,10 @@
-"""LR-QAT as a PEFT adapter type. Importing this package registers the type ``LRQAT`` with PEFT."""
+"""LR-QAT and LoRAQuant as PEFT adapter types. Importing this package registers the types ``LRQAT`` and ``LORAQUANT`` with PEFT."""
 
 from ._version import __version__
 from .config import LRQATConfig
 from .hub import push_to_hub
 from .layer import LRQATLayer, LRQATLinear
+from .loraquant import LoRAQuantConfig, LoRAQuantModel
 from .model import LRQATModel
 from .registration import register
 from .size import deployed_weight_bytes, target_weight_bytes
@@ -14,6 +15,8 @@ __all__ = [
     "LRQATLayer",
     "LRQATLinear",
     "LRQATModel",
+    "LoRAQuantConfig",
+    "LoRAQuantModel",
     "__version__",
     "deployed_weight_bytes",
     "push_to_hub",
@@ -21,3 +24,4 @@ __all__ = [
 ]
 
 register("lrqat", LRQATConfig, LRQATModel)
+register("loraquant", LoRAQuantConfig, LoRAQuantModel)

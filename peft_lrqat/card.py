@@ -25,22 +25,37 @@ def describe_adapter(save_directory: str, config: LRQATConfig, subfolder: str | 
 
     ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
     """
+    tags = {"lr-qat", f"{config.bits}-bit"}
+    write_section(save_directory, _section(config, subfolder), tags, config.base_model_name_or_path)
+
+
+def write_section(save_directory: str, section: str, tags: set[str], base: str | None) -> None:
+    """Creates or updates ``README.md``: our ``section``, and metadata for an adapter of this package on the model ``base``."""
     path = os.path.join(save_directory, "README.md")
     card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), "peft_lrqat", "lr-qat", f"{config.bits}-bit"})
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "peft_lrqat", *tags})
     if not card.data.get("license"):
         # An adapter derives from its base model, and nothing here knows that model's licence.
         card.data["license"] = "other"
         card.data["license_name"] = "same-as-base-model"
     drop_local_base(card.data)
-    if is_hub_id(config.base_model_name_or_path) and not card.data.get("base_model"):
-        card.data["base_model"] = config.base_model_name_or_path
+    if is_hub_id(base) and not card.data.get("base_model"):
+        card.data["base_model"] = base
     before, after = _around_section(card.text)
-    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{_section(config, subfolder)}{END}{after or chr(10)}"
+    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}{END}{after or chr(10)}"
     temporary = path + ".tmp"
     card.save(temporary)
     os.replace(temporary, path)
+
+
+def base_in_words(base: str | None) -> tuple[str, str, str]:
+    """What a card calls a base model, what it adds where that is no name on the Hub, and what stands for it in code."""
+    if is_hub_id(base):
+        return f"`{base}`", "", base
+    # Its name alone: the whole path is nobody's business, and leads nowhere on another machine.
+    place = f"a local directory, `{plain(Path(base).name)}`" if base else "not named"
+    return place, ". Whoever loads the adapter must supply a model with the same weights", "path of the base model"
 
 
 def is_hub_id(base: str | None) -> bool:
@@ -80,14 +95,7 @@ def _around_section(text: str) -> tuple[str, str]:
 
 
 def _section(config: LRQATConfig, subfolder: str | None) -> str:
-    base = config.base_model_name_or_path
-    if is_hub_id(base):
-        origin = f"`{base}`, in {config.base_dtype}"
-    else:
-        # Its name alone: the whole path is nobody's business, and leads nowhere on another machine.
-        place = f"a local directory, `{_plain(Path(base).name)}`" if base else "not named"
-        origin = f"{place}, in {config.base_dtype}. Whoever loads the adapter must supply a model with the same weights"
-        base = "path of the base model"
+    place, note, base = base_in_words(config.base_model_name_or_path)
     folder = f', subfolder="{subfolder}"' if subfolder else ""
     groups = "one scale per output channel" if config.group_size == -1 else f"one scale per {config.group_size} weights"
     grid = "symmetric" if config.symmetric else "asymmetric"
@@ -113,7 +121,7 @@ model = PeftModel.from_pretrained(base, "this repository or folder"{folder})
 model = model.merge_and_unload()  # plain linear layers, weight = scale * integer
 ```
 
-- base model: {origin}; another base is refused
+- base model: {place}, in {config.base_dtype}{note}; another base is refused
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
 - rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
 - first ranges: {config.range_estimator}{f" (p = {config.range_p})" if config.range_estimator == "lp" else ""}
@@ -124,14 +132,19 @@ def training_text(record: dict | None) -> str:
     """The training record in Markdown: steps, a table of the settings, a table of the metrics, each where there is one."""
     parts = []
     if (record or {}).get("steps") is not None:
-        parts.append(f"Trained for {_plain(record['steps'])} steps.\n")
+        parts.append(f"Trained for {plain(record['steps'])} steps.\n")
     for key, heading in (("settings", "setting"), ("metrics", "metric")):
         if entries := (record or {}).get(key):
-            rows = "".join(f"| {_plain(name)} | {_plain(value)} |\n" for name, value in entries.items())
-            parts.append(f"| {heading} | value |\n|---|---|\n{rows}")
+            parts.append(table(heading, entries))
     return "\n### Training\n\n" + "\n".join(parts) if parts else ""
 
 
-def _plain(value: object) -> str:
+def table(heading: str, entries: dict) -> str:
+    """Names and values in Markdown."""
+    rows = "".join(f"| {plain(name)} | {plain(value)} |\n" for name, value in entries.items())
+    return f"| {heading} | value |\n|---|---|\n{rows}"
+
+
+def plain(value: object) -> str:
     """One line that opens no cell of a table, no tag and no comment."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

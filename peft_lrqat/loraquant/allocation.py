@@ -1,0 +1,100 @@
+"""Which components of which layers deserve bits: a rate-distortion allocation over a whole adapter.
+
+A component of singular value sigma that is quantised to b bits leaves about ``sigma^2 * e(b)`` behind, with e(0) = 1 and e(b)
+measured once on Gaussian vectors. What b bits cost is known: codes and scales. Steps along the lower convex hull of (cost, error)
+of every component, the steepest first, until the budget is used up, leave the least total error that any allocation
+can that costs as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..quant.packing import packed_bytes
+from .groups import MAX_BITS, num_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What an allocation must know of one layer."""
+
+    singular_values: Tensor  # (r,), of the product as it enters the model: with lora_alpha / r
+    rows: int  # m
+    columns: int  # n
+
+    def cost(self, bits: int, group_size: int, scale_bits: int) -> int:
+        """Bits of storage of one component."""
+        if bits == 0:
+            return 0
+        bytes_of_codes = packed_bytes(self.rows, bits) + packed_bytes(self.columns, bits)
+        return 8 * bytes_of_codes + scale_bits * self.groups(group_size)
+
+    def groups(self, group_size: int) -> int:
+        """Groups of one component."""
+        return num_groups(self.rows, group_size) + num_groups(self.columns, group_size)
+
+
+@lru_cache
+def relative_errors(group_size: int) -> tuple[float, ...]:
+    """e(0) ... e(MAX_BITS): ``||b a^T - Q(b) Q(a)^T||^2 / ||b a^T||^2`` of Gaussian vectors after the procedure of residual.py."""
+    from .residual import quantize_residual
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(group_size, 512) * 2
+    b, a = torch.randn(8, length, 1, generator=generator), torch.randn(8, 1, length, generator=generator)
+    errors = [1.0]
+    for bits in range(1, MAX_BITS + 1):
+        found = quantize_residual(b, a, torch.full((8, 1), bits), group_size=group_size, scale_dtype=torch.bfloat16)
+        q_b, q_a = (torch.cat([pairs[0][i].values() for pairs in found]) for i in (0, 1))
+        b_norm, a_norm = b.square().sum((1, 2)), a.square().sum((1, 2))
+        both = (b[..., 0] * q_b).sum(-1) * (a[:, 0] * q_a).sum(-1)
+        error = b_norm * a_norm + q_b.square().sum(-1) * q_a.square().sum(-1) - 2 * both
+        errors.append(float((error / (b_norm * a_norm)).mean()))
+    return tuple(errors)
+
+
+def allocate(layers: Sequence[Layer], budget: int, *, group_size: int, scale_bits: int) -> list[list[int]]:
+    """Bits of every component of every layer, in the order of the singular values; together at most ``budget`` bits of storage."""
+    errors = relative_errors(group_size)
+    steps = []  # (gain per bit of storage, layer, component, bits to reach, cost)
+    for index, layer in enumerate(layers):
+        costs = [layer.cost(bits, group_size, scale_bits) for bits in range(MAX_BITS + 1)]
+        hull = _lower_hull(costs, errors)
+        for component, energy in enumerate(layer.singular_values.double().square().tolist()):
+            for low, high in pairwise(hull):
+                cost = costs[high] - costs[low]
+                steps.append((energy * (errors[low] - errors[high]) / cost, index, component, high, cost))
+    # Along a hull the gain falls, and along the components of a layer as well; ties go to the earlier one.
+    steps.sort(key=lambda step: (-step[0], step[1], step[2], step[3]))
+    bits = [[0] * len(layer.singular_values) for layer in layers]
+    closed = set()  # components that a step was too dear for: later steps of theirs start from it
+    for gain, index, component, high, cost in steps:
+        if gain <= 0:
+            break
+        if (index, component) in closed or cost > budget:
+            closed.add((index, component))
+            continue
+        bits[index][component] = high
+        budget -= cost
+    # Where singular values are equal, or a step did not fit, a later component may have got more.
+    return [sorted(layer, reverse=True) for layer in bits]
+
+
+def _lower_hull(costs: Sequence[int], errors: Sequence[float]) -> list[int]:
+    """The bits whose points (cost, error) form the lower convex hull, from 0 bits on."""
+    hull: list[int] = []
+    for bits in range(len(costs)):
+        while len(hull) > 1:
+            first, last = hull[-2], hull[-1]
+            slope = (errors[last] - errors[first]) / (costs[last] - costs[first])
+            if (errors[bits] - errors[first]) / (costs[bits] - costs[first]) > slope:
+                break
+            hull.pop()
+        hull.append(bits)
+    return hull

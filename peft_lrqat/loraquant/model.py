@@ -1,0 +1,192 @@
+"""The LORAQUANT tuner: compares the adapter with the model, wraps the layers, checks what is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .cache import FactorCache
+from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
+
+
+if TYPE_CHECKING:
+    from .config import LoRAQuantConfig
+
+
+class LoRAQuantModel(BaseTuner):
+    """Puts LORAQUANT layers around the target layers of a model; made by ``PeftModel.from_pretrained``."""
+
+    prefix: str = "loraquant_"
+    tuner_layer_cls = LoRAQuantLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def set_cache_limit(self, limit: int) -> None:
+        """Bytes of expanded factors that all layers together may keep between forward passes; 0: none. At first 256 MiB."""
+        self._cache.set_limit(limit)
+
+    def _check_new_adapter_config(self, config: LoRAQuantConfig) -> None:
+        """ValueError for what cannot be run, before anything is touched."""
+        super()._check_new_adapter_config(config)
+        if not config.component_bits:
+            raise ValueError(
+                "`component_bits` is empty: a LORAQUANT adapter is not created on a model, but made from a trained LoRA adapter. "
+                "Use `peft_lrqat.loraquant.quantize_adapter(lora_folder, output_folder, config)` and load the result with "
+                "`PeftModel.from_pretrained`"
+            )
+        if not config.inference_mode:
+            raise ValueError(
+                "a LORAQUANT adapter cannot be trained, its factors are integers: load it with is_trainable=False, or train the "
+                "LoRA adapter further and quantise it again"
+            )
+
+    def _prepare_model(self, peft_config: LoRAQuantConfig, model: nn.Module) -> None:
+        """Looks at every target before any is replaced: a refusal must leave the model as it was."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name)
+        }
+        _compare(set(targets), set(peft_config.component_bits))
+        for name, module in targets.items():
+            _layer_class(name, module)
+        # One for the whole model, whichever tuner object put the first layer there.
+        layers = (module for module in model.modules() if isinstance(module, LoRAQuantLayer))
+        self._cache = next((layer._cache for layer in layers), None) or FactorCache()
+
+    def _create_and_replace(
+        self,
+        peft_config: LoRAQuantConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = target
+        if not isinstance(target, LoRAQuantLayer):
+            layer = _layer_class(current_key, target)(
+                target, current_key, self._cache, get_quantization_kwargs(self.model)
+            )
+            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, peft_config)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Nothing is trainable, trained biases included."""
+        model.requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The scales stay as they are stored."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands ``adapter_names`` on to the layers, as LoRA's method of this name does for its own."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if unknown := set(names) - set(self.peft_config) - {BASE}:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams")
+        beams = beams if isinstance(beams, int) else 1
+        # Beams are further rows of the batch, except in the encoder of an encoder-decoder model.
+        encoder = _get_encoder(self.model)
+        in_encoder = set() if encoder is None else set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, LoRAQuantLayer | AuxiliaryTrainingWrapper):
+                repeat = 1 if module in in_encoder else beams
+                hook = partial(_adapter_names_pre_forward_hook, adapter_names=[n for n in names for _ in range(repeat)])
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoRAQuantConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or not for this base model."""
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_saved_adapter(model, config, adapter_name, state_dict)
+        return state_dict
+
+
+def _compare(targets: set[str], stored: set[str]) -> None:
+    """Raises ValueError unless the adapter has components for all modules that it is for, and for no other."""
+    for missing, has, lacks in (
+        (stored - targets, "`component_bits`", "this model has no such target"),
+        (targets - stored, "`target_modules` of this model", "`component_bits` has nothing for it"),
+    ):
+        if missing:
+            raise ValueError(
+                f"{has} has `{min(missing)}`, but {lacks} ({len(missing)} such modules in all): the adapter is for another base "
+                "model, or its configuration was changed"
+            )
+
+
+def _layer_class(name: str, module: nn.Module) -> type[LoRAQuantLayer]:
+    """The layer that fits around a module; TypeError where none does."""
+    if isinstance(module, LoRAQuantLayer):
+        return type(module)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"`{name}` carries an adapter of another type already ({kind}); load the two on base models of their own, or "
+            "dequantise the LORAQUANT adapter to LoRA first"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        return LoRAQuantEmbedding
+    if isinstance(module, nn.Linear | Conv1D) or _is_quantized_linear(module):
+        return LoRAQuantLinear
+    raise TypeError(
+        f"`{name}` is a {kind}; LORAQUANT works on torch.nn.Linear, also quantised, on transformers' Conv1D and on "
+        "torch.nn.Embedding without max_norm. Use the LoRA adapter itself for this model"
+    )
+
+
+def _is_quantized_linear(module: nn.Module) -> bool:
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _check_saved_adapter(
+    model: nn.Module, config: LoRAQuantConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> None:
+    """Raises ValueError unless ``state_dict`` has every tensor of the adapter as the configuration describes it, and no other."""
+    known = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoRAQuantLayer) or adapter_name not in layer.loraquant_codes:
+            continue
+        keys = {kind: f"{name}.{kind}.{adapter_name}" for kind in layer.tensor_names}
+        found = {kind: state_dict[key] for kind, key in keys.items() if key in state_dict}
+        layer.check(adapter_name, found)
+        known |= {keys[kind] for kind in found}
+        has_bias = getattr(layer.base_layer, "bias", None) is not None
+        if config.bias != "none" and has_bias and f"{name}.base_layer.bias" not in state_dict:
+            raise ValueError(f"the stored adapter has no bias for `{layer.name}`, but `bias` is {config.bias!r}")
+    for key in state_dict:
+        if ".loraquant_" in key and key not in known:
+            raise ValueError(
+                f"the stored adapter has `{key}`, which by its configuration nothing in this model is for; its files were changed, "
+                "or are for another base model"
+            )

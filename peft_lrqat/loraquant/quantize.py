@@ -1,0 +1,138 @@
+"""A whole adapter's factors to components of a few bits: budget, allocation, and batches of layers of equal shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..quant.grid import SCALE_DTYPES
+from .allocation import Layer, allocate
+from .config import LoRAQuantConfig
+from .groups import GroupCodes
+from .packed import PackedFormat, pack_components
+from .paper import high_components, quantize_paper
+from .residual import quantize_residual
+from .svd import product_svd, squared_error, squared_norm
+
+
+BATCH_ELEMENTS = 1 << 23  # of the factors of layers that are quantised together
+
+Components = list[tuple[GroupCodes, GroupCodes]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedFactors:
+    """One module: what is stored, and what was lost."""
+
+    format: PackedFormat
+    tensors: dict[str, Tensor]
+    squared_error: float  # ||B A - Q(B) Q(A)||_F^2
+    squared_norm: float  # ||B A||_F^2
+
+    @property
+    def stored_bits(self) -> int:
+        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def quantize_factors(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: LoRAQuantConfig,
+    scaling: Mapping[str, float],
+    *,
+    progress: bool = True,
+) -> dict[str, QuantizedFactors]:
+    """Quantises each module's B (m, r) and A (r, n) by the recipe in ``config``.
+
+    ``scaling`` is lora_alpha / r of each module: the errors that an allocation weighs against each other are those that
+    enter the model. With ``method="residual"`` the components get their bits over all modules together: as many as
+    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each parameter.
+    """
+    scale_dtype = SCALE_DTYPES[config.scale_dtype]
+    options = {"group_size": config.group_size, "scale_dtype": scale_dtype}
+    bits = _allocated(factors, config, scaling) if config.method == "residual" else {}
+    found: dict[str, QuantizedFactors] = {}
+    with tqdm(total=len(factors), desc="quantising", unit="module", disable=not progress) as bar:
+        for names in _batches(factors):
+            B = torch.stack([factors[name][0].float() for name in names])
+            A = torch.stack([factors[name][1].float() for name in names])
+            if config.method == "paper":
+                components = quantize_paper(B, A, bits_high=config.bits_high, ratio=config.ratio, **options)
+            else:
+                width = torch.tensor([bits[name] for name in names])
+                # What no module of the batch has bits for need not be gone through.
+                components = quantize_residual(B, A, width[:, : int((width > 0).sum(-1).max())], **options)
+            norms = squared_norm(B, A)
+            for row, name in enumerate(names):
+                found[name] = _packed(components[row], B[row], A[row], float(norms[row]), config)
+            bar.update(len(names))
+    return {name: found[name] for name in factors}
+
+
+def _packed(components: Components, B: Tensor, A: Tensor, norm: float, config: LoRAQuantConfig) -> QuantizedFactors:
+    q_B, q_A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
+    if components:
+        q_B = torch.cat([b.values() for b, _ in components]).T
+        q_A = torch.cat([a.values() for _, a in components])
+    format, tensors = pack_components(
+        components,
+        rows=len(B),
+        columns=A.shape[1],
+        group_size=config.group_size,
+        scale_dtype=SCALE_DTYPES[config.scale_dtype],
+        zero_points=config.method == "paper",
+    )
+    error = float(squared_error(B[None], A[None], q_B[None], q_A[None]))
+    return QuantizedFactors(format=format, tensors=tensors, squared_error=error, squared_norm=norm)
+
+
+def _allocated(
+    factors: Mapping[str, tuple[Tensor, Tensor]], config: LoRAQuantConfig, scaling: Mapping[str, float]
+) -> dict[str, list[int]]:
+    layers = {}
+    for names in _batches(factors):
+        B, A = (torch.stack([factors[name][side].float() for name in names]) for side in (0, 1))
+        _, values, _ = product_svd(B, A)
+        for name, s in zip(names, values, strict=True):
+            layers[name] = Layer(singular_values=s * scaling[name], rows=B.shape[1], columns=A.shape[2])
+    scale_bits = 8 * SCALE_DTYPES[config.scale_dtype].itemsize
+    if config.average_bits is None:
+        budget = sum(_published_cost(layer, config, scale_bits) for layer in layers.values())
+    else:
+        budget = int(config.average_bits * sum(B.numel() + A.numel() for B, A in factors.values()))
+    widths = allocate(list(layers.values()), budget, group_size=config.group_size, scale_bits=scale_bits)
+    return dict(zip(layers, widths, strict=True))
+
+
+def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> int:
+    """Bits of storage of a module in the published procedure: zero points of the high part included."""
+    high = int(high_components(layer.singular_values[None], config.ratio))
+    if not high:
+        return 0
+    groups = layer.groups(config.group_size)
+    low = len(layer.singular_values) - high
+    return high * (layer.cost(config.bits_high, config.group_size, scale_bits) + config.bits_high * groups) + low * (
+        layer.cost(1, config.group_size, scale_bits)
+    )
+
+
+def nominal_bits(factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors]) -> float:
+    """Bits per parameter as papers count them: of the codes alone."""
+    codes = sum(
+        sum(map(int, quantized.format.bits)) * (quantized.format.rows + quantized.format.columns)
+        for quantized in found.values()
+    )
+    return codes / sum(B.numel() + A.numel() for B, A in factors.values())
+
+
+def _batches(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
+    """The names of modules of equal shape, as many together as fit in the memory that is meant for it."""
+    shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, (B, A) in factors.items():
+        shapes.setdefault((B.shape, A.shape), []).append(name)
+    for (shape_b, shape_a), names in shapes.items():
+        size = max(1, BATCH_ELEMENTS // (shape_b.numel() + shape_a.numel()))
+        yield from (names[start : start + size] for start in range(0, len(names), size))

@@ -1,0 +1,74 @@
+"""The store of expanded factors: its limit, what makes room, copies."""
+
+import copy
+
+import pytest
+import torch
+
+from peft_lrqat.loraquant.cache import FactorCache
+
+
+FACTORS = torch.zeros(2, 4), torch.zeros(4, 3)  # 80 bytes
+
+
+def held(cache, adapter):
+    return [layer for layer in "abcde" if cache.get(layer, adapter) is not None]
+
+
+def test_within_the_limit_everything_is_kept():
+    cache = FactorCache(limit=240)
+    for layer in "abc":
+        cache.put(layer, "one", FACTORS)
+    assert held(cache, "one") == ["a", "b", "c"]
+    assert cache.get("a", "one") is FACTORS
+    assert cache.bytes == 240
+
+
+def test_layers_of_one_adapter_do_not_drive_each_other_out():
+    cache = FactorCache(limit=200)
+    for _ in range(3):
+        for layer in "abcde":
+            if cache.get(layer, "one") is None:
+                cache.put(layer, "one", FACTORS)
+        assert held(cache, "one") == ["a", "b"]
+    assert cache.bytes == 160
+
+
+def test_another_adapter_makes_room_oldest_first():
+    cache = FactorCache(limit=240)
+    for layer in "abc":
+        cache.put(layer, "one", FACTORS)
+    cache.get("a", "one")
+    cache.put("a", "two", FACTORS)
+    assert (held(cache, "one"), held(cache, "two")) == (["a", "c"], ["a"])
+
+
+def test_putting_again_replaces():
+    cache = FactorCache(limit=100)
+    cache.put("a", "one", FACTORS)
+    cache.put("a", "one", (FACTORS[0], FACTORS[1]))
+    assert cache.bytes == 80
+    cache.drop("a", "one")
+    cache.drop("a", "one")
+    assert (cache.bytes, held(cache, "one")) == (0, [])
+
+
+def test_no_limit_fits_nothing():
+    cache = FactorCache(limit=0)
+    cache.put("a", "one", FACTORS)
+    assert held(cache, "one") == []
+
+
+def test_a_new_limit_and_copies_start_empty():
+    cache = FactorCache(limit=100)
+    cache.put("a", "one", FACTORS)
+    duplicate = copy.deepcopy(cache)
+    assert (duplicate.limit, duplicate.bytes, held(duplicate, "one")) == (100, 0, [])
+    cache.set_limit(50)
+    assert (cache.limit, cache.bytes, held(cache, "one")) == (50, 0, [])
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, None, True])
+def test_limits_that_are_refused(limit):
+    with pytest.raises(ValueError, match="a number of bytes"):
+        FactorCache().set_limit(limit)
