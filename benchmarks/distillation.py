@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--learning_rates", type=float, nargs=2, help="of the factors, of the scales; left out: the demo's"
     )
+    parser.add_argument("--factor_max_grad_norm", type=float, default=0.01, help="as in LRQATTrainingArguments")
     parser.add_argument(
         "--output", default="distillation-benchmark", help="directory for the base model and the results"
     )
@@ -45,13 +46,13 @@ def main() -> None:
         for bits in args.bits:
             for weight in args.weights:
                 for temperature in args.temperatures if weight else args.temperatures[:1]:
-                    row = one_run(demo, bits, weight, temperature, rates, seed)
+                    row = one_run(demo, bits, weight, temperature, rates, seed, args.factor_max_grad_norm)
                     print(json.dumps(row), flush=True)
                     with open(Path(args.output) / "results.jsonl", "a") as file:
                         file.write(json.dumps({"model": args.model, **row}) + "\n")
 
 
-def one_run(demo, bits, weight, temperature, rates, seed) -> dict[str, float]:
+def one_run(demo, bits, weight, temperature, rates, seed, factor_max_grad_norm) -> dict[str, float]:
     model = demo.adapted(bits)
     options = LRQATTrainingArguments(
         output_dir=str(demo.output),
@@ -59,6 +60,7 @@ def one_run(demo, bits, weight, temperature, rates, seed) -> dict[str, float]:
         per_device_train_batch_size=demo.setup.batch_size,
         learning_rate=rates[0],
         scale_learning_rate=rates[1],
+        factor_max_grad_norm=factor_max_grad_norm,
         distillation_weight=weight,
         distillation_temperature=temperature,
         seed=seed,
@@ -76,6 +78,7 @@ def one_run(demo, bits, weight, temperature, rates, seed) -> dict[str, float]:
         "weight": weight,
         "temperature": temperature,
         "learning_rates": rates,
+        "factor_max_grad_norm": factor_max_grad_norm,
         "seed": seed,
         "steps": demo.steps,
         "tokens": demo.steps * demo.setup.batch_size * demo.setup.window,

@@ -277,7 +277,7 @@ def _check_record(record: object) -> None:
             f"but is {record!r}"
         )
     try:
-        json.dumps(record, sort_keys=True)
+        json.dumps(record, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`training_record` must fit into a JSON file, but is {record!r} ({error}); give numbers, strings and lists"

@@ -21,7 +21,8 @@ class LRQATArguments:
 
     The defaults are the paper's (LR-QAT, section 5: AdamW with betas 0.9 and 0.95, no weight decay, gradient norm clipped at 1,
     linear schedule with 10% warm-up), but for the rates: 1e-3 and 1e-5 there, for 10^4 steps and gamma = 1/32; 5e-3 and 1e-4
-    here, which reached lower perplexities in runs of up to some hundred steps with gamma = 1.
+    here, which reached lower perplexities in runs of up to some hundred steps with gamma = 1. And each group is clipped by
+    itself, see :func:`.optimizer.clip_by_group`.
 
     Example:
         ```py
@@ -51,6 +52,13 @@ class LRQATArguments:
         default=0.1, metadata={"help": "steps of linear warm-up; below 1: their share of all steps"}
     )
     logging_steps: float = field(default=10, metadata={"help": "steps between two logs; below 1: share of all steps"})
+    factor_max_grad_norm: float = field(
+        default=0.01,
+        metadata={
+            "help": "norm to which the gradients of A and of B are clipped, each by itself; --max_grad_norm is that of the scales"
+            " and of all else, and 0 there clips nothing at all"
+        },
+    )
     distillation_weight: float = field(
         default=0.0,
         metadata={
@@ -73,6 +81,10 @@ class LRQATArguments:
         )
         if not 0 <= self.scale_weight_decay < math.inf:
             raise ValueError(f"`scale_weight_decay` must be at least 0, but is {self.scale_weight_decay}")
+        if not self.factor_max_grad_norm > 0:
+            raise ValueError(
+                f"`factor_max_grad_norm` must be above 0, but is {self.factor_max_grad_norm}; `max_grad_norm=0` clips nothing"
+            )
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"`distillation_weight` is a share of the loss, 0 to 1, but is {self.distillation_weight}")
         if not 0 < self.distillation_temperature < math.inf:

@@ -30,6 +30,7 @@ NOT_COMPARED = {
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
+    "init_weights",
     "peft_version",
     "revision",
     "training_record",

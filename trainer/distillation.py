@@ -28,11 +28,19 @@ def load_teacher(student: PeftModel) -> PreTrainedModel:
     try:
         if not name:
             raise OSError("the adapter's config does not name it")
-        return type(base).from_pretrained(name, revision=config.revision, dtype=base.dtype)
+        teacher, loading = type(base).from_pretrained(
+            name, config=base.config, revision=config.revision, dtype=base.dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"distillation needs the unquantised model, and `{name}` cannot be loaded ({error}); give it as `teacher_model`"
         ) from error
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"`{name}` has no weights for {sorted(loading['missing_keys'])[0]}: a teacher from there would have random ones, such "
+            "as those of a fresh classification head. Give a trained model as `teacher_model`"
+        )
+    return teacher
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -66,6 +74,15 @@ def share_frozen_parameters(student: PeftModel, teacher: nn.Module) -> int:
             parameter.data = other.data
             saved += parameter.numel() * parameter.element_size()
     return saved
+
+
+@torch.no_grad()
+def keep_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Gives the teacher memory of its own for what the student has come to train since they were made to share it."""
+    trained = {p.data_ptr() for p in student.parameters() if p.requires_grad}
+    for parameter in teacher.parameters():
+        if parameter.data_ptr() in trained:
+            parameter.data = parameter.data.clone()
 
 
 def scored_tokens(logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, *, shift: bool) -> Tensor:

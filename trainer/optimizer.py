@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+FACTORS = ("A", "B")  # the groups of the low-rank factors
 # What a checkpoint's optimizer brings along and a resumed run may have asked otherwise.
 WATCHED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
@@ -36,6 +38,7 @@ def parameter_groups(
     A step of 5e-3 is small for a factor of the low-rank product, whose unit is a grid step, and ruin for a scale, which is
     itself about 1e-2. LR-QAT, section 5: factors 1e-3, scales 1e-5, no weight decay, over 10^4 steps.
     """
+    check_rates({"lr": lr, "scale_lr": scale_lr, "lr_A": lr_A, "lr_B": lr_B})
     members: dict[str, list[nn.Parameter]] = {n: [] for n in ("A", "B", "scales", "other", "other_no_decay")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -65,8 +68,12 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 def check_rates(rates: dict[str, float | None]) -> None:
     """ValueError for a learning rate that is not a finite number above 0; None stands for no rate of its own."""
     for name, rate in rates.items():
-        if rate is None or (isinstance(rate, int | float) and 0 < rate < math.inf):
+        if rate is None or (isinstance(rate, Real) and 0 < rate < math.inf):
             continue
+        if isinstance(rate, str):
+            raise ValueError(
+                f"`{name}` must be a number, but is the string {rate!r}; YAML reads 5e-3 as one, write 5.0e-3"
+            )
         what = "`.lrqat_scale.`" if "scale" in name else "`.lrqat_A.` and `.lrqat_B.`"
         raise ValueError(
             f"`{name}` must be a learning rate above 0, but is {rate!r}; to keep them fixed, set `requires_grad_(False)` on the "
@@ -74,21 +81,29 @@ def check_rates(rates: dict[str, float | None]) -> None:
         )
 
 
-def clip_by_group(groups: Iterable[dict[str, Any]], max_norm: float) -> dict[str, Tensor]:
-    """Clips the gradients of each group to the norm ``max_norm``, by itself; its norm before that, by the group's name.
+def clip_by_group(
+    groups: Iterable[dict[str, Any]], max_norm: float, factor_max_norm: float | None = None
+) -> dict[str, Tensor]:
+    """Clips the gradients of each group by itself; the norm of each before that, by the group's name.
 
-    One norm over all is that of the scales, about a thousand times that of B at the start: clipping by it shortens the
-    steps of the factors because of the scales.
+    Groups ``A`` and ``B`` to ``factor_max_norm``, all others to ``max_norm``. One norm over all would be that of the scales, some
+    tens of times that of A and B, so that the factors' steps were shortened because of the scales. And the norms of A and B
+    are below 1 from the first step on: to 0.01 each step's gradient counts the same, where 1 would never act.
     """
+    limits = {} if factor_max_norm is None else dict.fromkeys(FACTORS, factor_max_norm)
     return {
-        group.get("name", str(index)): torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        (name := group.get("name", str(index))): torch.nn.utils.clip_grad_norm_(
+            group["params"], limits.get(name, max_norm)
+        )
         for index, group in enumerate(groups)
     }
 
 
 def say_changed_rates(optimizer: Optimizer) -> None:
     """From here on, loading a checkpoint into ``optimizer`` says which of its settings the checkpoint overrules."""
-    optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint)
+    if not getattr(optimizer, "says_changed_rates", False):  # made by the factory and handed to an LR-QAT trainer
+        optimizer.says_changed_rates = True
+        optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint)
 
 
 def _compare_with_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -118,8 +133,8 @@ def _equal(mine: Any, saved: Any) -> bool:
 class LRQATOptimizerFactory:
     """AdamW over :func:`parameter_groups`, made by an unmodified transformers Trainer.
 
-    With ``max_grad_norm`` each group is clipped by itself, right before the step; then turn the Trainer's own clipping off
-    (``TrainingArguments(max_grad_norm=0)``), which comes first and has one norm for all groups.
+    With ``max_grad_norm`` each group is clipped by itself, right before the step, A and B to ``factor_max_grad_norm``; then turn
+    the Trainer's own clipping off (``TrainingArguments(max_grad_norm=0)``), which comes first and has one norm for all groups.
 
     Example:
         ```py
@@ -139,9 +154,9 @@ class LRQATOptimizerFactory:
         weight_decay: float = 0.0,
         scale_weight_decay: float = 0.0,
         max_grad_norm: float = 0.0,
+        factor_max_grad_norm: float = 0.01,
         **adamw: Any,
     ) -> torch.optim.AdamW:
-        check_rates({"lr": lr, "scale_lr": scale_lr, "lr_A": lr_A, "lr_B": lr_B})
         groups = parameter_groups(
             model,
             lr=lr,
@@ -160,7 +175,7 @@ class LRQATOptimizerFactory:
         if max_grad_norm > 0:
 
             def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                clip_by_group(optimizer.param_groups, max_grad_norm)
+                clip_by_group(optimizer.param_groups, max_grad_norm, factor_max_grad_norm)
 
             optimizer.register_step_pre_hook(clip)
         return optimizer

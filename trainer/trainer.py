@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
+from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -36,7 +37,15 @@ from .checkpoint import (
     why_incomplete,
     written_whole,
 )
-from .distillation import check_teacher, distillation_loss, load_teacher, scored_tokens, share_frozen_parameters
+from .distillation import (
+    IGNORED,
+    check_teacher,
+    distillation_loss,
+    keep_apart,
+    load_teacher,
+    scored_tokens,
+    share_frozen_parameters,
+)
 from .divergence import first_nonfinite_module, nonfinite_tensors
 from .optimizer import clip_by_group, parameter_groups, say_changed_rates
 
@@ -69,6 +78,7 @@ class LRQATTrainerMixin:
         self.current_gradient_accumulation_steps = 1  # the Trainer sets it once it trains
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # after which step, and with what result
         self._loaded_step: int | None = None  # of the best checkpoint, once it is loaded
+        self._trial: Any = None  # of a hyperparameter search
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, LRQATArguments):
             raise ValueError(
@@ -106,6 +116,8 @@ class LRQATTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As the Trainer's; a checkpoint that brings other rates than were asked for is noticed."""
         made_here = self.optimizer is None
+        if self.teacher is not None:
+            keep_apart(self.model, self.teacher)
         optimizer = super().create_optimizer(model)
         if not any("name" in group for group in optimizer.param_groups):
             logger.warning(
@@ -135,17 +147,17 @@ class LRQATTrainerMixin:
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         if self.is_deepspeed_enabled:  # its engine clips by itself, by one norm
             return super()._clip_grad_norm(model)
-        return self._clip_groups(self.args.max_grad_norm)
+        return self._clip_groups(self.args.max_grad_norm, self.args.factor_max_grad_norm)
 
-    def _clip_groups(self, max_norm: float) -> Tensor:
+    def _clip_groups(self, max_norm: float, factor_max_norm: float) -> Tensor:
         """Clips group by group; the norm over all groups before that."""
         self.accelerator.unscale_gradients()
-        self._group_norms = clip_by_group(self.optimizer.param_groups, max_norm)
-        return torch.stack([norm.double() for norm in self._group_norms.values()]).norm().float()
+        self._group_norms = clip_by_group(self.optimizer.param_groups, max_norm, factor_max_norm)
+        return torch.nn.utils.get_total_norm(list(self._group_norms.values()))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         if grad_norm is None and not self.is_deepspeed_enabled:
-            grad_norm = self._clip_groups(math.inf)  # nothing is clipped, all is measured
+            grad_norm = self._clip_groups(math.inf, math.inf)  # nothing is clipped, all is measured
         return super()._get_grad_norm(model, grad_norm)
 
     # Loss
@@ -155,7 +167,10 @@ class LRQATTrainerMixin:
         batch = dict(inputs) if isinstance(inputs, Mapping) else None
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
-            self._stop(f"the loss is {loss.item()}", self._find_nonfinite(batch))
+            if not _has_no_label(batch):
+                self._stop(f"the loss is {loss.item()}", self._find_nonfinite(batch))
+            logger.warning(f"a batch of step {self.state.global_step + 1} has no label to score and teaches nothing")
+            loss = torch.zeros_like(loss)
         # A scaler of float16 gradients lowers its scale and skips the step by itself.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             self._check_gradients()
@@ -225,6 +240,8 @@ class LRQATTrainerMixin:
         teacher = load_teacher(self.model) if teacher is None else teacher
         check_teacher(self.model, teacher)
         teacher.requires_grad_(False).eval()
+        if hasattr(teacher.config, "use_cache"):
+            teacher.config.use_cache = False  # as the Trainer does for the student
         teacher = teacher.to(next(self.model.parameters()).device)
         shared = share_frozen_parameters(self.model, teacher)
         total = sum(p.numel() * p.element_size() for p in teacher.parameters())
@@ -239,9 +256,14 @@ class LRQATTrainerMixin:
                 mean = self.accelerator.gather(self._divergence_sum.reshape(1)).mean().item()
                 logs["distillation_loss"] = mean / (self.state.global_step - self._divergence_step)
             self._divergence_sum = None
-        if any(key.startswith("eval_") for key in logs):
-            self._evaluated = self.state.global_step, _quality(logs)
+        metrics = _quality(logs)
+        if metrics:
+            # Several sets of one evaluation are logged one by one.
+            step, earlier = self._evaluated
+            earlier = earlier if step == self.state.global_step else {}
+            self._evaluated = self.state.global_step, {**earlier, **metrics}
         super().log(logs, start_time)
+        self._keep_record()
 
     # Divergence
 
@@ -276,7 +298,7 @@ class LRQATTrainerMixin:
 
     def _stop(self, what: str, where: str, step: int | None = None) -> None:
         step = self.state.global_step + 1 if step is None else step
-        last = last_complete_checkpoint(self.args.output_dir)
+        last = last_complete_checkpoint(self._get_output_dir(self._trial))
         kept = f"the last checkpoint, {last}, is as it was" if last else "no checkpoint was written before"
         raise FloatingPointError(
             f"{what} at step {step}; {where}. Nothing of this step was saved; {kept}. A lower learning rate (of the scales first), "
@@ -285,8 +307,11 @@ class LRQATTrainerMixin:
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the Trainer's; True resumes from the last checkpoint that is whole, and one that is not is refused."""
+        self._trial = trial
         if self.args.should_save:
             tidy_up(self.args.output_dir)
         self.accelerator.wait_for_everyone()
@@ -304,8 +329,13 @@ class LRQATTrainerMixin:
                 f"{resume_from_checkpoint} holds no state of the optimizer (`save_only_model`): its moments and the schedule begin "
                 "anew, so that the run will not be the one that was interrupted"
             )
-        self._divergence_sum, self._group_norms, self._loaded_step = None, {}, None
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, *args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Of this attempt: with ``auto_find_batch_size`` there may be several in one call of `train`."""
+        self._divergence_sum, self._group_norms = None, {}
+        self._evaluated, self._loaded_step = (-1, {}), None
+        return super()._init_training_state(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_same_adapters(resume_from_checkpoint, self.accelerator.unwrap_model(self.model).peft_config)
@@ -358,8 +388,7 @@ class LRQATTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if self.args.should_save:
-            self._lrqat_config().training_record = self._training_record()
+        self._keep_record()
         if self._staging is not None or not self.args.should_save:  # moved as a whole later, or nothing to write
             super()._save(output_dir, state_dict)
             return
@@ -370,21 +399,45 @@ class LRQATTrainerMixin:
                 shutil.copy(card, directory)
             super()._save(str(directory), state_dict)
 
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            delete_older(Path(best), 1, best)  # or the Trainer would, in place
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with optuna, a trial that diverges has failed and the search goes on."""
+        backend = kwargs.get("backend") or default_hp_search_backend()
+        if getattr(backend, "value", backend) == "optuna":
+            kwargs.setdefault("catch", (FloatingPointError,))
+        return super().hyperparameter_search(*args, **kwargs)
+
     # Publishing
 
+    def _keep_record(self) -> None:
+        """In the adapter's config, so that whoever saves or publishes the model has it on the card."""
+        self._lrqat_config().training_record = self._training_record()
+
     def _training_record(self) -> dict[str, Any]:
-        """For the model card: how far training went, with which settings, and the last metrics."""
+        """How far training went, with which settings, and the last metrics."""
         args = self.args
+        # The optimizer's own: a resumed run, or one with an optimizer that was handed in, has other rates than `args`.
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
         settings: dict[str, Any] = {
             "optimizer": getattr(args.optim, "value", args.optim),
-            "learning rate": args.learning_rate,
-            "learning rate of A": args.A_learning_rate,
-            "learning rate of B": args.B_learning_rate,
-            "learning rate of the scales": args.scale_learning_rate,
+            **{
+                f"learning rate of {group.get('name', f'group {index}')}": group.get("initial_lr", group["lr"])
+                for index, group in enumerate(groups)
+            },
+            **{
+                f"weight decay of {group.get('name', f'group {index}')}": group["weight_decay"]
+                for index, group in enumerate(groups)
+                if group.get("weight_decay")
+            },
             "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
             "warm-up steps": args.warmup_steps,
-            "weight decay": args.weight_decay,
             "gradient norm per group, at most": args.max_grad_norm,
+            "gradient norm of A and of B, at most": args.factor_max_grad_norm,
             "sequences per step": self.get_total_train_batch_size(args),
             "seed": args.seed,
         }
@@ -394,7 +447,9 @@ class LRQATTrainerMixin:
         step, metrics = self._evaluated
         return {
             "steps": self._loaded_step or self.state.global_step,
-            "settings": {name: value for name, value in settings.items() if value is not None},
+            "settings": {
+                name: float(value) if isinstance(value, Tensor) else value for name, value in settings.items()
+            },
             # Not those of an evaluation that other weights went through.
             "metrics": metrics if step == self.state.global_step else {},
         }
@@ -405,9 +460,9 @@ class LRQATTrainerMixin:
         else:  # that one loads the adapter `default` into whichever is active, and no other
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         self._loaded_step = self.state.best_global_step
-        for log in self.state.log_history:
-            if log.get("step") == self._loaded_step and any(key.startswith("eval_") for key in log):
-                self._evaluated = self.state.global_step, _quality(log)
+        logs = [log for log in self.state.log_history if log.get("step") == self._loaded_step]
+        self._evaluated = self.state.global_step, {k: v for log in logs for k, v in _quality(log).items()}
+        self._keep_record()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer's own, and after it the section of LR-QAT, which that one does not know."""
@@ -444,10 +499,19 @@ class LRQATTrainer(LRQATTrainerMixin, Trainer):
     args: LRQATTrainingArguments
 
 
-def _quality(logs: dict[str, Any]) -> dict[str, float]:
+def _has_no_label(batch: dict[str, Any] | None) -> bool:
+    """Whether no label is scored, so that a mean over them is 0 / 0; the first of a row has no prediction."""
+    labels = (batch or {}).get("labels")
+    if not isinstance(labels, Tensor):
+        return False
+    return bool((labels[..., 1:] if labels.ndim > 1 else labels).eq(IGNORED).all())
+
+
+def _quality(logs: dict[str, Any]) -> dict[str, float | str]:
     """The metrics of an evaluation, without its speed."""
     return {
-        key: value
+        # JSON has no infinite numbers.
+        key: value if math.isfinite(value) else str(value)
         for key, value in logs.items()
         if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and isinstance(value, int | float)
     }

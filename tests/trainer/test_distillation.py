@@ -515,3 +515,58 @@ def test_a_distilled_adapter_is_like_any_other(make_peft, make_base, distilling,
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")
     assert torch.equal(logits_of(loaded.eval()), logits_of(trainer.model.eval()))
+
+
+def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp_path):
+    """A classifier made from a language model has one until it is trained; loading it again draws another."""
+    config = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, intermediate_size=48)).save_pretrained(
+        tmp_path / "base"
+    )
+    base = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model = get_peft_model(base, make_config("classifier"))
+    with pytest.raises(
+        ValueError, match=r"has no weights for score.weight: a teacher from there would have random ones"
+    ):
+        lrqat_trainer(model, distillation_weight=0.5)
+
+
+def test_the_teacher_keeps_no_cache(make_base, make_peft, distilling):
+    trainer = distilling(make_peft(), make_base())
+    caches = []
+    trainer.teacher.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+    trainer.train()
+    assert set(caches) == {None}
+
+
+def test_what_is_trained_later_is_shared_no_more(make_base, make_peft, distilling):
+    teacher, model = make_base(), make_peft()
+    trainer = distilling(model, teacher)
+    embedding = model.get_input_embeddings().weight
+    assert embedding.data_ptr() == teacher.get_input_embeddings().weight.data_ptr()
+    before = embedding.detach().clone()
+    embedding.requires_grad_(True)
+    trainer.train()
+    assert torch.equal(teacher.get_input_embeddings().weight, before)
+    assert not torch.equal(embedding, before)
+
+
+def test_a_second_attempt_logs_its_own_divergence(make_base, make_peft, distilling, step_logs):
+    """``auto_find_batch_size`` starts again from step 0 when memory runs out in the middle of an interval of the log."""
+
+    class OutOfMemory(transformers.TrainerCallback):
+        raised = False
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3 and not self.raised:
+                self.raised = True
+                raise RuntimeError("CUDA out of memory.")
+
+    options = {"logging_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    trainer = distilling(make_peft(), make_base(), **options)
+    callback = OutOfMemory()
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.raised
+    assert [log["step"] for log in step_logs(trainer)] == [2, 4]
+    assert all(0 <= log["distillation_loss"] < 1 for log in step_logs(trainer))

@@ -1,5 +1,6 @@
 """Groups, rates and clipping, in `LRQATTrainer` and from the factory in an unmodified Trainer."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -216,6 +217,16 @@ def test_each_group_is_clipped_by_its_own_norm():
     assert torch.equal(groups[1]["params"][0].grad, small)
 
 
+def test_factors_have_a_limit_of_their_own():
+    groups = [{"name": name, "params": [nn.Parameter(torch.ones(4))]} for name in ("A", "B", "scales", "other")]
+    for group in groups:
+        group["params"][0].grad = torch.ones(4)
+    norms = clip_by_group(groups, 1.0, 0.1)
+    assert {name: float(norm) for name, norm in norms.items()} == {"A": 2, "B": 2, "scales": 2, "other": 2}
+    after = {group["name"]: float(group["params"][0].grad.norm()) for group in groups}
+    assert after == pytest.approx({"A": 0.1, "B": 0.1, "scales": 1.0, "other": 1.0}, rel=1e-5)
+
+
 def test_groups_are_clipped_one_by_one_and_their_norms_logged(lrqat_trainer, gradients, step_logs):
     fields = {"optim": "sgd", "learning_rate": 1e-3, "scale_learning_rate": 1e-7}
     trainer = lrqat_trainer(options={"callbacks": [gradients]}, max_grad_norm=0.0, **fields)
@@ -224,7 +235,8 @@ def test_groups_are_clipped_one_by_one_and_their_norms_logged(lrqat_trainer, gra
     raw = {name: norm_of(unclipped[0], marker) for name, marker in MARKERS.items()}
     limit = sorted(raw.values())[0] * 1.5  # one group is below it, two are above
     gradients.steps.clear()
-    trainer = lrqat_trainer(options={"callbacks": [gradients]}, max_grad_norm=limit, **fields)
+    limits = {"max_grad_norm": limit, "factor_max_grad_norm": limit}
+    trainer = lrqat_trainer(options={"callbacks": [gradients]}, **limits, **fields)
     trainer.train()
     logged = step_logs(trainer)[0]
     for name, marker in MARKERS.items():
@@ -246,9 +258,10 @@ def test_the_factory_clips_like_the_trainer(lrqat_trainer, factory_run, trained_
     """In an unmodified Trainer: the same steps, bit for bit."""
     betas = {"betas": (0.9, 0.95)}
     fields = {"learning_rate": 1e-3, "scale_learning_rate": 1e-5}
-    ours = lrqat_trainer(max_grad_norm=1e-3, optim="adamw_torch", **fields)
+    limits = {"max_grad_norm": 1e-3, "factor_max_grad_norm": 1e-4}
+    ours = lrqat_trainer(**limits, optim="adamw_torch", **fields)
     ours.train()
-    clipped = trained_tensors(factory_run({**RATES, **betas, "max_grad_norm": 1e-3}).model)
+    clipped = trained_tensors(factory_run({**RATES, **betas, **limits}).model)
     unclipped = trained_tensors(factory_run({**RATES, **betas}).model)
     mine = trained_tensors(ours.model)
     assert all(torch.equal(clipped[name], tensor) for name, tensor in mine.items())
@@ -263,7 +276,7 @@ def test_the_factory_clips_each_step(factory_run):
             found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             norms.append([norm_of(found, marker) for marker in MARKERS.values()])
 
-    factory_run({**RATES, "max_grad_norm": 1e-4}, callbacks=[Norms()])
+    factory_run({**RATES, "max_grad_norm": 1e-4, "factor_max_grad_norm": 1e-4}, callbacks=[Norms()])
     assert len(norms) == 3
     assert all(norm == pytest.approx(1e-4, rel=1e-2) and norm <= 1e-4 for step in norms for norm in step)
 
@@ -321,13 +334,22 @@ def test_resumed_is_uninterrupted(factory_run, make_peft, trained_tensors, tmp_p
     assert all(torch.equal(rest[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1e-3, float("nan"), float("inf"), -float("inf"), "1e-3"])
+@pytest.mark.parametrize("value", [0, 0.0, -1e-3, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["lr", "scale_lr", "lr_A", "lr_B"])
 def test_bad_rate_is_refused(name, value, make_peft):
     markers = "`.lrqat_scale.`" if "scale" in name else "`.lrqat_A.` and `.lrqat_B.`"
     message = f"`{name}` must be a learning rate above 0, but is {value!r};.*parameters with {markers} in their names"
     with pytest.raises(ValueError, match=message):
         LRQATOptimizerFactory()(make_peft(), **{**RATES, name: value})
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(make_peft(), **{**RATES, name: value})
+
+
+def test_rates_of_other_number_types_are_taken_and_strings_are_not(make_peft):
+    groups = parameter_groups(make_peft(), lr=np.float32(1e-3), scale_lr=1)
+    assert [group["lr"] for group in groups] == [np.float32(1e-3), np.float32(1e-3), 1]
+    with pytest.raises(ValueError, match=r"`lr` must be a number, but is the string '5e-3'; .* write 5.0e-3"):
+        parameter_groups(make_peft(), lr="5e-3", scale_lr=1e-5)
 
 
 def test_both_rates_must_be_given(make_peft):

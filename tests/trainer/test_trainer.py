@@ -1,5 +1,6 @@
 """`LRQATTrainer` does what the Trainer does: the same steps however they are computed, evaluation, search and resuming."""
 
+import json
 import logging
 
 import numpy as np
@@ -25,6 +26,7 @@ def plain_loop(model, rows, args, steps):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kinds = [[p for name, p in named.items() if kind in name] for kind in (".lrqat_A.", ".lrqat_B.", ".lrqat_scale.")]
     rates = [args.learning_rate, args.learning_rate, args.scale_learning_rate]
+    limits = [args.factor_max_grad_norm, args.factor_max_grad_norm, args.max_grad_norm]
     betas = (args.adam_beta1, args.adam_beta2)
     optimizers = [
         torch.optim.AdamW(parameters, lr=rate, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
@@ -37,8 +39,8 @@ def plain_loop(model, rows, args, steps):
         loss = model(**batch).loss
         loss.backward()
         share = step / warmup if step < warmup else (steps - step) / (steps - warmup)
-        for optimizer, parameters, rate in zip(optimizers, kinds, rates):
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        for optimizer, parameters, rate, limit in zip(optimizers, kinds, rates, limits):
+            torch.nn.utils.clip_grad_norm_(parameters, limit)
             optimizer.param_groups[0]["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()
@@ -47,7 +49,13 @@ def plain_loop(model, rows, args, steps):
 
 
 def test_a_run_is_the_loop_that_it_describes(lrqat_trainer, make_peft, token_rows, trained_tensors, step_logs):
-    fields = {"max_steps": 6, "lr_scheduler_type": "linear", "warmup_steps": 2, "max_grad_norm": 1e-2}
+    fields = {
+        "max_steps": 6,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "max_grad_norm": 1e-2,
+        "factor_max_grad_norm": 1e-3,
+    }
     trainer = lrqat_trainer(**fields, optim="adamw_torch")
     seen = []
     collate = trainer.data_collator
@@ -321,3 +329,90 @@ def test_an_optimizer_with_groups_of_its_own_is_told(lrqat_trainer, make_peft, m
     lrqat_trainer(model, {"optimizers": (own, None)}).train()
     assert len(told) == 1
     assert "`scale_learning_rate` has no effect" in told[0]
+
+
+def test_the_record_has_the_rates_that_were_used(lrqat_trainer):
+    """A resumed run goes on with the checkpoint's, and a second one with those that its optimizer has."""
+    trainer = lrqat_trainer(save_strategy="steps", save_steps=1)
+    trainer.train()
+    asked = {"scale_learning_rate": 3e-4}
+    resumed = lrqat_trainer(**asked)
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+    for each in (trainer, resumed):
+        settings = each.model.peft_config["default"].training_record["settings"]
+        assert settings["learning rate of scales"] == trainer.args.scale_learning_rate != asked["scale_learning_rate"]
+
+
+def test_a_model_saved_by_itself_has_the_record(lrqat_trainer, make_peft, token_rows, tmp_path):
+    """It is what `model.push_to_hub` publishes; of the last training, whoever saves it."""
+    model = make_peft()
+    for steps in (3, 5):
+        trainer = lrqat_trainer(model, {"eval_dataset": token_rows(2)}, max_steps=steps)
+        trainer.train()
+        loss = trainer.evaluate()["eval_loss"]
+        model.save_pretrained(tmp_path / "saved")
+        record = LRQATConfig.from_pretrained(tmp_path / "saved").training_record
+        assert (record["steps"], record["metrics"]["eval_loss"]) == (steps, loss)
+
+
+def test_metrics_of_the_record_are_of_these_weights(lrqat_trainer, token_rows):
+    sets = {"wiki": token_rows(2), "code": token_rows(4)}
+    trainer = lrqat_trainer(options={"eval_dataset": sets})
+    trainer.train()
+    record = trainer.model.peft_config["default"].training_record
+    assert record["metrics"] == {}
+    trainer.evaluate()
+    record = trainer.model.peft_config["default"].training_record
+    assert record["metrics"].keys() == {"eval_wiki_loss", "eval_code_loss"}
+    trainer.train()
+    assert trainer.model.peft_config["default"].training_record["metrics"] == {}
+
+
+def test_infinite_metrics_are_kept_in_words(lrqat_trainer, token_rows):
+    """JSON has no infinity, and a perplexity at 2 bits may well be."""
+    options = {"eval_dataset": token_rows(2), "compute_metrics": lambda _: {"perplexity": float("inf")}}
+    trainer = lrqat_trainer(options=options)
+    trainer.evaluate()
+    trainer.save_model()
+    with open(f"{trainer.args.output_dir}/adapter_config.json") as file:
+        metrics = json.load(file, parse_constant=pytest.fail)["training_record"]["metrics"]
+    assert metrics["eval_perplexity"] == "inf"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_without_labels_teaches_nothing(accumulation, lrqat_trainer, token_rows, step_logs, caplog):
+    """As completions that were cut off; a mean over none of them is 0 / 0."""
+    rows = token_rows(6)
+    for row in rows[2:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = lrqat_trainer(
+        options={"train_dataset": rows},
+        per_device_train_batch_size=1,
+        max_steps=6 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    assert all(np.isfinite(log["loss"]) for log in step_logs(trainer))
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(lrqat_trainer, make_peft, token_rows):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    trainer = lrqat_trainer(
+        options={"model_init": lambda: make_peft(init_weights=False), "eval_dataset": token_rows(2)},
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    rates = {"scale_learning_rate": [1e38, 1e-5]}
+    best = trainer.hyperparameter_search(
+        lambda trial: {
+            "scale_learning_rate": trial.suggest_categorical("scale_learning_rate", rates["scale_learning_rate"])
+        },
+        n_trials=2,
+        direction="minimize",
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler(rates, seed=0),
+    )
+    assert best.hyperparameters == {"scale_learning_rate": 1e-5}
