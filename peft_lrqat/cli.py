@@ -1,4 +1,4 @@
-"""The command `lrqat`: trains an adapter, evaluates a model, runs the demo."""
+"""The command `lrqat`: trains an adapter, evaluates a model, quantises LoRA adapters, runs the demo."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +29,7 @@ from transformers import (
 
 from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.data import load_blocks, load_tokens
+from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
 from peft_lrqat.metrics import check_window, compute_metrics, evaluate_perplexity, preprocess_logits_for_metrics
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments, last_complete_checkpoint
 from peft_lrqat.trainer.checkpoint import why_incomplete
@@ -35,6 +38,7 @@ from peft_lrqat.trainer.checkpoint import why_incomplete
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
 NOT_FOR_TRAINING = {"base_dtype", "base_dtype_pattern", "format_version", "training_record", "verify_base"}
+RECIPE = ("method", "bits_high", "ratio", "average_bits", "group_size", "scale_dtype")  # of `LoRAQuantConfig`
 NAME = re.compile(r"[\w.]+")  # of a module; anything else in `--target_modules` is a regular expression
 
 
@@ -66,7 +70,7 @@ def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
     for option in dataclasses.fields(LRQATConfig):
         if option.name in left_out:
             continue
-        metadata = {"help": option.metadata["help"].replace("%", "%%")}
+        metadata = _escaped(option)
         kind, factory = _command_line_type(hints[option.name]), option.default_factory
         if option.name == "target_modules":  # here a whole model is quantised, not PEFT's choice for LoRA
             copy = dataclasses.field(default_factory=lambda: ["all-linear"], metadata=metadata)
@@ -76,8 +80,27 @@ def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
     return fields
 
 
+def _recipe_fields() -> list[tuple[str, Any, dataclasses.Field]]:
+    """Name, type and default of each option of the LORAQUANT recipe; the help text is the config's own."""
+    hints = get_type_hints(LoRAQuantConfig)
+    options = {option.name: option for option in dataclasses.fields(LoRAQuantConfig)}
+    return [
+        (name, hints[name], field(default=options[name].default, metadata=_escaped(options[name]))) for name in RECIPE
+    ]
+
+
+def _escaped(option: dataclasses.Field) -> dict[str, str]:
+    """The help text of a config field for argparse."""
+    return {"help": option.metadata["help"].replace("%", "%%")}
+
+
 AdapterArguments = dataclasses.make_dataclass(
     "AdapterArguments", _adapter_fields(), namespace={"_argument_group_name": "LR-QAT adapter"}
+)
+
+
+RecipeArguments = dataclasses.make_dataclass(
+    "RecipeArguments", _recipe_fields(), namespace={"_argument_group_name": "LORAQUANT recipe"}
 )
 
 
@@ -160,6 +183,30 @@ class EvalArguments:
         default="auto", metadata={"help": "dtype of the model; auto: as saved"}
     )
     json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits"})
+
+
+@dataclass(kw_only=True)
+class QuantizeArguments:
+    """Where a LoRA adapter comes from, and where the packed one goes."""
+
+    _argument_group_name = "source and target"
+
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "repository on the Hub that TARGET is uploaded to as well"}
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits and every module"})
+
+
+@dataclass(kw_only=True)
+class DequantizeArguments:
+    """Where a packed adapter comes from, and how LoRA's factors are written."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = field(
+        default="float16", metadata={"help": "dtype of the factors in TARGET"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -330,6 +377,79 @@ def run_eval(argv: Sequence[str]) -> int:
     return 0
 
 
+def run_quantize_adapter(argv: Sequence[str]) -> int:
+    """`lrqat quantize-adapter`."""
+    parser = _Parser(
+        "quantize-adapter",
+        "SOURCE TARGET [options]",
+        [RecipeArguments, QuantizeArguments],
+        "Stores a trained LoRA or DoRA adapter at a few bits (LORAQUANT). No data is needed. PEFT loads the result once\n"
+        "peft_lrqat is imported; `lrqat dequantize-adapter` makes a standard LoRA adapter of it.",
+        "  lrqat quantize-adapter my-lora my-lora-2bit\n"
+        "  lrqat quantize-adapter user/my-lora my-lora-small --average_bits 1.5 --push_to_hub user/my-lora-small",
+    )
+    _add_places(parser, "directory or hub name of a LoRA adapter")
+    recipe, options, places = parser.parse(argv)
+    with parser.user_errors():
+        config = LoRAQuantConfig(**dataclasses.asdict(recipe))
+        made = quantize_adapter(places.source, places.target, config, revision=options.revision)
+        if options.push_to_hub:
+            HfApi().create_repo(options.push_to_hub, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=options.push_to_hub, folder_path=places.target, commit_message="Upload LORAQUANT adapter"
+            )
+    report = made.report
+    if options.json:
+        print(json.dumps(vars(places) | dataclasses.asdict(recipe) | report))
+        return 0
+    _print_table(
+        {
+            "relative error": f"{report['relative_error']:.4f}",
+            "bits per parameter, as stored": f"{report['bits_per_parameter']:.3f}",
+            "bits per parameter, codes alone": f"{report['nominal_bits_per_parameter']:.3f}",
+            "bytes of the factors before": f"{report['bytes_before']:,}",
+            "bytes of the factors after": f"{report['bytes']:,}",
+        }
+    )
+    print(f"adapter saved in {places.target}")
+    return 0
+
+
+def run_dequantize_adapter(argv: Sequence[str]) -> int:
+    """`lrqat dequantize-adapter`."""
+    parser = _Parser(
+        "dequantize-adapter",
+        "SOURCE TARGET [options]",
+        [DequantizeArguments],
+        "Writes a LORAQUANT adapter as a standard LoRA adapter, for servers and converters that know no other.",
+        "  lrqat dequantize-adapter my-lora-2bit my-lora-again\n"
+        "  lrqat dequantize-adapter user/my-lora-2bit my-lora-again --dtype bfloat16",
+    )
+    _add_places(parser, "directory or hub name of a LORAQUANT adapter")
+    options, places = parser.parse(argv)
+    with parser.user_errors():
+        dtype = getattr(torch, options.dtype)
+        dequantize_adapter(places.source, places.target, dtype=dtype, revision=options.revision)
+    size = (Path(places.target) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    if options.json:
+        print(json.dumps(vars(places) | {"dtype": options.dtype, "bytes": size}))
+        return 0
+    _print_table({"dtype of the factors": options.dtype, "bytes of the file": f"{size:,}"})
+    print(f"adapter saved in {places.target}")
+    return 0
+
+
+def _add_places(parser: _Parser, source: str) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=source)
+    parser.add_argument("target", metavar="TARGET", help="directory to be made; one that exists is not written over")
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    names, values = (max(map(len, column)) for column in (rows.keys(), rows.values()))
+    for name, value in rows.items():
+        print(f"{name:{names}}  {value:>{values}}")
+
+
 def run_demo(argv: Sequence[str]) -> int:
     """`lrqat demo`."""
     try:
@@ -358,6 +478,8 @@ def run_demo(argv: Sequence[str]) -> int:
 COMMANDS = {
     "train": (run_train, "train an LR-QAT adapter on a text"),
     "eval": (run_eval, "perplexity of a model, with or without an adapter"),
+    "quantize-adapter": (run_quantize_adapter, "store a trained LoRA adapter at a few bits"),
+    "dequantize-adapter": (run_dequantize_adapter, "make a standard LoRA adapter of such a one"),
     "demo": (run_demo, "LR-QAT against its baselines on a small model, offline, in a few minutes"),
 }
 
@@ -368,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lrqat",
         description="LR-QAT: low-rank quantisation-aware training of language models.",
-        epilog="commands:\n" + "\n".join(f"  {name:6} {about}" for name, (_, about) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:18} {about}" for name, (_, about) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help="what to do; `lrqat COMMAND --help` tells more")

@@ -1,4 +1,4 @@
-"""`lrqat train`, `eval` and `demo`: what is asked for is done, what cannot be done is one clear line."""
+"""The commands of `lrqat`: what is asked for is done, what cannot be done is one clear line."""
 
 import contextlib
 import dataclasses
@@ -13,14 +13,24 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from peft import PeftConfig
+from hub_server import StandInHub, run_client
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.cli import NOT_FOR_TRAINING, AdapterArguments, LRQATTrainingArguments, _Parser, adapter_config, main
+from peft_lrqat.cli import (
+    NOT_FOR_TRAINING,
+    RECIPE,
+    AdapterArguments,
+    LRQATTrainingArguments,
+    _Parser,
+    adapter_config,
+    main,
+)
 from peft_lrqat.demo import run
+from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
 
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 12
@@ -126,7 +136,7 @@ def test_training_defaults_are_the_recipe():
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.report_to) == ("linear", 100, [])
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "quantize-adapter", "dequantize-adapter", "demo"])
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -144,6 +154,22 @@ def test_help_of_train_explains_every_field_with_the_words_of_the_config(capsys)
     for field in dataclasses.fields(LRQATConfig):
         assert (f"--{field.name}" in text) == (field.name not in NOT_FOR_TRAINING | inherited), field.name
         if f"--{field.name}" in text:
+            assert "".join(field.metadata["help"].split()) in text
+
+
+def test_help_of_quantize_adapter_explains_the_recipe_with_the_words_of_the_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize-adapter", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    for field in dataclasses.fields(LoRAQuantConfig):
+        if field.name in inherited:
+            continue
+        # What is taken over from the LoRA adapter or filled in is not asked for.
+        asked = not any(words in field.metadata["help"] for words in ("taken over", "filled in"))
+        assert (field.name in RECIPE) == (asked and field.name not in ("fan_in_fan_out", "format_version"))
+        if field.name in RECIPE:
+            assert f"--{field.name}" in text
             assert "".join(field.metadata["help"].split()) in text
 
 
@@ -239,6 +265,80 @@ def test_the_command_runs_as_a_module(base):
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("lrqat eval: error: no such file or directory: 'nowhere.txt'")
     assert "Traceback" not in done.stderr
+
+
+# LoRA adapters
+
+
+@pytest.fixture
+def lora(base):
+    """A LoRA adapter in the directory `lora`, with factors in float32."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained("lora")
+    return "lora"
+
+
+def test_quantize_then_dequantize(lora, capsys):
+    capsys.readouterr()
+    recipe = ["--bits_high", "3", "--ratio", "0.8", "--group-size", "16", "--scale_dtype", "float16"]
+    assert main(["quantize-adapter", lora, "packed", *recipe]) == 0
+    said = capsys.readouterr().out.splitlines()
+    expected = quantize_adapter(
+        lora, "expected", LoRAQuantConfig(bits_high=3, ratio=0.8, group_size=16, scale_dtype="float16")
+    )
+    assert Path("packed/adapter_config.json").read_bytes() == Path("expected/adapter_config.json").read_bytes()
+    report = expected.report
+    assert [line.rsplit("  ", 1)[-1].strip() for line in said] == [
+        f"{report['relative_error']:.4f}",
+        f"{report['bits_per_parameter']:.3f}",
+        f"{report['nominal_bits_per_parameter']:.3f}",
+        "2,048",  # two layers of 4 x (32 + 32), 4 bytes each
+        f"{report['bytes']:,}",
+        "adapter saved in packed",
+    ]
+    assert main(["dequantize-adapter", "packed", "back", "--dtype", "bfloat16"]) == 0
+    assert "adapter saved in back" in capsys.readouterr().out
+    source, back = (load_file(f"{name}/adapter_model.safetensors") for name in (lora, "back"))
+    assert {k: t.shape for k, t in source.items()} == {k: t.shape for k, t in back.items()}
+    assert {t.dtype for t in back.values()} == {torch.bfloat16}
+    assert PeftConfig.from_pretrained("back").peft_type == "LORA"
+
+
+def test_adapters_in_json(lora, capsys):
+    capsys.readouterr()
+    assert main(["quantize-adapter", lora, "packed", "--average_bits", "2", "--group_size", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    made = PeftConfig.from_pretrained("packed")
+    assert {name: found[name] for name in RECIPE} == {name: getattr(made, name) for name in RECIPE}
+    assert {name: found[name] for name in made.report} == made.report
+    assert (found["source"], found["target"]) == ("lora", "packed")
+    assert main(["dequantize-adapter", "packed", "back", "--json"]) == 0
+    size = Path("back/adapter_model.safetensors").stat().st_size
+    assert json.loads(capsys.readouterr().out) == {
+        "source": "packed",
+        "target": "back",
+        "dtype": "float16",
+        "bytes": size,
+    }
+
+
+def test_a_packed_adapter_is_published(lora, tmp_path):
+    code = (
+        "from peft_lrqat.cli import main\n"
+        "main(['quantize-adapter', 'lora', 'packed', '--push_to_hub', 'user/packed'])\n"
+        "main(['dequantize-adapter', 'user/packed', 'back'])\n"
+        "main(['quantize-adapter', 'user/none', 'other'])"
+    )
+    with StandInHub() as hub:
+        with pytest.raises(
+            AssertionError, match="lrqat quantize-adapter: error: user/none is no directory, and no rep"
+        ):
+            run_client(hub, code, tmp_path)
+        files = hub.repos["user/packed"].files
+    assert files.keys() - {".gitattributes"} == {path.name for path in Path("packed").iterdir()}
+    assert files["adapter_model.safetensors"] == Path("packed/adapter_model.safetensors").read_bytes()
+    assert Path("back/adapter_model.safetensors").is_file()
 
 
 # The demo, on the random model: the real one takes minutes
@@ -349,6 +449,32 @@ def test_what_train_refuses(base, capsys, options, message):
 def test_what_eval_refuses(base, capsys, options, message):
     options = [str(base) if word == "BASE" else word for word in options]
     assert message in refusal(capsys, ["eval", "--dataset", "text.txt", *options])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize-adapter"], "the following arguments are required: SOURCE, TARGET"),
+        (["quantize-adapter", "lora"], "the following arguments are required: TARGET"),
+        (["quantize-adapter", "lora", "packed", "more"], "unknown: more"),
+        (["quantize-adapter", "lora", "packed", "--bits", "2"], "unknown: --bits 2"),
+        (["quantize-adapter", "lora", "packed", "--bits_high", "1"], "`bits_high` must be an integer"),
+        (["quantize-adapter", "lora", "packed", "--method", "best"], "invalid choice: 'best'"),
+        (["quantize-adapter", "lora", "packed", "--average_bits", "0"], "`average_bits` must be a number, above 0"),
+        (["quantize-adapter", "lora", "packed", "--method", "paper", "--average_bits", "2"], "needs method='residual'"),
+        (["quantize-adapter", "lora", "lora"], "lora exists, and nothing is written over it"),
+        (["quantize-adapter", "text.txt", "packed"], "text.txt is no directory, and no repository"),
+        (["quantize-adapter", "./nowhere", "packed"], "./nowhere is no directory, and no repository"),
+        (["quantize-adapter", ".", "packed"], ". has no adapter_config.json"),
+        (["dequantize-adapter", "lora", "back"], "is of type LORA, but must be LORAQUANT"),
+        (["dequantize-adapter", "lora", "back", "--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_adapter_commands_refuse(lora, capsys, words, message):
+    assert message in refusal(capsys, words)
+    assert not Path("packed").exists()
+    assert not Path("back").exists()
 
 
 def test_a_text_shorter_than_a_window(base, capsys):

@@ -1,5 +1,6 @@
-"""Training LR-QAT adapters with the transformers Trainer."""
+"""Training LR-QAT adapters with the transformers Trainer; and what LORAQUANT adds to the training of LoRA."""
 
+from .adapter_callback import LoRAQuantCallback
 from .arguments import LRQATArguments, LRQATTrainingArguments
 from .callback import LRQATCallback
 from .checkpoint import last_complete_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "LRQATTrainer",
     "LRQATTrainerMixin",
     "LRQATTrainingArguments",
+    "LoRAQuantCallback",
     "clip_by_group",
     "distillation_loss",
     "last_complete_checkpoint",

@@ -81,7 +81,7 @@ def quantize_adapter(
         lora, state = _from_model(source, adapter_name)
     else:
         lora, state = _from_files(str(source), "LORA", revision, token)
-    _check_lora(lora)
+        check_lora(lora, str(source))
     factors, embeddings, rest = _split(state)
     made = _taken_over(lora, recipe)
     _check_factors(factors, made)
@@ -178,7 +178,7 @@ def _from_model(model: PeftModel, adapter_name: str) -> tuple[PeftConfig, dict[s
             f"the model has no adapter `{adapter_name}`, but {sorted(model.peft_config)}; give `adapter_name`"
         )
     config = model.peft_config[adapter_name]
-    _check_type(config.peft_type, "LORA", "the model")
+    check_lora(config, "the model")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     # Copies: tied weights share their memory, which safetensors refuses, and training goes on in them.
     return config, {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
@@ -245,8 +245,9 @@ def _check_initialisation(initialisation: object) -> None:
         )
 
 
-def _check_lora(config: LoraConfig) -> None:
-    """ValueError for a LoRA adapter whose product alone does not say what it does."""
+def check_lora(config: PeftConfig, place: str) -> None:
+    """ValueError for anything but a LoRA adapter whose products alone say what it does; ``place`` is where it comes from."""
+    _check_type(config.peft_type, "LORA", place)
     _check_initialisation(config.init_lora_weights)
     supported = {field.name for field in dataclasses.fields(LoRAQuantConfig)} | WITHOUT_EFFECT
     for field in dataclasses.fields(LoraConfig):
