@@ -39,11 +39,22 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
         # An adapter derives from its base model, and nothing here knows that model's licence.
         card.data["license"] = "other"
         card.data["license_name"] = "same-as-base-model"
-    drop_local_base(card.data)
     if is_hub_id(base) and not card.data.get("base_model"):
         card.data["base_model"] = base
     before, after = _around_section(card.text)
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}{END}{after or chr(10)}"
+    _save(card, path)
+
+
+def make_publishable(folder: str) -> None:
+    """Rewrites ``README.md`` in ``folder`` as the Hub takes it. A saved adapter's own card names a local base, as PEFT has it."""
+    path = os.path.join(folder, "README.md")
+    card = ModelCard.load(path)
+    drop_local_base(card.data)
+    _save(card, path)
+
+
+def _save(card: ModelCard, path: str) -> None:
     temporary = path + ".tmp"
     card.save(temporary)
     os.replace(temporary, path)

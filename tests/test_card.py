@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.card import BEGIN, END, describe_adapter, drop_local_base, is_hub_id, training_text
+from peft_lrqat.card import BEGIN, END, describe_adapter, drop_local_base, is_hub_id, make_publishable, training_text
 
 
 def write(folder, config, text=None):
@@ -39,8 +39,12 @@ def test_local_directory_is_told_in_words_and_not_in_metadata(base, tmp_path, mo
     # As PEFT leaves it before our part is written.
     data = ModelCardData(base_model=base, tags=[f"base_model:adapter:{base}", f"base_model:{base}", "transformers"])
     metadata, text = write(tmp_path, LRQATConfig(base_model_name_or_path=base), str(ModelCard.from_template(data)))
-    assert "base_model" not in metadata
-    assert metadata["tags"] == ["4-bit", "lr-qat", "peft_lrqat", "transformers"]
+    assert metadata["base_model"] == base  # where it is saved, as PEFT has it
+    make_publishable(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert card.data.tags == ["4-bit", "lr-qat", "peft_lrqat", "transformers"]
+    assert card.text.strip() == text.split("---\n", 2)[2].strip()
     section = text.split(BEGIN)[1].split(END)[0]
     assert "local directory" in section
     assert "must supply a model with the same weights" in section
@@ -51,7 +55,9 @@ def test_local_directory_is_told_in_words_and_not_in_metadata(base, tmp_path, mo
 @pytest.mark.parametrize("base", [None, ""])
 def test_base_model_without_a_name(base, tmp_path):
     data = ModelCardData(base_model="", tags=["base_model:adapter:"])
-    metadata, text = write(tmp_path, LRQATConfig(base_model_name_or_path=base), str(ModelCard.from_template(data)))
+    _, text = write(tmp_path, LRQATConfig(base_model_name_or_path=base), str(ModelCard.from_template(data)))
+    make_publishable(tmp_path)
+    metadata = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert "base_model" not in metadata
     assert metadata["tags"] == ["4-bit", "lr-qat", "peft_lrqat"]
     assert "base model: not named" in text

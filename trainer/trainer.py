@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from peft_lrqat.card import describe_adapter
+from peft_lrqat.card import describe_adapter, make_publishable
 from peft_lrqat.config import LRQATConfig
 from peft_lrqat.layer import LRQATLayer
 
@@ -469,6 +469,7 @@ class LRQATTrainerMixin:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and os.path.isdir(self.args.output_dir):
             describe_adapter(self.args.output_dir, self._lrqat_config())
+            make_publishable(self.args.output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is not None:  # an upload in the background must not have its files moved away
@@ -476,6 +477,7 @@ class LRQATTrainerMixin:
             return
         card = Path(checkpoint_folder) / "README.md"
         if self.is_world_process_zero() and card.exists():
+            make_publishable(checkpoint_folder)  # which may be uploaded as well
             shutil.copy(card, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
