@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..quant.packing import packed_bytes
 from .groups import MAX_BITS, num_groups
+from .svd import squared_error, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,8 @@ def relative_errors(group_size: int) -> tuple[float, ...]:
     for bits in range(1, MAX_BITS + 1):
         found = quantize_residual(b, a, torch.full((8, 1), bits), group_size=group_size, scale_dtype=torch.bfloat16)
         q_b, q_a = (torch.cat([pairs[0][i].values() for pairs in found]) for i in (0, 1))
-        b_norm, a_norm = b.square().sum((1, 2)), a.square().sum((1, 2))
-        both = (b[..., 0] * q_b).sum(-1) * (a[:, 0] * q_a).sum(-1)
-        error = b_norm * a_norm + q_b.square().sum(-1) * q_a.square().sum(-1) - 2 * both
-        errors.append(float((error / (b_norm * a_norm)).mean()))
+        lost = squared_error(b, a, q_b[..., None], q_a[:, None]) / squared_norm(b, a)
+        errors.append(float(lost.mean()))
     return tuple(errors)
 
 

@@ -1,5 +1,7 @@
 """Trainers of tiny models on a few rows of tokens, and what they trained."""
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,15 @@ from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
 
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _less_to_collect():
+    """The Trainer collects garbage at every start: a quarter of a second, over what the imports have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

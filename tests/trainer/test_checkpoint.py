@@ -2,7 +2,6 @@
 
 import builtins
 import copy
-import gc
 import hashlib
 import io
 import itertools
@@ -165,15 +164,6 @@ def tree(folder):
 
 def names_in(folder):
     return sorted(path.name for path in Path(folder).iterdir())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _less_to_collect():
-    """The Trainer collects garbage at every start: a quarter of a second, over what the imports have left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

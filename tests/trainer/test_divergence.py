@@ -1,7 +1,6 @@
 """A run that is no longer finite stops at once, says where, and leaves the last good checkpoint as it was."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ from peft_lrqat.trainer.divergence import first_nonfinite_module, nonfinite_tens
 def rows(count=8):
     ids = torch.randint(3, 96, (count, 10), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _less_to_collect():
-    """The Trainer collects garbage at every start: a quarter of a second, over what the imports have left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class AtStep(transformers.TrainerCallback):
