@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .config import LRQATConfig
-from .hub import push_to_hub
+from .hub import push_folder_to_hub, push_to_hub
 from .layer import LRQATLayer, LRQATLinear
 from .loraquant import LoRAQuantConfig, LoRAQuantModel
 from .model import LRQATModel
@@ -19,6 +19,7 @@ __all__ = [
     "LoRAQuantModel",
     "__version__",
     "deployed_weight_bytes",
+    "push_folder_to_hub",
     "push_to_hub",
     "target_weight_bytes",
 ]

@@ -136,7 +136,18 @@ model = model.merge_and_unload()  # plain linear layers, weight = scale * intege
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
 - rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
 - first ranges: {config.range_estimator}{f" (p = {config.range_p})" if config.range_estimator == "lp" else ""}
-{training_text(config.training_record)}"""
+{packed_text(config.packed_factors)}{training_text(config.training_record)}"""
+
+
+def packed_text(fields: dict | None) -> str:
+    """What packing the factors changed, in Markdown; nothing where they are plain."""
+    if fields is None:
+        return ""
+    report = {name: value for name, value in fields.get("report", {}).items() if not isinstance(value, dict | list)}
+    return (
+        f"- the factors are packed (LoRAQuant, arXiv 2510.26690; method {fields.get('method')}), and float32 again once loaded\n\n"
+        + table("measure of the packing", report)
+    )
 
 
 def training_text(record: dict | None) -> str:

@@ -14,9 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +28,7 @@ from transformers import (
 
 from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.data import load_blocks, load_tokens
+from peft_lrqat.hub import push_folder_to_hub
 from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
 from peft_lrqat.metrics import check_window, compute_metrics, evaluate_perplexity, preprocess_logits_for_metrics
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments, last_complete_checkpoint
@@ -37,7 +37,14 @@ from peft_lrqat.trainer.checkpoint import why_incomplete
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
-NOT_FOR_TRAINING = {"base_dtype", "base_dtype_pattern", "format_version", "training_record", "verify_base"}
+NOT_FOR_TRAINING = {
+    "base_dtype",
+    "base_dtype_pattern",
+    "format_version",
+    "packed_factors",
+    "training_record",
+    "verify_base",
+}
 RECIPE = ("method", "bits_high", "ratio", "average_bits", "group_size", "scale_dtype")  # of `LoRAQuantConfig`
 NAME = re.compile(r"[\w.]+")  # of a module; anything else in `--target_modules` is a regular expression
 
@@ -187,25 +194,41 @@ class EvalArguments:
 
 @dataclass(kw_only=True)
 class QuantizeArguments:
-    """Where a LoRA adapter comes from, and where the packed one goes."""
+    """Where a trained adapter comes from, and where the packed one goes."""
 
     _argument_group_name = "source and target"
 
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"})
+    subfolder: str | None = field(default=None, metadata={"help": "folder in SOURCE that the adapter lies in"})
     push_to_hub: str | None = field(
         default=None, metadata={"help": "repository on the Hub that TARGET is uploaded to as well"}
     )
+    dataset: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "text on which the perplexity before and after is measured; files, a directory or a hub data set"
+        },
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "base model, directory or hub name, for --dataset and for counting the integers that change under an LR-QAT"
+            " adapter; left out: the base model that the adapter names"
+        },
+    )
+    window: int = field(default=512, metadata={"help": "tokens that the model sees at once; perplexity depends on it"})
     json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits and every module"})
 
 
 @dataclass(kw_only=True)
 class DequantizeArguments:
-    """Where a packed adapter comes from, and how LoRA's factors are written."""
+    """Where a packed adapter comes from, and how its factors are written."""
 
-    dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata={"help": "dtype of the factors in TARGET"}
+    dtype: Literal["float16", "bfloat16", "float32"] | None = field(
+        default=None, metadata={"help": "dtype of the factors in TARGET; left out: float16, and float32 for LR-QAT"}
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"})
+    subfolder: str | None = field(default=None, metadata={"help": "folder in SOURCE that the adapter lies in"})
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
@@ -383,34 +406,56 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
         "quantize-adapter",
         "SOURCE TARGET [options]",
         [RecipeArguments, QuantizeArguments],
-        "Stores a trained LoRA or DoRA adapter at a few bits (LORAQUANT). No data is needed. PEFT loads the result once\n"
-        "peft_lrqat is imported; `lrqat dequantize-adapter` makes a standard LoRA adapter of it.",
-        "  lrqat quantize-adapter my-lora my-lora-2bit\n"
+        "Stores the factors of a trained LoRA, DoRA or LR-QAT adapter at a few bits. No data is needed. PEFT loads the result\n"
+        "once peft_lrqat is imported; `lrqat dequantize-adapter` makes a standard adapter of it.",
+        "  lrqat quantize-adapter my-lora my-lora-2bit --dataset heldout.txt\n"
         "  lrqat quantize-adapter user/my-lora my-lora-small --average_bits 1.5 --push_to_hub user/my-lora-small",
     )
-    _add_places(parser, "directory or hub name of a LoRA adapter")
+    _add_places(parser, "directory or hub name of a LoRA or LR-QAT adapter")
     recipe, options, places = parser.parse(argv)
+    where = {"revision": options.revision, "subfolder": options.subfolder}
+    model, before = None, None
     with parser.user_errors():
         config = LoRAQuantConfig(**dataclasses.asdict(recipe))
-        made = quantize_adapter(places.source, places.target, config, revision=options.revision)
+        if options.dataset or options.model:
+            adapter = PeftConfig.from_pretrained(places.source, **where)
+            base = options.model or adapter.base_model_name_or_path
+            if base is None:
+                raise ValueError(f"the adapter in {places.source} does not name its base model; give --model")
+            model, tokenizer = load_base(base, "auto")
+            model = PeftModel.from_pretrained(model, places.source, **where)
+        if options.dataset:
+            tokens = load_tokens(options.dataset, tokenizer)
+            check_window(model, tokens, window=options.window)
+    if options.dataset:
+        before = evaluate_perplexity(model, tokens, window=options.window)["perplexity"]
+    with parser.user_errors():
+        # Only the integers of LR-QAT need the model. All other adapters are taken from their files, in their own dtype.
+        live = model is not None and adapter.peft_type == PeftType.LRQAT
+        source = {"source": model} if live else {"source": places.source, **where}
+        made = quantize_adapter(target=places.target, config=config, **source)
         if options.push_to_hub:
-            HfApi().create_repo(options.push_to_hub, exist_ok=True)
-            HfApi().upload_folder(
-                repo_id=options.push_to_hub, folder_path=places.target, commit_message="Upload LORAQUANT adapter"
-            )
-    report = made.report
+            push_folder_to_hub(places.target, options.push_to_hub)
+    report = made.report if isinstance(made, LoRAQuantConfig) else made.packed_factors["report"]
+    if options.dataset:
+        packed = PeftModel.from_pretrained(load_base(base, "auto")[0], places.target)
+        after = evaluate_perplexity(packed, tokens, window=options.window)["perplexity"]
+        report |= {"perplexity_before": before, "perplexity": after}
     if options.json:
         print(json.dumps(vars(places) | dataclasses.asdict(recipe) | report))
         return 0
-    _print_table(
-        {
-            "relative error": f"{report['relative_error']:.4f}",
-            "bits per parameter, as stored": f"{report['bits_per_parameter']:.3f}",
-            "bits per parameter, codes alone": f"{report['nominal_bits_per_parameter']:.3f}",
-            "bytes of the factors before": f"{report['bytes_before']:,}",
-            "bytes of the factors after": f"{report['bytes']:,}",
-        }
-    )
+    rows = {
+        "relative error": f"{report['relative_error']:.4f}",
+        "bits per parameter, as stored": f"{report['bits_per_parameter']:.3f}",
+        "bits per parameter, codes alone": f"{report['nominal_bits_per_parameter']:.3f}",
+        "bytes of the factors before": f"{report['bytes_before']:,}",
+        "bytes of the factors after": f"{report['bytes']:,}",
+    }
+    if "flipped_integers" in report:
+        rows["integers of the weights that change"] = f"{report['flipped_integers']:.2%}"
+    if options.dataset:
+        rows |= {"perplexity before": f"{before:.3f}", "perplexity after": f"{after:.3f}"}
+    _print_table(rows)
     print(f"adapter saved in {places.target}")
     return 0
 
@@ -421,20 +466,23 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
         "dequantize-adapter",
         "SOURCE TARGET [options]",
         [DequantizeArguments],
-        "Writes a LORAQUANT adapter as a standard LoRA adapter, for servers and converters that know no other.",
+        "Writes an adapter with packed factors as a standard LoRA (or LR-QAT) adapter, for servers and converters that know no\n"
+        "other.",
         "  lrqat dequantize-adapter my-lora-2bit my-lora-again\n"
         "  lrqat dequantize-adapter user/my-lora-2bit my-lora-again --dtype bfloat16",
     )
-    _add_places(parser, "directory or hub name of a LORAQUANT adapter")
+    _add_places(parser, "directory or hub name of an adapter with packed factors")
     options, places = parser.parse(argv)
     with parser.user_errors():
-        dtype = getattr(torch, options.dtype)
-        dequantize_adapter(places.source, places.target, dtype=dtype, revision=options.revision)
+        dtype = options.dtype and getattr(torch, options.dtype)
+        where = {"revision": options.revision, "subfolder": options.subfolder}
+        made = dequantize_adapter(places.source, places.target, dtype=dtype, **where)
     size = (Path(places.target) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    dtype = options.dtype or ("float32" if made.peft_type == PeftType.LRQAT else "float16")
     if options.json:
-        print(json.dumps(vars(places) | {"dtype": options.dtype, "bytes": size}))
+        print(json.dumps(vars(places) | {"dtype": dtype, "bytes": size}))
         return 0
-    _print_table({"dtype of the factors": options.dtype, "bytes of the file": f"{size:,}"})
+    _print_table({"dtype of the factors": dtype, "bytes of the file": f"{size:,}"})
     print(f"adapter saved in {places.target}")
     return 0
 

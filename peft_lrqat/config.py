@@ -156,6 +156,13 @@ class LRQATConfig(PeftConfig):
             "help": "What the trainer writes down for the model card: steps, settings, metrics; filled in. It changes nothing else."
         },
     )
+    packed_factors: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "How A and B lie in the saved file, where they are packed (`peft_lrqat.loraquant.quantize_adapter`); filled in "
+            "by the conversion, and None once they are loaded."
+        },
+    )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Version of the saved format; leave it to the library."}
     )
@@ -171,6 +178,8 @@ class LRQATConfig(PeftConfig):
         self._check_numbers()
         self._check_targets()
         _check_record(self.training_record)
+        if self.packed_factors is not None and not isinstance(self.packed_factors, dict):
+            raise ValueError(f"`packed_factors` must be None or a dict, but is {self.packed_factors!r}")
 
     def _check_choices(self) -> None:
         if isinstance(self.format_version, bool) or not isinstance(self.format_version, int) or self.format_version < 1:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -21,6 +23,7 @@ from .registration import OWN_TYPES, has_own_adapter
 
 logger = logging.get_logger(__name__)
 
+CARD = "README.md"
 # Tags that a save makes from the adapter: those of an earlier push may be out of date.
 MADE_TAG = re.compile(r"\d+-bit|base_model:.*")
 
@@ -44,25 +47,78 @@ def push_to_hub(
     adapter is one file.
     """
     _check(model, tags)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        _warn_of_local_base(
+            config.base_model_name_or_path for config in model.peft_config.values()
+        )  # saving fills it in
+        if "default" not in model.peft_config:
+            # Every adapter lies in a folder of its own, and the card above them is PEFT's alone.
+            name, config = next(iter(model.peft_config.items()))
+            config.write_card(str(folder), subfolder=name)
+
+    place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+    return _publish(write, _subfolders(model), repo_id, tags, commit_message, commit_description, **place)
+
+
+def push_folder_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """As `push_to_hub`, for one adapter that is saved in ``folder``; its files are uploaded as they are, its card as there."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.peft_type not in OWN_TYPES:
+        raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can publish")
+    _check_tags(tags)
+
+    def write(target: Path) -> None:
+        for path in Path(folder).iterdir():
+            if path.is_file() and not (path.name == CARD and (target / CARD).exists()):
+                shutil.copyfile(path, target / path.name)
+        config.write_card(str(target))
+        _warn_of_local_base([config.base_model_name_or_path])
+
+    place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+    return _publish(write, [""], repo_id, tags, commit_message, commit_description, **place)
+
+
+def _publish(
+    write: Callable[[Path], None],
+    subfolders: list[str],
+    repo_id: str,
+    tags: list[str] | None,
+    commit_message: str | None,
+    commit_description: str | None,
+    *,
+    private: bool | None,
+    token: bool | str | None,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """One commit of what ``write`` puts into a folder that has the published cards of ``subfolders`` already."""
     api = HfApi(library_name="peft_lrqat", library_version=__version__)
     if "/" not in repo_id:
         repo_id = f"{api.whoami(token=token)['name']}/{repo_id}"
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         published = {}
-        for subfolder in _subfolders(model):
-            if path := _download_card(api, repo_id, f"{subfolder}README.md", revision, token):
+        for subfolder in subfolders:
+            if path := _download_card(api, repo_id, f"{subfolder}{CARD}", revision, token):
                 (folder / subfolder).mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / subfolder / "README.md")
-                published[subfolder] = _load_card(path, f"{subfolder}README.md", repo_id)
-        model.save_pretrained(directory)
-        _warn_of_local_base(model)  # saving fills in a base model that a config did not name
-        if "default" not in model.peft_config:
-            # Every adapter lies in a folder of its own, and the card above them is PEFT's alone.
-            name, config = next(iter(model.peft_config.items()))
-            config.write_card(directory, subfolder=name)
-        for subfolder in _subfolders(model):
-            _restore(folder / subfolder / "README.md", published.get(subfolder), tags or [])
+                shutil.copyfile(path, folder / subfolder / CARD)
+                published[subfolder] = _load_card(path, f"{subfolder}{CARD}", repo_id)
+        write(folder)
+        for subfolder in subfolders:
+            _restore(folder / subfolder / CARD, published.get(subfolder), tags or [])
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr") and not create_pr:
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
@@ -88,8 +144,7 @@ def _check(model: PeftModel, tags: list[str] | None) -> None:
             f"`peft_lrqat.push_to_hub` needs a PeftModel with an adapter of type {known}, but has {found}; use "
             "`model.push_to_hub` for a model of another kind"
         )
-    if isinstance(tags, str):
-        raise ValueError(f"`tags` must be a list of strings, but is {tags!r}; use [{tags!r}]")
+    _check_tags(tags)
     for adapter in model.peft_config:
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         for name, value in state.items():
@@ -100,8 +155,13 @@ def _check(model: PeftModel, tags: list[str] | None) -> None:
                 )
 
 
-def _warn_of_local_base(model: PeftModel) -> None:
-    for base in {config.base_model_name_or_path for config in model.peft_config.values()}:
+def _check_tags(tags: list[str] | None) -> None:
+    if isinstance(tags, str):
+        raise ValueError(f"`tags` must be a list of strings, but is {tags!r}; use [{tags!r}]")
+
+
+def _warn_of_local_base(bases: Iterable[str | None]) -> None:
+    for base in set(bases):
         if not is_hub_id(base):
             logger.warning(
                 f"the base model of this adapter is no repository of the Hub (`base_model_name_or_path` is {base!r}): whoever "

@@ -59,7 +59,9 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features, device=device))
         self.lrqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
         self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
-        self.lrqat_fingerprint[adapter_name] = torch.tensor(base.fingerprint, device=device)
+        # Packed factors bring theirs when they are unpacked; a loader that passes them over leaves an adapter that refuses to run.
+        fingerprint = base.fingerprint if config.packed_factors is None else -1
+        self.lrqat_fingerprint[adapter_name] = torch.tensor(fingerprint, device=device)
         self._verified.pop(adapter_name, None)
         if not config.verify_base:
             self._verified[adapter_name] = base.fingerprint

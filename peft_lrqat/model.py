@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .downcast import range_name
 from .layer import LRQATLayer, LRQATLinear
+from .loraquant.lrqat import unpack_factors
 from .quant.grid import SCALE_DTYPES
 
 
@@ -121,6 +122,9 @@ class LRQATModel(BaseTuner):
         cls, model: nn.Module, config: LRQATConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or not for this base model."""
+        if config.packed_factors is not None:
+            state_dict = unpack_factors(config, state_dict)
+            config.packed_factors = None  # saved again, they are plain
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_saved_adapter(model, config, adapter_name, state_dict)
         return state_dict

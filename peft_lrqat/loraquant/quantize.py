@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,6 +22,7 @@ from .svd import product_svd, squared_error, squared_norm
 
 
 BATCH_ELEMENTS = 1 << 23  # of the factors of layers that are quantised together
+LARGEST = 1e4  # entry of a factor; float16, in which scales may be kept, ends at 65504
 
 Components = list[tuple[GroupCodes, GroupCodes]]
 
@@ -36,6 +39,35 @@ class QuantizedFactors:
     @property
     def stored_bits(self) -> int:
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def check_factors(
+    factors: Mapping[str, tuple[Tensor, Tensor]], rank_of: Callable[[str], int], scale_dtype: str
+) -> None:
+    """Raises ValueError unless all pairs are finite matrices that make a product of the rank that the config states."""
+    if not factors:
+        raise ValueError("the adapter has no pair of factors A and B: there is nothing to quantise")
+    for name, (B, A) in factors.items():
+        rank = rank_of(name)
+        if B.ndim > 2 or A.ndim > 2:
+            raise ValueError(
+                f"`{name}` is a convolution, with factors of shapes {tuple(B.shape)} and {tuple(A.shape)}; LORAQUANT works on "
+                "linear layers and embeddings. Train the adapter without it"
+            )
+        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or len(A) != rank or not B.numel() or not A.numel():
+            raise ValueError(
+                f"the factors of `{name}` have shapes {tuple(B.shape)} and {tuple(A.shape)}, which make no product of rank {rank}; "
+                f"the weights and {CONFIG_NAME} do not belong together"
+            )
+        for side, tensor in (("B", B), ("A", A)):
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise ValueError(f"`{side}` of `{name}` has NaN or infinite entries; nothing was written")
+            largest = float(tensor.abs().max())
+            if largest > LARGEST:
+                raise ValueError(
+                    f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of {scale_dtype} "
+                    "may reach; the adapter is damaged, or its training diverged"
+                )
 
 
 def quantize_factors(
@@ -136,3 +168,22 @@ def _batches(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]
     for (shape_b, shape_a), names in shapes.items():
         size = max(1, BATCH_ELEMENTS // (shape_b.numel() + shape_a.numel()))
         yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def report(
+    factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors], stored_bytes: int
+) -> dict[str, Any]:
+    """What the conversion did, for the saved configuration: errors of the products, bits and bytes of the factors."""
+    parameters = sum(B.numel() + A.numel() for B, A in factors.values())
+    error, norm = (sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm"))
+    return {
+        "relative_error": round((error / norm) ** 0.5, 6) if norm else 0.0,
+        "bits_per_parameter": round(8 * stored_bytes / parameters, 4),
+        "nominal_bits_per_parameter": round(nominal_bits(factors, found), 4),
+        "bytes": stored_bytes,
+        "bytes_before": sum(t.numel() * t.element_size() for pair in factors.values() for t in pair),
+        "relative_error_of_modules": {
+            name: round((q.squared_error / q.squared_norm) ** 0.5, 4) if q.squared_norm else 0.0
+            for name, q in found.items()
+        },
+    }

@@ -406,7 +406,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from peft_lrqat.loraquant import LoRAQuantConfig, convert, dequantize_adapter, quantize_adapter
+from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, files, quantize_adapter
 
 lora, packed, folder = map(Path, sys.argv[1:])
 
@@ -430,10 +430,10 @@ def fail(*_, **__):
     raise RuntimeError("half-way")
 
 WAYS = {
-    "killed before the weights": lambda: setattr(convert, "save_file", die),
-    "killed after the weights": lambda: setattr(convert, "save_file", after(convert.save_file)),
+    "killed before the weights": lambda: setattr(files, "save_file", die),
+    "killed after the weights": lambda: setattr(files, "save_file", after(files.save_file)),
     "killed before the rename": lambda: setattr(Path, "rename", die),
-    "error before the weights": lambda: setattr(convert, "save_file", fail),
+    "error before the weights": lambda: setattr(files, "save_file", fail),
     "error in the rename": lambda: setattr(Path, "rename", fail),
     "disk full": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY)),
     "nothing": lambda: None,
@@ -531,10 +531,9 @@ def test_a_live_model_that_changed_its_base(make_base, tmp_path):
 
 
 def test_adapters_of_other_types(lora, make_peft, make_base, tmp_path):
-    other = "but must be LORA; only LoRA and DoRA adapters can be quantised"
-    refused(ValueError, f"of type LRQAT, {other}", make_peft(), tmp_path)
+    other = "but must be LORA or LRQAT; only LoRA, DoRA and LR-QAT adapters can be quantised"
     make_peft().save_pretrained(tmp_path / "lrqat")
-    refused(ValueError, f"of type LRQAT, {other}", tmp_path / "lrqat", tmp_path)
+    refused(ValueError, "of type LRQAT, but must be LORAQUANT", tmp_path / "lrqat", tmp_path, dequantize_adapter)
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(make_base(), prompt).save_pretrained(tmp_path / "prompt")
     refused(ValueError, f"of type PROMPT_TUNING, {other}", tmp_path / "prompt", tmp_path)
@@ -553,8 +552,8 @@ def test_damaged_factors(lora, changed, tmp_path):
     cases = [
         ({A: None}, "has only one of lora_B.weight and lora_A.weight; the adapter's file is not whole"),
         ({B: None}, "has only one of lora_B.weight and lora_A.weight"),
-        ({A: nan}, "`lora_A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was written"),
-        ({B: infinite}, "`lora_B` of `model.layers.0.mlp.down_proj` has NaN or infinite entries"),
+        ({A: nan}, "`A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was written"),
+        ({B: infinite}, "`B` of `model.layers.0.mlp.down_proj` has NaN or infinite entries"),
         ({B: large}, r"has an entry of 1e\+05, which no scale of bfloat16 may reach"),
         (
             {A: state[A][:3].clone()},
@@ -563,11 +562,11 @@ def test_damaged_factors(lora, changed, tmp_path):
         ({A: torch.zeros(4, 3, 3, 3), B: torch.zeros(8, 4, 1, 1)}, "is a convolution, with factors of shapes"),
         ({A: torch.zeros(4), B: torch.zeros(4)}, "make no product of rank 4"),
         ({A: torch.zeros(4, 0)}, "make no product of rank 4"),
-        ({A: torch.zeros(4, 48, dtype=torch.int8)}, "`lora_A` of .* has NaN or infinite entries"),
+        ({A: torch.zeros(4, 48, dtype=torch.int8)}, "`A` of .* has NaN or infinite entries"),
         ({f"{A[:-7]}.bias": torch.zeros(2)}, r"lora_A\.bias`, which LORAQUANT does not know and cannot store"),
         ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "must have 0 magnitudes, but has 1"),
         ({"base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)}, r"`.*lm_head\.weight` has NaN"),
-        (dict.fromkeys(state), "no pair of lora_A and lora_B: there is nothing to quantise"),
+        (dict.fromkeys(state), "no pair of factors A and B: there is nothing to quantise"),
     ]
     for tensors, message in cases:
         refused(ValueError, message, changed(tensors), tmp_path)

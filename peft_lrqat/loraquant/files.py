@@ -1,0 +1,162 @@
+"""Saved adapters as a whole: read from a directory or the Hub, and written so that half of one is never found."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+PREFIX = "base_model.model."
+Config = TypeVar("Config", bound=PeftConfig)
+
+
+def check_target(target: str | os.PathLike[str]) -> None:
+    """FileExistsError where something is there already."""
+    if Path(target).exists():
+        raise FileExistsError(
+            f"{target} exists, and nothing is written over it; give another directory, or delete it first"
+        )
+
+
+@contextmanager
+def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory beside ``target`` that gets its name when everything is on the disk, and vanishes after an exception."""
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    directory = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    directory.mkdir()
+    try:
+        yield directory
+        for path in directory.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        check_target(target)
+        directory.rename(target)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes the adapter's file; OSError, and nothing left, where that fails."""
+    try:
+        save_file(dict(tensors), directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, say
+        raise OSError(f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); nothing of it is left") from error
+
+
+def write_adapter(target: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+    """An adapter's directory, with its card where the config writes one; OSError, and nothing left, where that fails."""
+    with whole_directory(target) as directory:
+        save_tensors(tensors, directory)
+        config.save_pretrained(str(directory))
+
+
+def write_packed(
+    target: str | os.PathLike[str],
+    packed: Mapping[str, Mapping[str, Tensor]],
+    rest: Mapping[str, Tensor],
+    finished: Callable[[int], Config],
+) -> Config:
+    """As `write_adapter`, with ``packed`` tensors by module and kind, and what is stored as it is under its own name.
+
+    ``finished`` gets the bytes of the file, less those of ``rest``, and returns the config to be written.
+    """
+    tensors = {
+        f"{PREFIX}{module}.loraquant_{kind}": tensor
+        for module, kinds in packed.items()
+        for kind, tensor in kinds.items()
+    }
+    with whole_directory(target) as directory:
+        save_tensors({**tensors, **rest}, directory)
+        size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+        config = finished(size - sum(tensor.numel() * tensor.element_size() for tensor in rest.values()))
+        config.save_pretrained(str(directory))
+    return config
+
+
+def from_model(model: PeftModel, adapter_name: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Config and tensors of an adapter of a live model, by the names of its files."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"the model has no adapter `{adapter_name}`, but {sorted(model.peft_config)}; give `adapter_name`"
+        )
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # Copies: tied weights share their memory, which safetensors refuses, and training goes on in them.
+    return model.peft_config[adapter_name], {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def from_files(
+    source: str,
+    check: Callable[[dict[str, Any]], None],
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    token: str | bool | None,
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Config and tensors of a saved adapter, from a directory or the Hub. Never a pickle.
+
+    ``check`` gets what the configuration's file says, before anything is made of it.
+    """
+    place = {"revision": revision, "subfolder": subfolder, "token": token}
+    config_path = _locate(source, CONFIG_NAME, **place)
+    if config_path is None:
+        raise ValueError(f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved adapter")
+    try:
+        written = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{CONFIG_NAME} in {source} cannot be read ({error})") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"{CONFIG_NAME} in {source} must hold an object of JSON, but holds a {type(written).__name__}")
+    check(written)
+    try:
+        config = PeftConfig.from_pretrained(str(config_path.parent))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{CONFIG_NAME} in {source} describes no adapter ({error})") from error
+    path = _locate(source, SAFETENSORS_WEIGHTS_NAME, **place)
+    if path is None:
+        raise ValueError(
+            f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code when they are read. Load the "
+            "adapter with PEFT and save it with `save_pretrained`"
+        )
+    try:
+        return config, load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} in {source} is not whole ({error})") from error
+
+
+def _locate(
+    source: str, name: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
+) -> Path | None:
+    """The file ``name`` of a directory, or of a repository once it is downloaded; None where there is none."""
+    if Path(source).is_dir():
+        path = Path(source, subfolder or "", name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, subfolder=subfolder, token=token))
+    except RemoteEntryNotFoundError:
+        return None
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise ValueError(f"{source} is no directory, and no repository that can be reached ({error})") from error
+
+
+def some(names: Any, count: int = 3) -> str:
+    """The first of the sorted ``names`` for a message, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(f"`{name}`" for name in names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )

@@ -1,0 +1,178 @@
+"""LR-QAT adapters with packed factors: A and B at a few bits in the file, and float32 again as soon as it is loaded.
+
+The factors of an LR-QAT adapter act inside the rounding, so that packing them changes integers of the quantised weight where
+Z = phi + gamma * B A crosses a half. Scales, fingerprints and whatever else the adapter has are stored as they are.
+`LRQATConfig.packed_factors` says how the factors are kept, by the names of `LoRAQuantConfig`; the tensors are those of packed.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+
+from ..config import LRQATConfig
+from ..layer import LRQATLayer
+from ..quant import quantized_codes
+from ..quant.grid import SCALE_DTYPES
+from .config import LoRAQuantConfig
+from .files import PREFIX, write_adapter, write_packed
+from .packed import PackedFormat, check_packed, expand
+from .quantize import QuantizedFactors, check_factors, quantize_factors, report
+
+
+KINDS = ("codes", "scales", "zero_points")
+# Under another name: a loader that does not unpack finds no fingerprint, and the layer refuses to run.
+FINGERPRINT, PACKED_FINGERPRINT = "lrqat_fingerprint", "loraquant_fingerprint"
+
+
+def quantize_lrqat(
+    config: LRQATConfig,
+    state: dict[str, Tensor],
+    target: str | os.PathLike[str],
+    recipe: LoRAQuantConfig,
+    layers: tuple[PeftModel, str] | None,
+    *,
+    progress: bool,
+) -> LRQATConfig:
+    """Writes an LR-QAT adapter with packed factors; ``config`` and ``state`` are those of its files.
+
+    ``packed_factors["report"]`` of the result is that of a LoRA adapter; with ``layers``, a model and the name of the adapter in
+    it, also ``flipped_integers``, the share of the quantised weight's integers that are others now. Errors of modules are
+    weighed against each other by the size of their steps.
+    """
+    if config.packed_factors is not None:
+        raise ValueError(
+            "the factors of this LR-QAT adapter are packed already; quantise the adapter that it was made from"
+        )
+    factors, rest = _split(state)
+    check_factors(factors, lambda name: config.r, recipe.scale_dtype)
+    steps = {name: float(rest[f"{PREFIX}{name}.lrqat_scale"].float().square().mean().sqrt()) for name in factors}
+    gamma = config.lora_alpha / config.r
+    found = quantize_factors(factors, recipe, {name: gamma * step for name, step in steps.items()}, progress=progress)
+    made = copy.deepcopy(config)
+    fields = {
+        name: getattr(recipe, name)
+        for name in ("method", "bits_high", "ratio", "average_bits", "group_size", "scale_dtype")
+    }
+    fields["zero_points"] = recipe.method == "paper"
+    fields["component_bits"] = {name: quantized.format.bits for name, quantized in found.items()}
+    fields["shapes"] = {name: [len(B), A.shape[1]] for name, (B, A) in factors.items()}
+    flips = {} if layers is None else {"flipped_integers": round(flipped_integers(*layers, found), 6)}
+
+    def finished(stored_bytes: int) -> LRQATConfig:
+        made.packed_factors = {**fields, "report": report(factors, found, stored_bytes) | flips}
+        return made
+
+    return write_packed(target, {name: quantized.tensors for name, quantized in found.items()}, rest, finished)
+
+
+def dequantize_lrqat(
+    config: LRQATConfig, state: dict[str, Tensor], target: str | os.PathLike[str], source: str
+) -> LRQATConfig:
+    """Writes the same adapter with plain float32 factors; with the same integers."""
+    try:
+        tensors = unpack_factors(config, state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    config.packed_factors = None
+    write_adapter(target, tensors, config)
+    return config
+
+
+@torch.no_grad()
+def flipped_integers(model: PeftModel, adapter_name: str, found: dict[str, QuantizedFactors]) -> float:
+    """Share of the integers of the targets' quantised weights that change with the factors ``found``."""
+    changed = total = 0
+    for name, layer in model.base_model.model.named_modules():
+        if not isinstance(layer, LRQATLayer) or name not in found:
+            continue
+        before = layer.low_rank_weight(adapter_name)
+        B, A = expand(found[name].format, found[name].tensors, torch.float32)
+        after = replace(before, A=A.to(before.A.device), B=B.to(before.B.device))
+        changed += int((quantized_codes(before) != quantized_codes(after)).sum())
+        total += layer.out_features * layer.in_features
+    return changed / total
+
+
+def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file with plain factors, ``lrqat_A`` (r, in) and ``lrqat_B`` (out, r), float32.
+
+    ValueError where ``state`` is not what ``config.packed_factors`` describes.
+    """
+    fields = config.packed_factors
+    plain = {key: tensor for key, tensor in state.items() if ".loraquant_" not in key}
+    try:
+        formats = _formats(fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`packed_factors` in {CONFIG_NAME} does not describe packed factors ({error}); the configuration is damaged"
+        ) from None
+    for name, format in formats.items():
+        stored = {kind: key for kind in KINDS if (key := f"{PREFIX}{name}.loraquant_{kind}") in state}
+        packed = {kind: state[key] for kind, key in stored.items()}
+        fingerprint = state.get(f"{PREFIX}{name}.{PACKED_FINGERPRINT}")
+        try:
+            check_packed(format, packed)
+            if fingerprint is None:
+                raise ValueError("the fingerprint of the base weight is missing")
+            missing = config.r - len(format.bits)
+            if missing < 0:
+                raise ValueError(f"there are {len(format.bits)} components, but the rank is {config.r}")
+        except ValueError as error:
+            raise ValueError(
+                f"the stored adapter does not fit `{name}`: {error}. Its files are not whole, or were changed"
+            ) from None
+        B, A = expand(format, packed, torch.float32)
+        plain[f"{PREFIX}{name}.lrqat_B"] = torch.nn.functional.pad(B, (0, missing)).contiguous()
+        plain[f"{PREFIX}{name}.lrqat_A"] = torch.nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
+        plain[f"{PREFIX}{name}.{FINGERPRINT}"] = fingerprint
+    known = {f"{PREFIX}{name}" for name in formats}
+    if extra := sorted(key for key in state if ".loraquant_" in key and key.rpartition(".")[0] not in known):
+        raise ValueError(f"the file has `{extra[0]}`, which {CONFIG_NAME} does not name; its files were changed")
+    return plain
+
+
+def _formats(fields: dict[str, Any]) -> dict[str, PackedFormat]:
+    formats = {}
+    for name, bits in fields["component_bits"].items():
+        rows, columns = fields["shapes"][name]
+        if not all(type(n) is int and n > 0 for n in (rows, columns, fields["group_size"])):
+            raise ValueError(f"`{name}` has the shape {fields['shapes'][name]!r}")
+        formats[name] = PackedFormat(
+            bits=bits,
+            rows=rows,
+            columns=columns,
+            group_size=fields["group_size"],
+            scale_dtype=SCALE_DTYPES[fields["scale_dtype"]],
+            zero_points=bool(fields["zero_points"]),
+        )
+    return formats
+
+
+def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """B (out, r) and A (r, in) by module; and what is stored as it is."""
+    factors, rest = {}, {}
+    for key, tensor in state.items():
+        module, _, kind = key.rpartition(".")
+        if kind in ("lrqat_A", "lrqat_B"):
+            name = module.removeprefix(PREFIX)
+            pair = tuple(state.get(f"{module}.{side}") for side in ("lrqat_B", "lrqat_A"))
+            if any(side is None for side in pair) or f"{module}.lrqat_scale" not in state:
+                raise ValueError(
+                    f"`{name}` has not all of lrqat_A, lrqat_B and lrqat_scale; the adapter's file is not whole"
+                )
+            factors[name] = pair
+        elif kind == FINGERPRINT:
+            rest[f"{module}.{PACKED_FINGERPRINT}"] = tensor
+        else:
+            rest[key] = tensor
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"`{key}` has NaN or infinite entries; nothing was written")
+    return factors, rest
