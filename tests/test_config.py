@@ -36,6 +36,7 @@ OTHER_VALUES = {
     "init_weights": False,
     "base_dtype": "float16",
     "base_dtype_pattern": {"layers.0.q_proj": "float32"},
+    "packed_factors": {"group_size": 128, "component_bits": {"q_proj": "21"}},
     "training_record": {"steps": 9, "settings": {"lr": 0.1, "name": None}, "metrics": {"loss": 2.5}},
 }
 

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["01_lrqat_quickstart.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["01_lrqat_quickstart.ipynb", "02_loraquant_adapters.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
