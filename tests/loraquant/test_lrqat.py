@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from hub_server import StandInHub, run_client
-from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from peft_lrqat import LRQATConfig, LRQATLayer
+from peft_lrqat import LRQATConfig, LRQATLayer, push_folder_to_hub
 from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
 from peft_lrqat.loraquant.packed import PackedFormat, expand
 
@@ -240,15 +240,35 @@ def test_what_cannot_be_quantised(folder, tmp_path):
         assert not (tmp_path / "target").exists()
 
 
-def test_published_and_loaded_by_name(folder, tmp_path):
+PUSH = """
+from huggingface_hub import HfApi
+from peft import PeftConfig
+from peft_lrqat import push_folder_to_hub
+
+push_folder_to_hub("packed", "user/packed", tags=["mine"])
+card = HfApi().hf_hub_download("user/packed", "README.md")
+text = open(card).read().replace("## LR-QAT adapter", "## Old section") + "\\n## My evaluation\\n"
+HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="user/packed")
+push_folder_to_hub("packed", "user/packed", commit_message="second push")
+print(sorted(PeftConfig.from_pretrained("user/packed").packed_factors))
+"""
+
+
+def test_a_folder_is_published_and_what_a_person_wrote_stays(folder, tmp_path):
     quantize(folder, tmp_path / "packed")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
     with StandInHub() as hub:
-        out = run_client(
-            hub,
-            "from peft_lrqat import push_folder_to_hub\n"
-            "from peft import PeftConfig\n"
-            "push_folder_to_hub('packed', 'user/packed')\n"
-            "print(sorted(PeftConfig.from_pretrained('user/packed').packed_factors))",
-            tmp_path,
-        )
+        out = run_client(hub, PUSH, tmp_path)
+        files = hub.repos["user/packed"].files
     assert "component_bits" in out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == before
+    assert all(files[name] == before[name] for name in (WEIGHTS, CONFIG))
+    card = files["README.md"].decode()
+    assert card.count("## My evaluation") == card.count("## LR-QAT adapter") == card.count("- mine\n") == 1
+    assert "Old section" not in card
+
+
+def test_a_folder_of_another_type_is_not_published(tmp_path):
+    LoraConfig(task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="holds an adapter of type LORA, which PEFT itself can publish"):
+        push_folder_to_hub(tmp_path, "user/lora")
