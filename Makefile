@@ -11,7 +11,8 @@ PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datas
 	safetensors==0.8.0 huggingface-hub==2.4.0 numpy==2.4.6 tokenizers==0.23.3
 DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0
 TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 trl==1.16.0 \
-	optuna==5.0.0 schedulefree==1.4.1 tensorboard==2.21.0 nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0
+	optuna==5.0.0 schedulefree==1.4.1 tensorboard==2.21.0 nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 \
+	compressed-tensors==0.20.0 xllamacpp==2026.10.11549
 
 # No model or data set is fetched: what the demo and the tests need is in the package or installed.
 export HF_HUB_OFFLINE := 1

@@ -1,7 +1,7 @@
 """Many adapters on one base model: memory, loading, switching and generation, packed against standard LoRA.
 
     python benchmarks/serving.py                       # SmolLM2-135M, 1, 16 and 128 adapters: about 10 minutes on one core
-    python benchmarks/serving.py --adapters 512        # half an hour
+    python benchmarks/serving.py --adapters 512 --kinds packed    # standard adapters would take hours to load
 
 Standard adapters are LoRA of rank 16 on all linear layers, kept in bfloat16; packed ones are the same at ``--average_bits`` bits of
 storage. Factors are random: neither memory nor time depends on their values.
@@ -156,6 +156,7 @@ def generation(output: Path, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 16, 128])
+    parser.add_argument("--kinds", nargs="*", choices=["lora", "packed"], default=["lora", "packed"])
     parser.add_argument("--average_bits", type=float, default=1.65)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="serving-benchmark")
@@ -175,7 +176,7 @@ def main() -> None:
     )
     print(f"{'':8}{'adapters':>9}{'MB in all':>11}{'MB each':>9}{'load, s':>9}{'last load, s':>13}{'switch, ms':>11}")
     for count in args.adapters:
-        for kind in ("lora", "packed"):
+        for kind in args.kinds:
             command = [sys.executable, __file__, "--output", str(output), "--child", kind, str(count)]
             row = json.loads(
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The command `lrqat`: trains an adapter, evaluates a model, quantises LoRA adapters, runs the demo."""
+"""The command `lrqat`: trains an adapter, evaluates and exports a model, quantises LoRA adapters, runs the demo."""
 
 import argparse
 import dataclasses
@@ -28,9 +28,12 @@ from transformers import (
 
 from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.data import load_blocks, load_tokens
+from peft_lrqat.export import export_model, verify_export
+from peft_lrqat.export.capabilities import RUNTIMES
 from peft_lrqat.hub import push_folder_to_hub
 from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
 from peft_lrqat.metrics import check_window, compute_metrics, evaluate_perplexity, preprocess_logits_for_metrics
+from peft_lrqat.staging import check_target
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments, last_complete_checkpoint
 from peft_lrqat.trainer.checkpoint import why_incomplete
 
@@ -229,6 +232,42 @@ class DequantizeArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"})
     subfolder: str | None = field(default=None, metadata={"help": "folder in SOURCE that the adapter lies in"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Which model is exported, and how."""
+
+    adapter: str = field(metadata={"help": "directory or hub name of an LR-QAT adapter"})
+    output: str = field(metadata={"help": "directory to be made; one that is not empty is not written over"})
+    format: Literal["compressed-tensors", "gguf", "gptq", "packed", "dequantized"] = field(
+        default="compressed-tensors",
+        metadata={"help": "see the table in the README; `lrqat recipe` chooses before training"},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "directory or hub name; left out: the base model that --adapter names"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the model; auto: as saved"}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "bytes of tensors in a file"})
+    container_bits: int | None = field(
+        default=None,
+        metadata={"help": "store integers at this width: 3 bits as 4, for a runtime that reads only those"},
+    )
+    verify: bool = field(
+        default=False,
+        metadata={"help": "load the export, compare every weight and some logits, and fail if one differs"},
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+
+
+@dataclass(kw_only=True)
+class RecipeForArguments:
+    """For which runtime."""
+
+    bits: int = field(default=4, metadata={"help": "bits per weight"})
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
@@ -487,6 +526,78 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
     return 0
 
 
+def run_export(argv: Sequence[str]) -> int:
+    """`lrqat export`."""
+    parser = _Parser(
+        "export",
+        "--adapter ADAPTER --output DIRECTORY [options]",
+        [ExportArguments],
+        "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales of training, no weight changed.",
+        "  lrqat export --adapter lrqat-4bit --output model-ct --verify\n"
+        "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf",
+    )
+    (args,) = parser.parse(argv)
+    with parser.user_errors():
+        check_target(args.output)
+        name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        if name is None:
+            raise ValueError(f"the adapter in {args.adapter} does not name its base model; give --model")
+        model, tokenizer = load_base(name, args.dtype)
+        model = PeftModel.from_pretrained(model, args.adapter).eval()
+        export_model(
+            model,
+            args.output,
+            format=args.format,
+            tokenizer=tokenizer,
+            max_shard_size=args.max_shard_size,
+            container_bits=args.container_bits,
+        )
+    if not args.verify:
+        size = sum(file.stat().st_size for file in Path(args.output).iterdir())
+        print(json.dumps(vars(args) | {"bytes": size}) if args.json else f"{size:,} bytes in {args.output}")
+        return 0
+    found = verify_export(model, args.output, format=args.format)
+    if args.json:
+        print(json.dumps(vars(args) | dataclasses.asdict(found) | {"exact": found.exact}))
+    else:
+        logits = "not run" if found.logits_difference is None else f"{found.logits_difference:.3g}"
+        _print_table(
+            {
+                "loaded by": found.loader,
+                "layers whose weights differ": f"{len(found.different_layers)} of {found.layers}",
+                "other tensors that differ": f"{len(found.different_tensors)}",
+                "largest difference of a logit": logits,
+                "bytes": f"{found.bytes:,}",
+            }
+        )
+        print("every weight is what was trained" if found.exact else "the export is NOT what was trained")
+    return 0 if found.exact else 1
+
+
+def run_recipe(argv: Sequence[str]) -> int:
+    """`lrqat recipe`."""
+    parser = _Parser(
+        "recipe",
+        "--for RUNTIME [options]",
+        [RecipeForArguments],
+        "Settings to train with, so that a runtime loads the result as it is.",
+        "  lrqat recipe --for vllm\n  lrqat recipe --for llama.cpp --bits 2",
+    )
+    parser.add_argument("--for", dest="runtime", choices=RUNTIMES, required=True, help="what is to run the model")
+    args, place = parser.parse(argv)
+    with parser.user_errors():
+        config = LRQATConfig.for_runtime(place.runtime, bits=args.bits)
+    fields = {name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "scale_dtype")}
+    format = RUNTIMES[place.runtime].format
+    if args.json:
+        print(json.dumps({"runtime": place.runtime, "format": format, **fields}))
+        return 0
+    options = " ".join(f"--{name} {value}" for name, value in fields.items())
+    print(f"lrqat train --model MODEL --dataset TEXT --output_dir ADAPTER {options}")
+    print(f"lrqat export --adapter ADAPTER --format {format} --output DIRECTORY --verify")
+    return 0
+
+
 def _add_places(parser: _Parser, source: str) -> None:
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("target", metavar="TARGET", help="directory to be made; one that exists is not written over")
@@ -528,6 +639,8 @@ COMMANDS = {
     "eval": (run_eval, "perplexity of a model, with or without an adapter"),
     "quantize-adapter": (run_quantize_adapter, "store a trained LoRA adapter at a few bits"),
     "dequantize-adapter": (run_dequantize_adapter, "make a standard LoRA adapter of such a one"),
+    "recipe": (run_recipe, "settings to train with for a runtime"),
+    "export": (run_export, "write a trained model for a runtime, no weight changed"),
     "demo": (run_demo, "LR-QAT against its baselines on a small model, offline, in a few minutes"),
 }
 

@@ -242,6 +242,29 @@ class LRQATConfig(PeftConfig):
             if isinstance(getattr(self, name), str):
                 _check_regex(name, getattr(self, name))
 
+    @classmethod
+    def for_runtime(cls, runtime: str, *, bits: int = 4, **fields: Any) -> LRQATConfig:
+        """A configuration whose result a runtime runs as it is: ``transformers``, ``vllm`` or ``llama.cpp``.
+
+        ``fields`` are those of the class and go before the preset's; ValueError for what the runtime does not run.
+
+        Example:
+            ```py
+            model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
+            ```
+        """
+        from .export.capabilities import preset, why_not_for  # the tables there are built on the grids here
+
+        config = cls(**{**preset(runtime), "bits": bits, **fields})
+        for b in {config.bits, *config.bits_pattern.values()}:
+            for size in {config.group_size, *config.group_size_pattern.values()}:
+                reason = why_not_for(
+                    runtime, Grid(bits=b, symmetric=config.symmetric, group_size=size), config.scale_dtype
+                )
+                if reason is not None:
+                    raise ValueError(reason)
+        return config
+
     def base_dtype_of(self, module_name: str) -> str | None:
         """The dtype that the frozen weight of one target is made from; None before it is filled in."""
         return self.base_dtype_pattern.get(module_name, self.base_dtype)

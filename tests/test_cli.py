@@ -136,7 +136,9 @@ def test_training_defaults_are_the_recipe():
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.report_to) == ("linear", 100, [])
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "quantize-adapter", "dequantize-adapter", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "quantize-adapter", "dequantize-adapter", "recipe", "export", "demo"]
+)
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -339,6 +341,82 @@ def test_a_packed_adapter_is_published(lora, tmp_path):
     assert files.keys() - {".gitattributes"} == {path.name for path in Path("packed").iterdir()}
     assert files["adapter_model.safetensors"] == Path("packed/adapter_model.safetensors").read_bytes()
     assert Path("back/adapter_model.safetensors").is_file()
+
+
+# LR-QAT adapters: their factors packed, and their models exported
+
+
+def test_factors_of_an_lrqat_adapter_are_packed_and_compared(base, capsys):
+    train(base)
+    capsys.readouterr()
+    words = ["out", "packed", "--average_bits", "4", "--dataset", "text.txt", "--window", "16"]
+    assert main(["quantize-adapter", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["flipped_integers"] < 0.5
+    assert found["perplexity_before"] == pytest.approx(evaluate(capsys, "--adapter", "out")["perplexity"])
+    assert found["perplexity"] == pytest.approx(evaluate(capsys, "--adapter", "packed")["perplexity"])
+    assert main(["quantize-adapter", "out", "again", "--model", str(base)]) == 0
+    assert "integers of the weights that change" in capsys.readouterr().out
+    assert main(["dequantize-adapter", "packed", "plain"]) == 0
+    assert "float32" in capsys.readouterr().out
+    assert evaluate(capsys, "--adapter", "plain")["perplexity"] == pytest.approx(found["perplexity"])
+
+
+def test_lora_before_and_after(lora, capsys):
+    words = ["--average_bits", "3", "--group_size", "16", "--dataset", "text.txt", "--window", "16"]
+    assert main(["quantize-adapter", lora, "packed", *words]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity before" in out
+    assert "integers of the weights" not in out
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf", "packed", "dequantized"])
+def test_recipe_train_export(format, base, capsys):
+    runtime = {"gguf": "llama.cpp"}.get(format, "transformers")
+    assert main(["recipe", "--for", runtime, "--json"]) == 0
+    recipe = json.loads(capsys.readouterr().out)
+    assert recipe["bits"] == 4
+    train(base, "--bits", "4", "--group_size", "32", "--symmetric", str(recipe["symmetric"]))
+    capsys.readouterr()
+    assert main(["export", "--adapter", "out", "--output", "exported", "--format", format, "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["exact"] is True
+    assert found["layers"] == 7
+    assert main(["export", "--adapter", "out", "--output", "other", "--format", format, "--verify"]) == 0
+    assert "every weight is what was trained" in capsys.readouterr().out
+
+
+def test_recipe_prints_commands(capsys):
+    assert main(["recipe", "--for", "vllm"]) == 0
+    out = capsys.readouterr().out
+    assert "--bits 4 --group_size 128 --symmetric True --scale_dtype bfloat16" in out
+    assert "lrqat export --adapter ADAPTER --format compressed-tensors" in out
+
+
+def test_an_export_without_a_comparison(base, capsys):
+    train(base)
+    capsys.readouterr()
+    assert main(["export", "--adapter", "out", "--output", "exported", "--format", "packed"]) == 0
+    size = sum(file.stat().st_size for file in Path("exported").iterdir())
+    assert capsys.readouterr().out == f"{size:,} bytes in exported\n"
+    assert "exported exists, and nothing is written over it" in refusal(
+        capsys, ["export", "--adapter", "out", "--output", "exported"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipe"], "the following arguments are required: --for"),
+        (["recipe", "--for", "onnx"], "invalid choice: 'onnx'"),
+        (["recipe", "--for", "vllm", "--bits", "3"], "vllm runs weights of 4, 8 bits, but `bits` is 3"),
+        (["export", "--output", "out"], "the following arguments are required: --adapter"),
+        (["export", "--adapter", "none", "--output", "other"], "none"),
+        (["export", "--adapter", "none", "--output", "other", "--format", "onnx"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_what_recipe_and_export_refuse(words, message, capsys):
+    assert message in refusal(capsys, words)
 
 
 # The demo, on the random model: the real one takes minutes

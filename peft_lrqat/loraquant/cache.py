@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-Factors = tuple[Tensor, Tensor]
+Factors = tuple[Tensor, ...]
 
 
 class FactorCache:

@@ -14,8 +14,9 @@ from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
 from ..config import LRQATConfig
+from ..staging import check_target
 from .config import LoRAQuantConfig
-from .files import PREFIX, check_target, from_files, from_model, some, write_adapter, write_packed
+from .files import PREFIX, from_files, from_model, some, write_adapter, write_packed
 from .layer import _check_magnitude
 from .lrqat import dequantize_lrqat, quantize_lrqat
 from .packed import check_packed, expand

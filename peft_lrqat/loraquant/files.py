@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,36 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..staging import whole_directory
+
 
 PREFIX = "base_model.model."
 Config = TypeVar("Config", bound=PeftConfig)
-
-
-def check_target(target: str | os.PathLike[str]) -> None:
-    """FileExistsError where something is there already."""
-    if Path(target).exists():
-        raise FileExistsError(
-            f"{target} exists, and nothing is written over it; give another directory, or delete it first"
-        )
-
-
-@contextmanager
-def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory beside ``target`` that gets its name when everything is on the disk, and vanishes after an exception."""
-    target = Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    directory = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    directory.mkdir()
-    try:
-        yield directory
-        for path in directory.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        check_target(target)
-        directory.rename(target)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:

@@ -1,0 +1,98 @@
+"""Safetensors files written a tensor at a time: no more than one tensor is in memory for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import _TYPES  # names of dtypes in a file, as safetensors itself reads them
+from torch import Tensor
+
+
+DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+class ShardWriter:
+    """Writes ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index, as transformers reads them.
+
+    A header says where each tensor lies, and is known last; so room for it is left in front, and what is not used is filled with
+    spaces, as the format allows.
+
+    Args:
+        directory: where the files go.
+        max_shard_size: bytes of tensors in a file; a single larger tensor has a file of its own.
+        header_bytes: room for the header of each file.
+    """
+
+    def __init__(self, directory: Path, max_shard_size: int, header_bytes: int) -> None:
+        self.directory, self.max_shard_size = directory, max_shard_size
+        self.header_bytes = header_bytes + -header_bytes % 8
+        self.total = 0
+        self._shards: list[tuple[Path, dict[str, dict]]] = []
+        self._file = None
+        self._offset = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self._file is not None:
+            self._file.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends a tensor, on whatever device, under ``name``."""
+        size = tensor.numel() * tensor.element_size()
+        if self._file is None or (self._offset and self._offset + size > self.max_shard_size):
+            self._next()
+        self._shards[-1][1][name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._offset, self._offset + size],
+        }
+        data = tensor.detach().to("cpu").contiguous()
+        if data.numel():
+            self._file.write(data.view(-1).view(torch.uint8).numpy())
+        self._offset += size
+        self.total += size
+
+    def _next(self) -> None:
+        self._close()
+        path = self.directory / f"shard-{len(self._shards)}"
+        self._shards.append((path, {}))
+        self._file = open(path, "wb")  # noqa: SIM115 (closed when the shard is full)
+        self._file.write(bytes(8 + self.header_bytes))
+        self._offset = 0
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1][1]}, separators=(",", ":")).encode()
+        if len(header) > self.header_bytes:
+            raise AssertionError(f"the header takes {len(header)} bytes, but {self.header_bytes} were left for it")
+        self._file.seek(0)
+        self._file.write(self.header_bytes.to_bytes(8, "little"))
+        self._file.write(header.ljust(self.header_bytes))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def _finish(self) -> None:
+        self._close()
+        count = len(self._shards)
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if count == 1:
+            names = ["model.safetensors"]
+        else:
+            index = {n: names[i] for i, (_, tensors) in enumerate(self._shards) for n in tensors}
+            text = json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2)
+            (self.directory / "model.safetensors.index.json").write_text(text + "\n")
+        for (path, _), name in zip(self._shards, names, strict=True):
+            path.rename(self.directory / name)
