@@ -69,7 +69,7 @@ class DowncastLinear(nn.Module):
         scale0, zero_point = estimate_range(
             weight, format.grid, estimator=estimator, scale_dtype=format.scale_dtype, p=p
         )
-        blocks = list(row_blocks(*weight.shape))
+        blocks = list(row_blocks(*weight.shape, weight.device))
         phi = torch.cat([format.encode(self._in_units(weight[r].float(), scale0[r], zero_point[r])) for r in blocks])
         self.phi = nn.Parameter(phi, requires_grad=False)
         self.scale0 = nn.Parameter(scale0, requires_grad=False)
@@ -109,7 +109,7 @@ class DowncastLinear(nn.Module):
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: the base weight as far as it is still known."""
         grid = self.format.grid
         weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.phi.device)
-        for rows in row_blocks(*weight.shape):
+        for rows in row_blocks(*weight.shape, weight.device):
             zero_point = None if self.zero_point is None else self.zero_point[rows]
             phi = grid.centered(self.format.decode(self.phi[rows]), zero_point)
             weight[rows] = phi.mul_(grid.expand(self.scale0[rows], self.in_features)).to(self.dtype)

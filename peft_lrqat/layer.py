@@ -19,6 +19,10 @@ from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_cod
 
 if TYPE_CHECKING:
     from .config import LRQATConfig
+    from .loraquant.cache import FactorCache
+
+# For more tokens than this, making the weight again costs little beside multiplying with it.
+CACHED_TOKENS = 256
 
 
 class _ExactParameterDict(nn.ParameterDict):
@@ -28,14 +32,19 @@ class _ExactParameterDict(nn.ParameterDict):
         return super()._apply(keep_values(fn, widen=True), recurse)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class LRQATLayer(BaseTunerLayer):
     """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
 
     adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lrqat_fingerprint")
 
-    def __init__(self, base_layer: DowncastLinear) -> None:
+    def __init__(self, base_layer: DowncastLinear, name: str = "", cache: FactorCache | None = None) -> None:
         self.base_layer = base_layer
+        self._name, self._cache = name, cache
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -94,6 +103,24 @@ class LRQATLayer(BaseTunerLayer):
             dtype=base.dtype,
         )
 
+    def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:
+        """W_hat, (out, in) in the base's dtype: held from an earlier call, if it was made of the very same values."""
+        w = self.low_rank_weight(adapter_name)
+        # A version counter would miss what is written through `.data`, as averages of weights are.
+        constants = torch.tensor([float(w.gamma)]), torch.tensor([self.base_layer.fingerprint])
+        made_from = (w.A, w.B, w.scale, *constants)
+        weight, *known = (None,) if self._cache is None else self._cache.get(self._name, adapter_name) or (None,)
+        if weight is not None and weight.dtype == w.dtype and all(map(_same, known, made_from)):
+            return weight
+        weight = quantized_weight(w)
+        if self._cache is not None and x.numel() <= CACHED_TOKENS * self.in_features:
+            self._cache.put(self._name, adapter_name, (weight, *(tensor.detach().clone() for tensor in made_from)))
+        return weight
+
+    def _forget_weight(self, adapter_name: str) -> None:
+        if self._cache is not None:
+            self._cache.drop(self._name, adapter_name)
+
     def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
         """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by default."""
         name = adapter_name or self._adapter_to_run()
@@ -125,6 +152,7 @@ class LRQATLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._verified.pop(adapter_name, None)
+        self._forget_weight(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -153,6 +181,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         format: WeightFormat,
         config: LRQATConfig,
         base_dtype: torch.dtype | None = None,  # the weight's own
+        name: str = "",  # in the model; for the cache
+        cache: FactorCache | None = None,  # the model's, of dense weights
     ) -> None:
         super().__init__()
         base = DowncastLinear(
@@ -162,7 +192,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
             p=config.range_p,
             base_dtype=base_dtype or linear.weight.dtype,
         )
-        LRQATLayer.__init__(self, base)
+        LRQATLayer.__init__(self, base, name, cache)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -178,8 +208,15 @@ class LRQATLinear(nn.Module, LRQATLayer):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias)
+        if self._infers():
+            y = nn.functional.linear(x.to(dtype), self._inference_weight(adapter_name, x).to(dtype), bias)
+        else:
+            self._forget_weight(adapter_name)
+            y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias)
         return y if autocast else y.to(x.dtype)
+
+    def _infers(self) -> bool:
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Computes with the dense weight s * Q from here on; the downcast weight stays, so that unmerging is exact."""

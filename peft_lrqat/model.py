@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .downcast import range_name
 from .layer import LRQATLayer, LRQATLinear
+from .loraquant.cache import FactorCache
 from .loraquant.lrqat import unpack_factors
 from .quant.grid import SCALE_DTYPES
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from .config import LRQATConfig
 
 logger = logging.get_logger(__name__)
+# A model of fewer weights is quantised in a few seconds.
+SHOWN_WEIGHTS = 2**26
+# Of dense weights that inference without merging may hold.
+CACHE_BYTES = 2**30
 DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -65,9 +70,16 @@ class LRQATModel(BaseTuner):
             for name, module in targets.items()
             if not any(n in targets for n in _tuner_parents(name, model))
         }
+        layers = (module for module in model.modules() if isinstance(module, LRQATLinear))
+        self._cache = next((layer._cache for layer in layers), None) or FactorCache(CACHE_BYTES)
         tied = _tied_weights(model, targets)
         for name, module in targets.items():
             _check_target(name, module, peft_config, tied)
+        self._checked = set(targets)
+        weights = sum(module.weight.numel() for module in targets.values() if not isinstance(module, LRQATLinear))
+        self._progress = logging.tqdm(
+            total=weights, desc="quantising", unit_scale=True, disable=weights < SHOWN_WEIGHTS
+        )
         _check_patterns(peft_config, targets)
         # PEFT keeps the user's own config object, which may serve for several models: what was filled in for one of them must
         # not be taken for the user's word at the next.
@@ -90,18 +102,27 @@ class LRQATModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        _check_target(current_key, target, peft_config, set())
+        if current_key not in self._checked:
+            _check_target(current_key, target, peft_config, set())
         if isinstance(target, LRQATLinear):
             target.update_layer(adapter_name, peft_config)
             return
         format = peft_config.weight_format(current_key, _in_features(target))
         base_dtype = SCALE_DTYPES[peft_config.base_dtype_of(current_key) or DTYPE_NAMES[target.weight.dtype]]
-        module = LRQATLinear(target, adapter_name, format, peft_config, base_dtype)
+        module = LRQATLinear(target, adapter_name, format, peft_config, base_dtype, current_key, self._cache)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
         # PEFT holds every replaced module until the last one is done; their weights need not wait.
-        target._parameters.pop("weight")
+        self._progress.update(target._parameters.pop("weight").numel())
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; a model that takes long shows how far it is."""
+        try:
+            return super().inject_adapter(*args, **kwargs)
+        finally:
+            if (progress := self.__dict__.pop("_progress", None)) is not None:
+                progress.close()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The factors and scales are created in float32; only an explicit `autocast_adapter_dtype=False` shortens them.
@@ -109,6 +130,14 @@ class LRQATModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, LRQATLayer):
                     module.cast_adapter(adapter_name)
+
+    def set_cache_limit(self, limit: int) -> None:
+        """Bytes of dense weights that generation without merging may hold (default 1 GiB); starts empty. 0: none.
+
+        In evaluation mode and without gradients, short inputs leave the weight that they made for the next call, which takes it
+        if the adapter's values are still the same. A step of training drops it. Layers that find no room make theirs at every call.
+        """
+        self._cache.set_limit(limit)
 
     def unload(self) -> nn.Module:
         """Refused: ValueError, and the model stays as it is."""
@@ -219,7 +248,7 @@ def _check_target(name: str, module: nn.Module, config: LRQATConfig, tied: set[s
         raise ValueError(
             f"the weight of `{name}` is empty, of shape {tuple(weight.shape)}; leave it out of `target_modules`"
         )
-    if not torch.isfinite(weight).all():
+    if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         raise ValueError(f"the weight of `{name}` has NaN or infinite entries; repair the base model first")
 
 

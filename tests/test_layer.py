@@ -9,7 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat import LRQATConfig, LRQATLinear
-from peft_lrqat.quant import DOWNCASTS, effective_scale
+from peft_lrqat import layer as layer_module
+from peft_lrqat.loraquant.cache import FactorCache
+from peft_lrqat.quant import DOWNCASTS, effective_scale, quantized_weight
 
 
 FORMATS = {
@@ -25,10 +27,10 @@ def format(request):
     return request.param
 
 
-def make_layer(in_features=16, out_features=6, dtype=torch.float32, bias=True, **fields):
+def make_layer(in_features=16, out_features=6, dtype=torch.float32, bias=True, cache=None, **fields):
     config = LRQATConfig(**{"r": 4, "range_estimator": "minmax", **fields})
     linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
-    return LRQATLinear(linear, "default", config.weight_format("layer", in_features), config)
+    return LRQATLinear(linear, "default", config.weight_format("layer", in_features), config, cache=cache)
 
 
 def linear_weights(model):
@@ -321,6 +323,98 @@ def test_compiled_layer_is_one_graph(dtype):
     torch._dynamo.reset()
     assert len(results[0]) > 3
     assert all(map(torch.equal, *results))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A list that grows whenever a layer makes its dense weight for inference."""
+    calls = []
+
+    def make(weight):
+        calls.append(weight)
+        return quantized_weight(weight)
+
+    monkeypatch.setattr(layer_module, "quantized_weight", make)
+    return calls
+
+
+def infer(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+def test_inference_makes_the_weight_once(made, dtype):
+    layer = make_layer(dtype=dtype, init_weights=False, cache=FactorCache()).eval()
+    x = torch.randn(3, 16, dtype=dtype)
+    y = layer(x)
+    assert not made
+    assert all(torch.equal(infer(layer, x), y) for _ in range(3))
+    assert len(made) == 1
+    held = 6 * 16 * dtype.itemsize + 4 * (4 * 16 + 6 * 4 + 6) + 4 + 8
+    assert layer._cache.bytes == held
+
+
+CHANGES = {
+    "a step": lambda layer: torch.optim.SGD([layer.lrqat_B["default"]], lr=0.5).step(),
+    "an average written through .data": lambda layer: layer.lrqat_A["default"].data.mul_(3),
+    "one scale": lambda layer: layer.lrqat_scale["default"].data[0].mul_(2),
+    "gamma": lambda layer: layer.scaling.update(default=7.0),
+    "another dtype": lambda layer: layer.bfloat16(),
+    "a loaded state": lambda layer: layer.load_state_dict(make_layer(init_weights=False).state_dict(), strict=False),
+    "another frozen weight": lambda layer: layer.load_state_dict(
+        {n: t for n, t in make_layer().state_dict().items() if n.startswith("base_layer")}, strict=False
+    ),
+    "another adapter": lambda layer: layer.set_adapter("other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_the_weight_reaches_inference(change, made):
+    layer, x = make_layer(init_weights=False, verify_base=False, cache=FactorCache()), torch.randn(3, 16)
+    layer.update_layer("other", LRQATConfig(r=2, init_weights=False))
+    layer.eval()
+    layer(x).square().sum().backward()
+    before = infer(layer, x)
+    with torch.no_grad():
+        change(layer)
+    layer._verified = dict.fromkeys(layer._verified, layer.base_layer.fingerprint)
+    after = infer(layer, x)
+    assert torch.equal(after, infer(layer, x))
+    assert len(made) == 2
+    assert not torch.equal(after, before)
+    assert torch.equal(after, layer(x))
+
+
+def test_training_and_deleting_let_the_weight_go(made):
+    layer, x = make_layer(cache=FactorCache()).eval(), torch.randn(3, 16)
+    infer(layer, x)
+    assert layer._cache.bytes
+    layer(x)
+    assert layer._cache.bytes == 0
+    infer(layer, x)
+    infer(layer.train(), x)
+    assert layer._cache.bytes == 0
+    infer(layer.eval(), x)
+    layer.delete_adapter("default")
+    assert layer._cache.bytes == 0
+
+
+def test_long_inputs_and_full_caches_hold_nothing(made):
+    layer = make_layer(cache=FactorCache()).eval()
+    infer(layer, torch.randn(layer_module.CACHED_TOKENS + 1, 16))
+    assert layer._cache.bytes == 0
+    layer._cache.set_limit(100)
+    x = torch.randn(1, 16)
+    assert torch.equal(infer(layer, x), layer(x))
+    assert layer._cache.bytes == 0
+
+
+def test_copies_start_without_weights(made):
+    layer, x = make_layer(cache=FactorCache()).eval(), torch.randn(1, 16)
+    infer(layer, x)
+    twin = copy.deepcopy(layer)
+    assert twin._cache.bytes == 0
+    assert torch.equal(infer(twin, x), infer(layer, x))
 
 
 def test_repr_tells_the_format():

@@ -1,7 +1,8 @@
 """The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of PEFT or transformers."""
 
-from .fake_quant import LowRankWeight, fake_quant_linear, inspect_rows, quantized_codes, quantized_weight
+from .fake_quant import fake_quant_linear
 from .grid import Grid, effective_scale
+from .low_rank import LowRankWeight, inspect_rows, quantized_codes, quantized_weight
 from .packing import pack, packed_bytes, unpack
 from .ranges import RANGES, estimate_range
 from .storage import DOWNCASTS, WeightFormat

@@ -1,89 +1,183 @@
-"""The fake-quantised linear with low-rank factors inside the rounding (LR-QAT, equation 6), forward and backward.
+"""The fake-quantised linear (LR-QAT, equation 6) at about the price of a frozen one: forward and backward.
 
-    Z     = phi + gamma * B @ A            in units of the grid
-    Q     = clip(round(Z), qmin, qmax)
-    W_hat = s * (Q - zero_point)
-    y     = x @ W_hat.T + bias
+    y  = x @ W_hat.T + bias,  W_hat = s * (Q - zero_point),  Q = clip(round(Z), qmin, qmax),  Z = phi + gamma * B @ A
 
-    dZ = s * G * inside,  G = dL/dW_hat;  dB = gamma * dZ @ A.T;  dA = gamma * B.T @ dZ;  ds = sum_group G * (Q - zero_point)
+    dZ = s * G * inside,  G = gy.T @ x;  dB = gamma * dZ @ A.T;  dA = gamma * B.T @ dZ;  ds = sum_group G * (Q - zero_point)
 
 ``round`` is straight-through; ``inside`` marks where round(Z) lies in the grid. ``phi`` does not depend on ``s``, so the
-scale has no further term (unlike LSQ). Nothing of size (out, in) is kept for the backward pass: Z and Q are computed
-again, a block of rows at a time. Forward, merge and export all go through :func:`_rows`.
+scale has no further term (unlike LSQ). W_hat is made, multiplied with and dropped a chunk at a time: by rows in the forward
+pass, by columns in the backward pass, so that no result is a sum over chunks.
+
+With one scale per row, G is not needed (exactly; y0 is the output without bias):
+
+    dB = gamma * s * gy.T @ (x @ A.T),  dA = gamma * ((gy @ (s * B)).T @ x,  less G at the clipped entries;  ds = sum_n gy * y0 / s
+
+These take y, kept from the forward pass. G is formed, a chunk at a time, where rows are divided into groups; where many
+weights are clipped; where y was overwritten since, or its bias is rounded into it in half precision; and inside a graph of
+``torch.compile``, which cannot branch on how many are clipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import linear
 
-from .blocks import row_blocks
+from . import low_rank
+from .blocks import column_chunks, row_blocks, row_chunks
+from .clipped import MAX_COUNT, MAX_SHARE, add_sparse_product, find_clipped, sampled_product
 from .grid import effective_scale
-from .storage import WeightFormat
+from .low_rank import LowRankWeight
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowRankWeight:
-    """One quantised weight, W_hat: the frozen storage of a layer and the tensors that one adapter trains."""
-
-    format: WeightFormat
-    phi: Tensor  # (out, row_elements), stored
-    zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
-    scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
-    gamma: float  # lora_alpha / r
-    dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
+def _multiply(x: Tensor, w: LowRankWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W_hat.T + bias``, a chunk of rows of W_hat at a time."""
+    out, width = w.shape
+    chunks = list(row_chunks(out, width, x.dtype))
+    if len(chunks) == 1:
+        return linear(x, low_rank.dense(w, x.dtype), bias)
+    y = x.new_empty(*x.shape[:-1], out)
+    for rows in chunks:
+        y[..., rows] = linear(x, low_rank.dense(w, x.dtype, rows), None if bias is None else bias[rows])
+    return y
 
 
-@contextmanager
-def _ieee_matmul(device: torch.device) -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products: the integers must be the same in training, merge and export.
+@dataclass(frozen=True)
+class _Gradients:
+    """To be added to, A, B and scale in float32 or wider; None for what needs no gradient."""
 
-    Inside a graph of ``torch.compile`` the setting of the process holds; it cannot be changed there.
-    """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
-    precision = backend.fp32_precision if backend is not None else "ieee"
-    if precision in ("ieee", "none"):
-        yield
-        return
-    backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        # "none" follows the setting of all backends.
-        backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+    x: Tensor | None  # (tokens, in)
+    A: Tensor | None
+    B: Tensor | None
+    scale: Tensor | None
 
 
-def _rows(w: LowRankWeight, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of some rows: round(Z) before the clip, Q - zero_point, and the step, each (rows, in) or broadcastable to it."""
-    grid, in_features = w.format.grid, w.format.in_features
-    dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
-    phi = w.format.decode(w.phi[rows]).to(dtype)
-    with _ieee_matmul(phi.device), torch.autocast(phi.device.type, enabled=False):
-        rounded = torch.addmm(phi, w.B[rows].to(dtype), w.A.to(dtype), alpha=w.gamma).round_()
-    zero_point = None if w.zero_point is None else w.zero_point[rows]
-    codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
-    step = grid.expand(effective_scale(w.scale[rows].to(dtype), w.format.scale_dtype), in_features)
-    return rounded, codes, step
+def _add_by_weight_gradient(
+    to: _Gradients,
+    w: LowRankWeight,
+    tokens_y: Tensor,
+    tokens_x: Tensor,
+    columns: slice,
+    *,
+    with_scale: bool,
+    weight: Tensor | None,
+) -> None:
+    """What some columns contribute, from G; and these columns of W_hat, for the gradient of x, into ``weight``."""
+    grid, groups = w.format.grid, low_rank.groups_of(w, columns)
+    with_factors = to.A is not None or to.B is not None
+    grad_weight = tokens_y.T @ tokens_x[:, columns] if with_factors or with_scale else None
+    for rows in row_blocks(w.shape[0], columns.stop - columns.start, tokens_x.device):
+        rounded, codes, step = low_rank.tile(w, rows, columns)
+        if grad_weight is not None:
+            some = grad_weight[rows].to(codes.dtype)
+        if with_scale:
+            to.scale[rows, groups] += (codes * some).unflatten(1, (groups.stop - groups.start, -1)).sum(-1)
+        if weight is not None:
+            low_rank.deploy(codes, step, w.dtype, weight[rows])
+        if with_factors:
+            # Integers outside the grid differ from their clipped ones by 1 at least.
+            outside = rounded.sub_(rounded.clamp(grid.qmin, grid.qmax)).abs_().clamp_(max=1)
+            some.addcmul_(some, outside, value=-1).mul_(step)
+        if to.B is not None:
+            to.B[rows].addmm_(some, w.A[:, columns].to(some.dtype).T, alpha=w.gamma)
+        if to.A is not None:
+            to.A[:, columns].addmm_(w.B[rows].to(some.dtype).T, some, alpha=w.gamma)
 
 
-def _dense(w: LowRankWeight, dtype: torch.dtype) -> Tensor:
-    """W_hat rounded to the deployed dtype, handed over in ``dtype``; (out, in)."""
-    dense = torch.empty(w.phi.shape[0], w.format.in_features, dtype=dtype, device=w.phi.device)
-    for rows in row_blocks(w.phi.shape[0], w.format.in_features):
-        _, codes, step = _rows(w, rows)
-        dense[rows] = codes.mul_(step).to(w.dtype)
-    return dense
+def _add_by_factors(
+    to: _Gradients, w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, chunks: list[slice], clipped: Tensor
+) -> None:
+    """What the columns in ``chunks`` contribute to the factors where one scale holds for a row: through the rank, less what
+    is clipped, at the places ``row * in + column``."""
+    step = _step(w)
+    if to.B is not None:
+        tokens_r = sum(tokens_x[:, c] @ w.A[:, c].to(tokens_x.dtype).T for c in chunks)
+        to.B.add_((tokens_y.T @ tokens_r).to(to.B.dtype).mul_(step), alpha=w.gamma)
+    if to.A is not None:
+        tokens_r = tokens_y @ (step * w.B).to(tokens_y.dtype)
+        for columns in chunks:
+            to.A[:, columns].add_((tokens_r.T @ tokens_x[:, columns]).to(to.A.dtype), alpha=w.gamma)
+    if clipped.numel():
+        clipped = clipped.sort().values
+        row, column = clipped // w.shape[1], clipped % w.shape[1]
+        excess = sampled_product(tokens_y, tokens_x, row, column).mul_(step[row, 0]).mul_(-w.gamma)
+        if to.B is not None:
+            add_sparse_product(to.B, excess, row, column, w.A.T)
+        if to.A is not None:
+            add_sparse_product(to.A.T, excess, column, row, w.B)
+
+
+def _step(w: LowRankWeight) -> Tensor:
+    """The step that was used, (out, groups), float32 or wider."""
+    return effective_scale(w.scale.to(torch.promote_types(torch.float32, w.scale.dtype)), w.format.scale_dtype)
+
+
+def _scale_gradient(w: LowRankWeight, tokens_y: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """``sum_n gy * y0 / s`` for one scale per row: (tokens, out) twice -> (out, 1)."""
+    step = _step(w)
+    total = torch.zeros(y.shape[1], dtype=torch.promote_types(y.dtype, step.dtype), device=y.device)
+    for tokens in row_blocks(*y.shape, y.device):
+        y0 = y[tokens].to(total.dtype)
+        if bias is not None:
+            y0 = y0 - bias
+        total += (y0 * tokens_y[tokens]).sum(0)
+    return total.unsqueeze(1) / step
+
+
+def _dense_columns(w: LowRankWeight, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Some columns of W_hat, and the places ``row * in + column`` of what was clipped there."""
+    grid, (out, width) = w.format.grid, w.shape
+    weight = torch.empty(out, columns.stop - columns.start, dtype=dtype, device=w.phi.device)
+    places = []
+    for rows in row_blocks(*weight.shape, weight.device):
+        rounded, codes, step = low_rank.tile(w, rows, columns)
+        low_rank.deploy(codes, step, w.dtype, weight[rows])
+        row, column = find_clipped(rounded, grid.qmin, grid.qmax)
+        places.append((row + rows.start) * width + column + columns.start)
+    return weight, torch.cat(places)
+
+
+def _add_gradients(
+    to: _Gradients, w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor | None, bias: Tensor | None
+) -> None:
+    """The whole backward pass but for the gradient of the bias; ``y`` where the scales' can be taken from it."""
+    out, width = w.shape
+    groups = w.scale.shape[1]
+    scale_by_weight = to.scale is not None and y is None
+    factors = to.A is not None or to.B is not None
+    by_factors = factors and groups == 1 and not scale_by_weight and not torch.compiler.is_compiling()
+    chunks, places, count = [], [], 0
+    for columns in column_chunks(out, width, tokens_x.dtype, unit=width // groups if groups > 1 else 1):
+        weight = None
+        if by_factors:
+            weight, clipped = _dense_columns(w, columns, tokens_x.dtype)
+            if len(clipped) <= min(MAX_SHARE * weight.numel(), MAX_COUNT - count):
+                chunks.append(columns)
+                places.append(clipped)
+                count += len(clipped)
+            else:
+                _add_by_weight_gradient(to, w, tokens_y, tokens_x, columns, with_scale=False, weight=None)
+        else:
+            if to.x is not None:
+                weight = tokens_x.new_empty(out, columns.stop - columns.start)
+            _add_by_weight_gradient(to, w, tokens_y, tokens_x, columns, with_scale=scale_by_weight, weight=weight)
+        if to.x is not None:
+            to.x[:, columns] = tokens_y @ weight
+    if chunks:
+        _add_by_factors(to, w, tokens_y, tokens_x, chunks, torch.cat(places))
+    if to.scale is not None and y is not None:
+        to.scale.add_(_scale_gradient(w, tokens_y, y, bias))
+
+
+def _write_counter(y: Tensor) -> Tensor:
+    """An empty tensor that shares the version counter of ``y``, but does not keep its memory."""
+    counter = y.detach()
+    counter.data = y.new_empty(0)
+    return counter
 
 
 class _FakeQuantLinear(torch.autograd.Function):
@@ -99,53 +193,42 @@ class _FakeQuantLinear(torch.autograd.Function):
         bias: Tensor | None,
         constants: dict[str, Any],
     ) -> Tensor:
-        ctx.save_for_backward(x, phi, zero_point, A, B, scale)
-        ctx.constants = constants
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
-        return torch.nn.functional.linear(x, _dense(w, x.dtype), bias)
+        y = _multiply(x, w, bias)
+        # In half precision, a large bias would leave little of y0 in y.
+        rounded_into = bias is not None and x.dtype.itemsize < 4
+        kept = None
+        if ctx.needs_input_grad[5] and scale.shape[1] == 1 and not rounded_into and not torch.compiler.is_compiling():
+            # Kept so that a caller may write into y as he may after a plain linear layer: without autograd's check.
+            writes, kept = _write_counter(y), y.data
+            ctx.writes = writes, writes._version
+        ctx.save_for_backward(x, phi, zero_point, A, B, scale, kept, None if kept is None else bias)
+        ctx.constants = constants
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, phi, zero_point, A, B, scale = ctx.saved_tensors
+        x, phi, zero_point, A, B, scale, y, bias = ctx.saved_tensors
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **ctx.constants)
-        need_x, _, _, need_A, need_B, need_scale, need_bias = ctx.needs_input_grad[:7]
-        grid = w.format.grid
-        grad_A = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) if need_A else None
-        grad_B = torch.empty_like(B) if need_B else None
-        grad_scale = torch.empty_like(scale) if need_scale else None
-        dense = torch.empty(phi.shape[0], x.shape[-1], dtype=x.dtype, device=x.device) if need_x else None
+        if y is not None:
+            writes, before = ctx.writes
+            y = y if writes._version == before else None
+        need_x, _, _, *need_parameters, need_bias = ctx.needs_input_grad[:7]
         tokens_y, tokens_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-
+        sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if needed else None
+            for p, needed in zip((A, B, scale), need_parameters, strict=True)
+        ]
+        grads = _Gradients(torch.empty_like(tokens_x) if need_x else None, *sums)
         with torch.autocast(x.device.type, enabled=False):
-            for rows in row_blocks(w.phi.shape[0], w.format.in_features):
-                rounded, codes, step = _rows(w, rows)
-                if dense is not None:
-                    dense[rows] = (codes * step).to(w.dtype)
-                if not (need_A or need_B or need_scale):
-                    continue
-                grad_weight = (tokens_y[:, rows].T @ tokens_x).to(codes.dtype)
-                if grad_scale is not None:
-                    grad_scale[rows] = grid.split(codes.mul_(grad_weight)).sum(-1).to(scale.dtype)
-                if need_A or need_B:
-                    inside = (rounded >= grid.qmin).logical_and_(rounded <= grid.qmax)
-                    grad_z = grad_weight.mul_(step).mul_(inside)
-                    if grad_B is not None:
-                        grad_B[rows] = (grad_z @ A.to(grad_z.dtype).T).mul_(w.gamma).to(B.dtype)
-                    if grad_A is not None:
-                        grad_A.addmm_(B[rows].to(grad_z.dtype).T, grad_z, alpha=w.gamma)
-            grad_x = grad_y @ dense if dense is not None else None
-        grad_bias = tokens_y.sum(0) if need_bias else None
-        return (
-            grad_x,
-            None,
-            None,
-            grad_A.to(A.dtype) if grad_A is not None else None,
-            grad_B,
-            grad_scale,
-            grad_bias,
-            None,
+            _add_gradients(grads, w, tokens_y, tokens_x, None if y is None else y.reshape(tokens_y.shape), bias)
+        grad_A, grad_B, grad_scale = (
+            None if total is None else total.to(p.dtype) for total, p in zip(sums, (A, B, scale), strict=True)
         )
+        grad_x = None if grads.x is None else grads.x.view(x.shape)
+        grad_bias = tokens_y.sum(0) if need_bias else None
+        return grad_x, None, None, grad_A, grad_B, grad_scale, grad_bias, None
 
 
 def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
@@ -154,29 +237,3 @@ def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = No
     constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype}
     with torch.autocast(x.device.type, enabled=False):
         return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants)
-
-
-@torch.no_grad()
-def quantized_weight(weight: LowRankWeight) -> Tensor:
-    """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies with."""
-    return _dense(weight, weight.dtype)
-
-
-@torch.no_grad()
-def quantized_codes(weight: LowRankWeight) -> Tensor:
-    """The integers Q that ship, (out, in): int8 for a symmetric grid, uint8 for an asymmetric one."""
-    grid = weight.format.grid
-    dtype = torch.int8 if grid.symmetric else torch.uint8
-    codes = torch.empty(weight.phi.shape[0], weight.format.in_features, dtype=dtype, device=weight.phi.device)
-    for rows in row_blocks(*codes.shape):
-        codes[rows] = _rows(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
-    return codes
-
-
-@torch.no_grad()
-def inspect_rows(weight: LowRankWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For the rows with the given indices: the integers Q as in :func:`quantized_codes`, and which of them were clipped."""
-    grid = weight.format.grid
-    rounded, _, _ = _rows(weight, rows)
-    clipped = (rounded < grid.qmin).logical_or_(rounded > grid.qmax)
-    return rounded.clamp_(grid.qmin, grid.qmax).to(torch.int8 if grid.symmetric else torch.uint8), clipped

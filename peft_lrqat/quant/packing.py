@@ -36,14 +36,20 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         )
     if bits == 8:
         return packed.clone()
-    num_octets = -(-n // 8)
-    octets = torch.nn.functional.pad(packed, (0, num_octets * bits - packed.shape[1])).view(rows, num_octets, bits)
-    out = packed.new_empty(rows, num_octets, 8)
-    mask = 2**bits - 1
-    for i in range(8):
-        byte, shift = divmod(i * bits, 8)
-        value = octets[..., byte] >> shift
-        if shift + bits > 8:
-            value |= octets[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(value, mask, out=out[..., i])
-    return out.view(rows, -1)[:, :n]
+    if bits in _SPREADS:
+        word, steps = _SPREADS[bits]
+        words = packed.to(word)
+    else:
+        num_octets = -(-n // 8)
+        octets = torch.nn.functional.pad(packed, (0, num_octets * bits - packed.shape[1])).view(rows, num_octets, bits)
+        words = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+        steps = [(4 * bits, 32), (2 * bits, 16), (bits, 8)]
+    # Each step parts every field of a word in two halves, of `half` bits, and moves the upper one up to `place`.
+    for half, place in steps:
+        mask = sum((2**half - 1) << at for at in range(0, 8 * words.element_size(), 2 * place))
+        words = (words & mask) | ((words >> half) & mask) << place
+    return words.view(torch.uint8)[:, :n]
+
+
+# Where a byte holds whole values, each byte becomes a word by itself.
+_SPREADS = {4: (torch.int16, [(4, 8)]), 2: (torch.int32, [(4, 16), (2, 8)])}

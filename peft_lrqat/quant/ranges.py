@@ -46,12 +46,19 @@ def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tupl
 
 
 def _power(error: Tensor, p: float) -> Tensor:
-    """``error ** p``, elementwise; even powers by exactly rounded products, the others in float64."""
+    """``|error| ** p``, elementwise; even powers by exactly rounded products, in place, the others in float64."""
     if p == 2:
         return error.square_()
     if p == 4:
         return error.square_().square_()
-    return error.double().pow_(p)
+    return error.abs_().double().pow_(p)
+
+
+def _clipping_loss(extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float) -> Tensor:
+    """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows, groups), float64."""
+    largest, least = extremes
+    excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1).clamp_(min=0).div_(unit)
+    return excess.double().pow_(p).sum(-1)
 
 
 def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
@@ -61,15 +68,21 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
     unit = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     best_scale, best_zero_point = _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
     best_loss = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
+    few = min(16, groups.shape[-1])
+    extremes = groups.topk(few).values, groups.topk(few, largest=False).values
+    coordinate, rounded = torch.empty_like(groups), torch.empty_like(groups)
     for share in SEARCH_SHARES:
         scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
         step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
-        coordinate = groups / step
-        rounded = coordinate.round() if grid.symmetric else (coordinate + offset).round_().sub_(offset)
-        rounded = (
-            rounded.clamp_(grid.qmin, grid.qmax) if grid.symmetric else rounded.clamp_(-offset, grid.qmax - offset)
-        )
-        error = coordinate.sub_(rounded).abs_().mul_(step / unit)
+        # It only grows as the share shrinks; the margin is far above any rounding.
+        if grid.symmetric and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all():
+            break
+        torch.div(groups, step, out=coordinate)
+        if grid.symmetric:
+            torch.round(coordinate, out=rounded).clamp_(grid.qmin, grid.qmax)
+        else:
+            torch.add(coordinate, offset, out=rounded).round_().clamp_(grid.qmin, grid.qmax).sub_(offset)
+        error = coordinate.sub_(rounded).mul_(step / unit)
         loss = _power(error, p).sum(-1, dtype=torch.float64)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
@@ -91,7 +104,7 @@ def estimate_range(weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: s
     rows, so that the temporaries stay small. Raises KeyError for an unknown estimator.
     """
     search = RANGES[estimator]
-    blocks = (weight.detach()[rows].float() for rows in row_blocks(*weight.shape))
+    blocks = (weight.detach()[rows].float() for rows in row_blocks(*weight.shape, weight.device))
     parts = [search(grid.split(block), grid, scale_dtype, p) for block in blocks]
     scales, zero_points = zip(*parts, strict=True)
     return torch.cat(scales), torch.cat(zero_points)

@@ -63,12 +63,21 @@ class WeightFormat:
             return (clipped - middle).mul_(unit).round_().to(torch.int8)
         return pack(clipped.round_().sub_(self.grid.qmin).to(torch.uint8), self.grid.bits)
 
-    def decode(self, stored: Tensor) -> Tensor:
-        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of :meth:`encode` up to its rounding."""
+    def decode(self, stored: Tensor, columns: slice | None = None) -> Tensor:
+        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of :meth:`encode` up to its rounding.
+
+        With ``columns``, whose start must be a multiple of 8, only these of the ``in``: (rows, number of columns).
+        """
+        width = self.in_features
+        if columns is not None:
+            width = columns.stop - columns.start
+            first = packed_bytes(columns.start, self.grid.bits) if self.downcast == "int" else columns.start
+            last = packed_bytes(columns.stop, self.grid.bits) if self.downcast == "int" else columns.stop
+            stored = stored[:, first:last]
         if self.downcast in FLOAT_DOWNCASTS:
             return stored.to(torch.float32, copy=True)
         if self.downcast == "fixed8":
             unit, middle = self._fixed_point
             phi = stored.float().mul_(1 / unit)
             return phi.add_(middle) if middle else phi
-        return unpack(stored, self.grid.bits, self.in_features).float().add_(self.grid.qmin)
+        return unpack(stored, self.grid.bits, width).float().add_(self.grid.qmin)

@@ -21,7 +21,7 @@ import yaml
 from models import make_models
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.quant import fake_quant
+from peft_lrqat.quant import low_rank
 
 
 MODEL_FOLDER = "models"  # beside PEFT's `tests`, where pytest runs
@@ -112,7 +112,7 @@ def pytest_configure(config: pytest.Config) -> None:
     storage = config.getoption("storage")
     _set_defaults(LRQATConfig, STORAGE[storage])
     if storage == "lossless":
-        fake_quant._rows = _rows_without_rounding
+        low_rank.tile = _tile_without_rounding
     if importlib.util.find_spec("diffusers") is None:
         stub = types.ModuleType("diffusers")
         stub.__getattr__ = lambda name: type(name, (), {})
@@ -132,16 +132,20 @@ def _set_defaults(cls: type, values: dict[str, Any]) -> None:
     init.__defaults__ = tuple(values.get(name, old) for name, old in zip(names, init.__defaults__, strict=True))
 
 
-def _rows_without_rounding(w: fake_quant.LowRankWeight, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In the place of ``fake_quant._rows``: Q = Z, and Z counts as inside the grid, wherever it lies."""
+def _tile_without_rounding(
+    w: low_rank.LowRankWeight, rows: slice | torch.Tensor, columns: slice | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In the place of ``low_rank.tile``: Q = Z, and Z counts as inside the grid, wherever it lies."""
     grid = w.format.grid
+    columns = slice(0, w.format.in_features) if columns is None else columns
+    groups, width = low_rank.groups_of(w, columns), columns.stop - columns.start
     dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
-    phi = w.format.decode(w.phi[rows]).to(dtype)
-    z = torch.addmm(phi, w.B[rows].to(dtype), w.A.to(dtype), alpha=w.gamma)
+    phi = w.format.decode(w.phi[rows], columns).to(dtype)
+    z = torch.addmm(phi, w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma)
     inside = z.clamp(grid.qmin, grid.qmax)
     if w.zero_point is not None:
-        z = z - grid.expand(w.zero_point[rows].to(dtype), w.format.in_features)
-    return inside, z, grid.expand(w.scale[rows].to(dtype), w.format.in_features)
+        z = z - grid.expand(w.zero_point[rows, groups].to(dtype), width)
+    return inside, z, grid.expand(w.scale[rows, groups].to(dtype), width)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -395,10 +395,13 @@ def test_nothing_is_written_over(kind, function, lora, tmp_path):
     quantize(lora, tmp_path / "packed")
     source = lora if function is quantize else tmp_path / "packed"
     target = tmp_path / "target"
-    target.mkdir() if kind == "directory" else target.touch()
+    if kind == "directory":
+        target.mkdir()
+    (target / "theirs" if kind == "directory" else target).write_text("kept")
     with pytest.raises(FileExistsError, match="target exists, and nothing is written over it"):
         function(source, target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed", "target"]
+    assert (target / "theirs" if kind == "directory" else target).read_text() == "kept"
 
 
 CRASHES = """
@@ -657,3 +660,11 @@ def test_values_too_large_for_the_dtype(lora, changed, tmp_path):
     save_file({**state, scales: torch.full_like(state[scales], 1e5)}, tmp_path / "packed" / WEIGHTS)
     refused(ValueError, "too large for torch.float16", tmp_path / "packed", tmp_path, dequantize_adapter)
     dequantize_adapter(tmp_path / "packed", tmp_path / "wide", dtype=torch.bfloat16)
+
+
+def test_adapters_in_a_folder_of_the_source(make_lora, tmp_path):
+    make_lora(target_modules=["v_proj"]).save_pretrained(tmp_path / "all" / "second")
+    quantize(tmp_path / "all", tmp_path / "packed" / "second", subfolder="second")
+    dequantize_adapter(tmp_path / "packed", tmp_path / "back", subfolder="second")
+    assert (tmp_path / "back" / WEIGHTS).is_file()
+    refused(ValueError, f"has no {CONFIG}", tmp_path / "all", tmp_path)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.nn.functional import linear
 
 from peft_lrqat.quant import (
@@ -10,6 +11,7 @@ from peft_lrqat.quant import (
     LowRankWeight,
     WeightFormat,
     blocks,
+    clipped,
     effective_scale,
     estimate_range,
     fake_quant_linear,
@@ -155,9 +157,88 @@ def test_blocks_of_rows_change_nothing(downcast, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_of_the_weights_size_is_kept_for_backward():
+def gradients(x, w, bias=None, upstream=None, layer=fake_quant_linear):
+    y = layer(x, w, bias)
+    inputs = [t for t in (x, w.A, w.B, w.scale, bias) if t is not None and t.requires_grad]
+    return torch.autograd.grad(y, inputs, torch.ones_like(y) if upstream is None else upstream)
+
+
+@pytest.mark.parametrize("max_share", [0.0, 0.1, 1.0], ids=["whole products", "mixed", "single entries"])
+@pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
+@pytest.mark.parametrize("downcast", ["fixed8", "int"])
+def test_chunks_and_clipped_entries_give_the_formulas_gradients(downcast, group_size, max_share, monkeypatch):
+    """Chunks of 16 columns, of which some have more clipped weights than `MAX_SHARE` and some fewer."""
+    w = make(3, True, group_size, downcast, spread=3.0, out=40, in_=48)
+    with torch.no_grad():
+        w.A[:, 16:] *= 0.3
+    z = w.format.decode(w.phi) + w.gamma * (w.B @ w.A)
+    shares = ((z.round() < -4) | (z.round() > 3)).double().unflatten(1, (3, 16)).mean((0, 2))
+    assert shares[0] > 0.1
+    assert 0 < shares[1] < 0.1
+    x = torch.randn(7, 48, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(7, 40, dtype=torch.float64)
+    expected = gradients(x, w, upstream=upstream, layer=plain)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 40 * 8 * 16)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("peft_lrqat.quant.fake_quant.MAX_SHARE", max_share)
+    monkeypatch.setattr(clipped, "PART_BYTES", 512)
+    torch.testing.assert_close(fake_quant_linear(x, w), plain(x, w), rtol=1e-12, atol=1e-12)
+    found = gradients(x, w, upstream=upstream)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert all(map(torch.equal, found, gradients(x, w, upstream=upstream)))
+
+
+def test_entries_of_a_product():
+    x, y = torch.randn(9, 30).bfloat16(), torch.randn(9, 20).bfloat16()
+    row, column = (torch.rand(20, 30) < 0.2).nonzero(as_tuple=True)
+    found = clipped.sampled_product(y, x, row, column)
+    torch.testing.assert_close(found, (y.float().T @ x.float())[row, column])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_results_may_be_written_into(biased, dtype):
+    """As after a plain linear layer, whose result autograd does not need."""
+    w = make(3, True, -1, "fixed8", dtype=torch.promote_types(dtype, torch.float32))
+    object.__setattr__(w, "dtype", dtype)
+    x = torch.randn(6, IN, dtype=dtype)
+    bias = torch.randn(OUT, dtype=dtype) if biased else None
+    y = fake_quant_linear(x, w, bias)
+    y.mul_(2).add_(1)
+    (written,) = torch.autograd.grad(y, w.scale, torch.ones_like(y))
+    (expected,) = gradients(
+        x.to(w.A.dtype), w, None if bias is None else bias.to(w.A.dtype), layer=lambda *a: 2 * plain(*a)
+    )[-1:]
+    tolerance = 1e-10 if dtype == torch.float64 else 24 * torch.finfo(dtype).eps * expected.abs().max()
+    torch.testing.assert_close(written.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+def test_a_large_bias_does_not_drown_the_scales_gradient():
+    w = make(4, True, -1, "fixed8", dtype=torch.float32)
+    object.__setattr__(w, "dtype", torch.bfloat16)
+    x, bias = torch.randn(64, IN).bfloat16(), torch.full((OUT,), 1000.0).bfloat16()
+    upstream = torch.randn(64, OUT).bfloat16()
+    *_, without = gradients(x, w, None, upstream)
+    *_, found = gradients(x, w, bias, upstream)
+    torch.testing.assert_close(found, without, rtol=0, atol=0.02 * without.abs().max())
+
+
+def test_checkpointing_keeps_nothing_and_gives_the_same():
+    w = make(3, True, -1, "fixed8", dtype=torch.float32, spread=2.0)
+    x = torch.randn(6, IN, requires_grad=True)
+
+    def checkpointed(x, w, bias):
+        return torch.utils.checkpoint.checkpoint(fake_quant_linear, x, w, bias, use_reentrant=False)
+
+    assert all(map(torch.equal, gradients(x, w), gradients(x, w, layer=checkpointed)))
+
+
+@pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
+def test_only_x_and_per_row_y_are_kept_for_backward(group_size):
+    """The gradient of a row's scale is taken from the layer's result; most models keep that one anyway."""
     out, in_ = 96, 128
-    w = make(4, True, -1, "int", dtype=torch.float32, out=out, in_=in_)
+    w = make(4, True, group_size, "int", dtype=torch.float32, out=out, in_=in_)
     kept: list[torch.Tensor] = []
 
     def keep(tensor):
@@ -165,9 +246,12 @@ def test_nothing_of_the_weights_size_is_kept_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        fake_quant_linear(torch.randn(5, in_), w)
-    own = {t.data_ptr() for t in (w.phi, w.A, w.B, w.scale)}
-    assert sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in own) == 5 * in_ * 4
+        y = fake_quant_linear(torch.randn(5, in_), w)
+    own = {t.data_ptr() for t in (w.phi, w.A, w.B, w.scale, w.zero_point) if t is not None}
+    kept = [t for t in kept if t is not None and t.data_ptr() not in own]
+    expected = 5 * in_ * 4 + (5 * out * 4 if group_size == -1 else 0)
+    assert sum(t.numel() * t.element_size() for t in kept) == expected
+    assert any(t.data_ptr() == y.data_ptr() for t in kept) == (group_size == -1)
 
 
 @pytest.mark.parametrize("trained", ["x", "A", "B", "scale"])

@@ -64,3 +64,12 @@ def test_bad_values_are_refused(field, value):
     fields = {"grid": Grid(bits=4, group_size=8), "downcast": "int", "scale_dtype": "bfloat16", "in_features": 24}
     with pytest.raises(ValueError, match=str(value)):
         WeightFormat(**{**fields, field: value})
+
+
+@pytest.mark.parametrize("columns", [(0, 8), (8, 16), (16, 21), (0, 21)], ids=str)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("downcast", DOWNCASTS)
+def test_some_columns_decode_as_in_the_whole(downcast, bits, columns):
+    fmt = make(downcast, bits, in_features=21)
+    stored = fmt.encode(coordinates(fmt))
+    assert torch.equal(fmt.decode(stored, slice(*columns)), fmt.decode(stored)[:, slice(*columns)])

@@ -194,7 +194,7 @@ def refused(model, callback=None):
 def test_models_that_it_is_not_for(make_base, make_peft, make_lora, run, monkeypatch):
     with pytest.raises(ValueError, match="needs a PEFT model with a LoRA adapter, but the model is a LlamaForCausalLM"):
         run(make_base())
-    assert "the adapter in the model is of type LRQAT, but must be LORA" in refused(make_peft())
+    assert "the adapter in the model is of type LRQAT, but a LoRA adapter is needed here" in refused(make_peft())
     with pytest.raises(ValueError, match="`init_lora_weights='pissa'` takes"):
         run(make_lora(init_lora_weights="pissa"))
     assert "the adapter uses `lora_bias`" in refused(make_lora(lora_bias=True))

@@ -390,8 +390,9 @@ def test_padding_changes_nothing(width, make_peft, make_base, distilling):
     trainer = distilling(model, teacher, distillation_weight=1.0)
     model.train()
     loss = trainer.compute_loss(model, padded(rows, width), num_items_in_batch=torch.tensor(sum(counts)))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert trainer.compute_loss(model, padded(rows, width)).item() == pytest.approx(expected, rel=1e-5)
+    # The divergence is a difference of logarithms of the order of 1, in float32.
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=5e-7)
+    assert trainer.compute_loss(model, padded(rows, width)).item() == pytest.approx(expected, rel=1e-5, abs=5e-7)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["labels", "smoothed"])
@@ -417,7 +418,7 @@ def test_accumulated_batches_equal_one(weight, smoothing, make_peft, distilling,
             # Sums of float32 in another order.
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
         for key in ("loss", "distillation_loss"):
-            assert log[key] == pytest.approx(logs[0][key], rel=1e-5)
+            assert log[key] == pytest.approx(logs[0][key], rel=1e-5, abs=5e-7)
 
 
 def test_label_smoothing_is_the_tasks(make_base, make_peft, distilling, token_rows, step_logs):

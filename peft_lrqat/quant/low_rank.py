@@ -1,0 +1,128 @@
+"""The integers of a weight with low-rank factors inside the rounding (LR-QAT, equation 6), and the dense weight they make.
+
+    Z     = phi + gamma * B @ A            in units of the grid
+    Q     = clip(round(Z), qmin, qmax)
+    W_hat = s * (Q - zero_point)
+
+Forward, backward, merge and export all go through :func:`tile`: one function decides the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import row_blocks
+from .grid import effective_scale
+from .storage import WeightFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankWeight:
+    """One quantised weight, W_hat: the frozen storage of a layer and the tensors that one adapter trains."""
+
+    format: WeightFormat
+    phi: Tensor  # (out, row_elements), stored
+    zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
+    gamma: float  # lora_alpha / r
+    dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.phi.shape[0], self.format.in_features
+
+
+@contextmanager
+def _ieee_matmul(device: torch.device) -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products: the integers must be the same in training, merge and export.
+
+    Inside a graph of ``torch.compile`` the setting of the process holds; it cannot be changed there.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
+    precision = backend.fp32_precision if backend is not None else "ieee"
+    if precision in ("ieee", "none"):
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        # "none" follows the setting of all backends.
+        backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+
+
+def groups_of(w: LowRankWeight, columns: slice) -> slice:
+    """The groups that ``columns``, which part none of several, lie in."""
+    groups = w.scale.shape[1]
+    size = w.shape[1] // groups
+    return slice(0, 1) if groups == 1 else slice(columns.start // size, columns.stop // size)
+
+
+def tile(w: LowRankWeight, rows: slice | Tensor, columns: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows and columns: round(Z) before the clip, Q - zero_point, and the step; each fresh, (rows, columns) or
+    broadcastable to it. ``columns`` start at a multiple of 8 and part none of several groups.
+    """
+    grid = w.format.grid
+    columns = slice(0, w.format.in_features) if columns is None else columns
+    groups, width = groups_of(w, columns), columns.stop - columns.start
+    dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
+    phi = w.format.decode(w.phi[rows], columns).to(dtype)
+    with _ieee_matmul(phi.device), torch.autocast(phi.device.type, enabled=False):
+        rounded = phi.addmm_(w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma).round_()
+    zero_point = None if w.zero_point is None else w.zero_point[rows, groups]
+    codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
+    step = grid.expand(effective_scale(w.scale[rows, groups].to(dtype), w.format.scale_dtype), width)
+    return rounded, codes, step
+
+
+def deploy(codes: Tensor, step: Tensor, dtype: torch.dtype, to: Tensor) -> None:
+    """Writes the product, rounded to ``dtype``, into ``to``; spoils ``codes``."""
+    codes.mul_(step)
+    to.copy_(codes if to.dtype == dtype else codes.to(dtype))
+
+
+def dense(w: LowRankWeight, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+    """W_hat rounded to the deployed dtype, handed over in ``dtype``: (out, in), or some of its rows."""
+    out, width = w.shape
+    rows = slice(0, out) if rows is None else rows
+    weight = torch.empty(rows.stop - rows.start, width, dtype=dtype, device=w.phi.device)
+    for block in row_blocks(weight.shape[0], width, weight.device):
+        _, codes, step = tile(w, slice(rows.start + block.start, rows.start + block.stop))
+        deploy(codes, step, w.dtype, weight[block])
+    return weight
+
+
+@torch.no_grad()
+def quantized_weight(weight: LowRankWeight) -> Tensor:
+    """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies with."""
+    return dense(weight, weight.dtype)
+
+
+@torch.no_grad()
+def quantized_codes(weight: LowRankWeight) -> Tensor:
+    """The integers Q that ship, (out, in): int8 for a symmetric grid, uint8 for an asymmetric one."""
+    grid = weight.format.grid
+    dtype = torch.int8 if grid.symmetric else torch.uint8
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.phi.device)
+    for rows in row_blocks(*weight.shape, codes.device):
+        codes[rows] = tile(weight, rows)[0].clamp_(grid.qmin, grid.qmax).to(dtype)
+    return codes
+
+
+@torch.no_grad()
+def inspect_rows(weight: LowRankWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For the rows with the given indices: the integers Q as in :func:`quantized_codes`, and which of them were clipped."""
+    grid = weight.format.grid
+    rounded, _, _ = tile(weight, rows)
+    clipped = (rounded < grid.qmin).logical_or_(rounded > grid.qmax)
+    return rounded.clamp_(grid.qmin, grid.qmax).to(torch.int8 if grid.symmetric else torch.uint8), clipped
