@@ -114,6 +114,13 @@ class LRQATConfig(PeftConfig):
     range_p: float = field(
         default=4.0, metadata={"help": "Exponent of range_estimator='lp', 1 to 8. Default 4, of the paper's 2.4 to 5."}
     )
+    clipped_gradient: Literal["zero", "pass_through"] = field(
+        default="zero",
+        metadata={
+            "help": "What a weight outside the grid hands on to A and B. zero (default): nothing, the exact gradient of the clip. "
+            "pass_through: as if it lay inside, which saves a little time."
+        },
+    )
     bits_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
@@ -193,6 +200,7 @@ class LRQATConfig(PeftConfig):
             ("downcast", DOWNCASTS),
             ("scale_dtype", SCALE_DTYPES),
             ("range_estimator", RANGES),
+            ("clipped_gradient", ("zero", "pass_through")),
             ("base_dtype", (*SCALE_DTYPES, None)),
         ):
             if getattr(self, name) not in known:

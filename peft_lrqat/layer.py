@@ -40,7 +40,7 @@ class LRQATLayer(BaseTunerLayer):
     """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
 
     adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
-    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lrqat_fingerprint")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "pass_through", "lrqat_fingerprint")
 
     def __init__(self, base_layer: DowncastLinear, name: str = "", cache: FactorCache | None = None) -> None:
         self.base_layer = base_layer
@@ -49,6 +49,7 @@ class LRQATLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # gamma = lora_alpha / r
+        self.pass_through: dict[str, bool] = {}
         self.lrqat_A = _ExactParameterDict({})
         self.lrqat_B = _ExactParameterDict({})
         self.lrqat_scale = _ExactParameterDict({})
@@ -65,6 +66,7 @@ class LRQATLayer(BaseTunerLayer):
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.lora_alpha / config.r
+        self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
         self.lrqat_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features, device=device))
         self.lrqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
         self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
@@ -101,6 +103,7 @@ class LRQATLayer(BaseTunerLayer):
             scale=self.lrqat_scale[adapter_name],
             gamma=self.scaling[adapter_name],
             dtype=base.dtype,
+            pass_through=self.pass_through[adapter_name],
         )
 
     def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "scale_dtype": "float16",
     "range_estimator": "minmax",
     "range_p": 2.4,
+    "clipped_gradient": "pass_through",
     "bits_pattern": {"down_proj": 8},
     "group_size_pattern": {r"layers\.[0-3]\..*": 32},
     "init_weights": False,
@@ -66,6 +67,7 @@ BAD = [
     *[("downcast", value, "'fp32', 'bf16', 'fp16', 'fixed8', 'int'") for value in ("int8", "", None, 8)],
     *[("scale_dtype", value, "'float32', 'bfloat16', 'float16'") for value in ("float64", "fp32", None, torch.float32)],
     *[("range_estimator", value, "'minmax', 'lp'") for value in ("mse", "LP", None)],
+    *[("clipped_gradient", value, "'zero', 'pass_through'") for value in ("exact", True, None)],
     *[("base_dtype", value, "'float32', 'bfloat16', 'float16', None") for value in ("int8", "float64", "auto", "")],
     *[
         (name, value, "True or False")

@@ -421,3 +421,22 @@ def test_repr_tells_the_format():
     text = repr(make_layer(bits=3, group_size=8, symmetric=False, downcast="int"))
     assert text.startswith("lrqat.LRQATLinear(")
     assert "in_features=16, out_features=6, bias=True, bits=3, group_size=8, asymmetric, downcast=int" in text
+
+
+def test_clipped_weights_pass_gradients_on_where_the_config_says_so():
+    """Each adapter by its own config; the value of the layer is the same."""
+    torch.manual_seed(0)
+    layer = make_layer(bits=2, init_weights=False)
+    layer.update_layer("other", LRQATConfig(r=4, clipped_gradient="pass_through"))
+    own = {name: tensor for name, tensor in layer.state_dict().items() if name.endswith(".default")}
+    layer.load_state_dict({name.replace("default", "other"): tensor for name, tensor in own.items()}, strict=False)
+    x, upstream, found = torch.randn(3, 16), torch.randn(3, 6), {}
+    for name in ("default", "other"):
+        layer.set_adapter(name)
+        y = layer(x)
+        found[name] = y, *torch.autograd.grad(y, [layer.lrqat_A[name], layer.lrqat_B[name]], upstream)
+    assert torch.equal(found["default"][0], found["other"][0])
+    scale, A, B = layer.lrqat_scale["other"], layer.lrqat_A["other"], layer.lrqat_B["other"]
+    through = layer.scaling["other"] * effective_scale(scale.detach(), "bfloat16") * (upstream.T @ x)
+    torch.testing.assert_close(found["other"][1:], (B.detach().T @ through, through @ A.detach().T))
+    assert not torch.allclose(found["default"][1], found["other"][1])

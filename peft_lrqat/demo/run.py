@@ -116,11 +116,12 @@ class Experiment:
     heldout_file: Path
     heldout: Tensor  # (T,) token ids
 
-    def adapted(self, bits: int) -> PeftModel:
-        """A fresh base model with a fresh adapter: round-to-nearest."""
+    def adapted(self, bits: int, **fields: Any) -> PeftModel:
+        """A fresh base model with a fresh adapter: round-to-nearest; ``fields`` are further ones of its config."""
         set_seed(self.seed)
         model, _ = load_base(str(self.base), self.setup.dtype)
-        return get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=bits))
+        config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=bits, **fields)
+        return get_peft_model(model, config)
 
     def perplexity(self, model: nn.Module) -> float:
         model.to(PartialState().device)

@@ -4,9 +4,9 @@
 
     dZ = s * G * inside,  G = gy.T @ x;  dB = gamma * dZ @ A.T;  dA = gamma * B.T @ dZ;  ds = sum_group G * (Q - zero_point)
 
-``round`` is straight-through; ``inside`` marks where round(Z) lies in the grid. ``phi`` does not depend on ``s``, so the
-scale has no further term (unlike LSQ). W_hat is made, multiplied with and dropped a chunk at a time: by rows in the forward
-pass, by columns in the backward pass, so that no result is a sum over chunks.
+``round`` is straight-through; ``inside`` marks where round(Z) lies in the grid, and is 1 everywhere under ``pass_through``.
+``phi`` does not depend on ``s``, so the scale has no further term (unlike LSQ). W_hat is made, multiplied with and dropped a chunk
+at a time: by rows in the forward pass, by columns in the backward pass, so that no result is a sum over chunks.
 
 With one scale per row, G is not needed (exactly; y0 is the output without bias):
 
@@ -78,10 +78,12 @@ def _add_by_weight_gradient(
             to.scale[rows, groups] += (codes * some).unflatten(1, (groups.stop - groups.start, -1)).sum(-1)
         if weight is not None:
             low_rank.deploy(codes, step, w.dtype, weight[rows])
-        if with_factors:
+        if with_factors and not w.pass_through:
             # Integers outside the grid differ from their clipped ones by 1 at least.
             outside = rounded.sub_(rounded.clamp(grid.qmin, grid.qmax)).abs_().clamp_(max=1)
-            some.addcmul_(some, outside, value=-1).mul_(step)
+            some.addcmul_(some, outside, value=-1)
+        if with_factors:
+            some.mul_(step)
         if to.B is not None:
             to.B[rows].addmm_(some, w.A[:, columns].to(some.dtype).T, alpha=w.gamma)
         if to.A is not None:
@@ -129,16 +131,17 @@ def _scale_gradient(w: LowRankWeight, tokens_y: Tensor, y: Tensor, bias: Tensor 
 
 
 def _dense_columns(w: LowRankWeight, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Some columns of W_hat, and the places ``row * in + column`` of what was clipped there."""
+    """Some columns of W_hat, and the places ``row * in + column`` of the clipped weights there that hand no gradient on."""
     grid, (out, width) = w.format.grid, w.shape
     weight = torch.empty(out, columns.stop - columns.start, dtype=dtype, device=w.phi.device)
     places = []
     for rows in row_blocks(*weight.shape, weight.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         low_rank.deploy(codes, step, w.dtype, weight[rows])
-        row, column = find_clipped(rounded, grid.qmin, grid.qmax)
-        places.append((row + rows.start) * width + column + columns.start)
-    return weight, torch.cat(places)
+        if not w.pass_through:
+            row, column = find_clipped(rounded, grid.qmin, grid.qmax)
+            places.append((row + rows.start) * width + column + columns.start)
+    return weight, torch.cat(places) if places else torch.empty(0, dtype=torch.int64, device=weight.device)
 
 
 def _add_gradients(
@@ -234,6 +237,6 @@ class _FakeQuantLinear(torch.autograd.Function):
 def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,)."""
     w = weight
-    constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype}
+    constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype, "pass_through": w.pass_through}
     with torch.autocast(x.device.type, enabled=False):
         return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants)

@@ -33,6 +33,7 @@ class LowRankWeight:
     scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
     gamma: float  # lora_alpha / r
     dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
+    pass_through: bool = False  # clipped weights, too, hand their gradient on to Z; of no effect on any value
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -25,7 +25,16 @@ OUT, IN, RANK = 10, 24, 3
 
 
 def make(
-    bits, symmetric, group_size, downcast, dtype=torch.float64, spread=1.0, scale_dtype="bfloat16", out=OUT, in_=IN
+    bits,
+    symmetric,
+    group_size,
+    downcast,
+    dtype=torch.float64,
+    spread=1.0,
+    scale_dtype="bfloat16",
+    out=OUT,
+    in_=IN,
+    pass_through=False,
 ):
     """A trained-looking weight: random factors that move about `spread` grid steps, scales off the first ones."""
     grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
@@ -42,6 +51,7 @@ def make(
         scale=(scale * (1 + 0.1 * torch.rand_like(scale))).to(dtype).requires_grad_(),
         gamma=0.7,
         dtype=dtype,
+        pass_through=pass_through,
     )
 
 
@@ -54,6 +64,7 @@ def plain(x, w, bias=None):
     grid = w.format.grid
     z = w.format.decode(w.phi).to(w.A.dtype) + w.gamma * (w.B @ w.A)
     codes = straight_through(z.round(), z).clamp(grid.qmin, grid.qmax)
+    codes = straight_through(codes, z) if w.pass_through else codes
     if w.zero_point is not None:
         codes = codes - grid.expand(w.zero_point.to(z.dtype), z.shape[1])
     step = straight_through(effective_scale(w.scale, w.format.scale_dtype), w.scale)
@@ -163,12 +174,15 @@ def gradients(x, w, bias=None, upstream=None, layer=fake_quant_linear):
     return torch.autograd.grad(y, inputs, torch.ones_like(y) if upstream is None else upstream)
 
 
+@pytest.mark.parametrize("pass_through", [False, True], ids=["zero", "pass_through"])
 @pytest.mark.parametrize("max_share", [0.0, 0.1, 1.0], ids=["whole products", "mixed", "single entries"])
 @pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
 @pytest.mark.parametrize("downcast", ["fixed8", "int"])
-def test_chunks_and_clipped_entries_give_the_formulas_gradients(downcast, group_size, max_share, monkeypatch):
+def test_chunks_and_clipped_entries_give_the_formulas_gradients(
+    downcast, group_size, max_share, pass_through, monkeypatch
+):
     """Chunks of 16 columns, of which some have more clipped weights than `MAX_SHARE` and some fewer."""
-    w = make(3, True, group_size, downcast, spread=3.0, out=40, in_=48)
+    w = make(3, True, group_size, downcast, spread=3.0, out=40, in_=48, pass_through=pass_through)
     with torch.no_grad():
         w.A[:, 16:] *= 0.3
     z = w.format.decode(w.phi) + w.gamma * (w.B @ w.A)
