@@ -10,104 +10,30 @@ that of the process's resident set (VmHWM, reset before the step); on CUDA that 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
+from process import MB, in_own_process, peak_bytes, resident
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from variants import VARIANTS, FullQAT
 
-from peft_lrqat import LRQATConfig, LRQATLinear, target_weight_bytes
+from peft_lrqat import target_weight_bytes
+from peft_lrqat.quant import Grid
 from peft_lrqat.quant.packing import packed_bytes
 
 
-MB = 1 << 20
-RANK = 32
-
-
-class NaiveLRQAT(nn.Module):
-    """The formula left to autograd, on the same int8 phi: what a direct reading of the paper costs."""
-
-    def __init__(self, layer: LRQATLinear, checkpointed: bool) -> None:
-        super().__init__()
-        self.layer, self.checkpointed = layer, checkpointed
-
-    def weight(self, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        base, grid = self.layer.base_layer, self.layer.base_layer.format.grid
-        z = base.format.decode(base.phi) + self.layer.scaling["default"] * (B @ A)
-        codes = (z + (z.round() - z).detach()).clamp(grid.qmin, grid.qmax)
-        return (scale * codes).to(base.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        factors = [getattr(self.layer, name)["default"] for name in self.layer.adapter_layer_names]
-
-        def linear(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, self.weight(*factors))
-
-        return checkpoint(linear, x, *factors, use_reentrant=False) if self.checkpointed else linear(x, *factors)
-
-
-class FullQAT(nn.Module):
-    """The weight itself is trained through a learned step (LSQ), per channel."""
-
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
-        super().__init__()
-        self.weight = linear.weight.requires_grad_()
-        self.qmin, self.qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.scale = nn.Parameter(self.weight.detach().float().abs().amax(1, keepdim=True) / self.qmax)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = (self.weight / self.scale).clamp(self.qmin, self.qmax)
-        codes = z + (z.round() - z).detach()
-        return nn.functional.linear(x, (codes * self.scale).to(x.dtype))
-
-
-def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Replaces every module of ``kind`` but the output head."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind) and not name.endswith("lm_head"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, make(module))
-    return model
-
-
-def lrqat(model: nn.Module, bits: int, downcast: str) -> nn.Module:
-    config = LRQATConfig(r=RANK, target_modules="all-linear", bits=bits, downcast=downcast, range_estimator="minmax")
-    return get_peft_model(model, config)
-
-
-def lora(model: nn.Module, bits: int) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
-
-
-def naive(model: nn.Module, bits: int, checkpointed: bool) -> nn.Module:
-    return replace_modules(lrqat(model, bits, "fixed8"), LRQATLinear, lambda m: NaiveLRQAT(m, checkpointed))
-
-
-def full_qat(model: nn.Module, bits: int) -> nn.Module:
-    return replace_modules(model.requires_grad_(False), nn.Linear, lambda m: FullQAT(m, bits))
-
-
-VARIANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "LoRA, bf16 weights": lora,
-    "full QAT (LSQ)": full_qat,
-    "LR-QAT, naive autograd, fixed8": lambda m, b: naive(m, b, False),
-    "LR-QAT, checkpointed, fixed8": lambda m, b: naive(m, b, True),
-    "LR-QAT, bf16": lambda m, b: lrqat(m, b, "bf16"),
-    "LR-QAT, fixed8": lambda m, b: lrqat(m, b, "fixed8"),
-    "LR-QAT, int": lambda m, b: lrqat(m, b, "int"),
-}
-
-
-def status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+REFERENCE = "LoRA"
+MEASURED = (
+    REFERENCE,
+    "full QAT (LSQ)",
+    "LR-QAT, naive autograd",
+    "LR-QAT, checkpointed",
+    "LR-QAT, bf16",
+    "LR-QAT, fixed8",
+    "LR-QAT, int",
+)
 
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
@@ -130,7 +56,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
     shapes = [tuple(m.weight.shape) for m in targets]
     before = sum(m.weight.numel() * m.weight.element_size() for m in targets)
     del targets
-    model = VARIANTS[variant](model, args.bits).train()
+    model = VARIANTS[variant](model, Grid(bits=args.bits)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 4096, (1, args.tokens), device=device)
 
@@ -140,21 +66,18 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
         optimizer.zero_grad()
 
     step()  # optimizer state, workspaces
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        step()
-        peak = status("VmHWM")
+        peak = peak_bytes(step)
     kept = [m for n, m in model.named_modules() if isinstance(m, FullQAT) or n.endswith("base_layer")]
     held = target_weight_bytes(model) or sum(m.weight.numel() * m.weight.element_size() for m in kept)
     formula = 0
     for out, in_ in shapes:
-        per_row = {"fixed8": in_, "int": packed_bytes(in_, args.bits)}.get(variant.split()[-1], 2 * in_)
+        stored = {"bf16": 2 * in_, "int": packed_bytes(in_, args.bits)}
+        per_row = stored.get(variant.split()[-1], in_) if "LR-QAT" in variant else 2 * in_
         formula += out * (per_row + (4 if "LR-QAT" in variant else 0))  # one float32 scale a row
     return {"before": before, "held": held, "formula": formula, "peak": peak, "start": args.start_bytes}
 
@@ -166,20 +89,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--variant", choices=VARIANTS, help="only this one, and print JSON")
+    parser.add_argument("--variant", choices=MEASURED, help="only this one, and print JSON")
     args = parser.parse_args()
-    args.start_bytes = 0 if args.device != "cpu" else status("VmRSS")
+    args.start_bytes = 0 if args.device != "cpu" else resident()
     if args.variant:
         print(json.dumps(measure(args.variant, args)))
         return
-    # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    rows = {}
-    for variant in VARIANTS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-        output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows[variant] = json.loads(output.splitlines()[-1])
-    reference = rows["LoRA, bf16 weights"]
+    rows = {variant: in_own_process(__file__, *sys.argv[1:], "--variant", variant) for variant in MEASURED}
+    reference = rows[REFERENCE]
     print(
         f"{reference['before'] / MB:.0f} MB of bf16 target weights, {args.bits} bits, 1 x {args.tokens} tokens, {args.device}"
     )

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -27,6 +25,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from process import MB, in_own_process, peak_bytes, resident
 from torch import nn
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from variants import VARIANTS
@@ -36,7 +35,6 @@ from peft_lrqat.demo.smollm2 import load_smollm2
 from peft_lrqat.quant import Grid, inspect_rows
 
 
-MB = 1 << 20
 REFERENCE = "LoRA, bf16 factors"
 SEQUENCE = 512
 PLOTTED = (
@@ -100,21 +98,6 @@ def make_step(variant: str, case: str, tokens: int, group_size: int) -> tuple[Ca
     return layer_step, clipped_share(model)
 
 
-def status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Largest resident set during one step; the one before makes the optimizer's state and workspaces."""
-    step()
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    step()
-    return status("VmHWM")
-
-
 def measure_times(args: argparse.Namespace, case: str, tokens: int, group_size: int) -> dict[str, dict[str, float]]:
     """Median and quartiles of the seconds of a step, for all variants in turn."""
     steps = {name: make_step(name, case, tokens, group_size) for name in args.variants}
@@ -132,14 +115,10 @@ def measure_times(args: argparse.Namespace, case: str, tokens: int, group_size: 
     }
 
 
-def measure_memory(args: argparse.Namespace, case: str, tokens: int, group_size: int, variant: str) -> int:
+def measure_memory(case: str, tokens: int, group_size: int, variant: str) -> int:
     """Bytes of the peak of a step above the imports, in a process of its own."""
-    # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-W", "ignore", __file__, "--cases", case, "--tokens", str(tokens)]
-    command += ["--groups", str(group_size), "--variants", variant, "--child"]
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    setting = ["--cases", case, "--tokens", str(tokens), "--groups", str(group_size), "--variants", variant]
+    return in_own_process(__file__, *setting, "--child")
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -207,8 +186,9 @@ def main() -> None:
     set_verbosity_error()
     warnings.simplefilter("ignore")
     if args.child:
-        start = status("VmRSS")
+        start = resident()
         step, _ = make_step(args.variants[0], args.cases[0], args.tokens[0], args.groups[0])
+        step()  # makes the optimizer's state and workspaces
         print(peak_bytes(step) - start)
         return
     args.output.mkdir(parents=True, exist_ok=True)
@@ -224,7 +204,7 @@ def main() -> None:
             gc.collect()
             if not args.no_memory and sys.platform == "linux":
                 for name, row in rows.items():
-                    row["peak"] = measure_memory(args, case, tokens, group_size, name)
+                    row["peak"] = measure_memory(case, tokens, group_size, name)
             scales = "one scale per row" if group_size == -1 else f"groups of {group_size}"
             print(f"\n{case}, {tokens} tokens, {scales}\n{table(rows)}", flush=True)
             results.setdefault(json.dumps([case, tokens, group_size]), {}).update(rows)

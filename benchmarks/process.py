@@ -1,0 +1,38 @@
+"""Memory of this process by the kernel's own count (Linux), for the benchmarks."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+MB = 1 << 20
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of the resident set; ``VmHWM``: its largest so far."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The largest resident set while ``run`` runs."""
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    run()
+    return resident("VmHWM")
+
+
+def in_own_process(script: str, *arguments: str) -> Any:
+    """What ``script`` prints last, read as JSON."""
+    # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", script, *arguments]
+    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
