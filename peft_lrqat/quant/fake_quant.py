@@ -91,10 +91,10 @@ def _add_by_weight_gradient(
 
 
 def _add_by_factors(
-    to: _Gradients, w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, chunks: list[slice], clipped: Tensor
+    to: _Gradients, w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, chunks: list[slice], clipped: list[Tensor]
 ) -> None:
     """What the columns in ``chunks`` contribute to the factors where one scale holds for a row: through the rank, less what
-    is clipped, at the places ``row * in + column``."""
+    is clipped, at the places ``row * in + column``, given in parts."""
     step = _step(w)
     if to.B is not None:
         tokens_r = sum(tokens_x[:, c] @ w.A[:, c].to(tokens_x.dtype).T for c in chunks)
@@ -103,9 +103,9 @@ def _add_by_factors(
         tokens_r = tokens_y @ (step * w.B).to(tokens_y.dtype)
         for columns in chunks:
             to.A[:, columns].add_((tokens_r.T @ tokens_x[:, columns]).to(to.A.dtype), alpha=w.gamma)
-    if clipped.numel():
-        clipped = clipped.sort().values
-        row, column = clipped // w.shape[1], clipped % w.shape[1]
+    if any(map(len, clipped)):
+        places = torch.cat(clipped).sort().values
+        row, column = places // w.shape[1], places % w.shape[1]
         excess = sampled_product(tokens_y, tokens_x, row, column).mul_(step[row, 0]).mul_(-w.gamma)
         if to.B is not None:
             add_sparse_product(to.B, excess, row, column, w.A.T)
@@ -130,18 +130,25 @@ def _scale_gradient(w: LowRankWeight, tokens_y: Tensor, y: Tensor, bias: Tensor 
     return total.unsqueeze(1) / step
 
 
-def _dense_columns(w: LowRankWeight, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Some columns of W_hat, and the places ``row * in + column`` of the clipped weights there that hand no gradient on."""
+def _dense_columns(
+    w: LowRankWeight, columns: slice, dtype: torch.dtype, max_places: int
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Some columns of W_hat, and the places ``row * in + column`` of the clipped weights there that hand no gradient on, in
+    parts; None instead where they are more than ``max_places``."""
     grid, (out, width) = w.format.grid, w.shape
     weight = torch.empty(out, columns.stop - columns.start, dtype=dtype, device=w.phi.device)
-    places = []
+    places: list[Tensor] | None = []
     for rows in row_blocks(*weight.shape, weight.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         low_rank.deploy(codes, step, w.dtype, weight[rows])
-        if not w.pass_through:
-            row, column = find_clipped(rounded, grid.qmin, grid.qmax)
-            places.append((row + rows.start) * width + column + columns.start)
-    return weight, torch.cat(places) if places else torch.empty(0, dtype=torch.int64, device=weight.device)
+        if w.pass_through or places is None:
+            continue
+        row, column = find_clipped(rounded, grid.qmin, grid.qmax)
+        places.append((row + rows.start) * width + column + columns.start)
+        max_places -= len(row)
+        if max_places < 0:
+            places = None
+    return weight, places
 
 
 def _add_gradients(
@@ -153,15 +160,16 @@ def _add_gradients(
     scale_by_weight = to.scale is not None and y is None
     factors = to.A is not None or to.B is not None
     by_factors = factors and groups == 1 and not scale_by_weight and not torch.compiler.is_compiling()
-    chunks, places, count = [], [], 0
+    chunks, places, room = [], [], MAX_COUNT
     for columns in column_chunks(out, width, tokens_x.dtype, unit=width // groups if groups > 1 else 1):
         weight = None
         if by_factors:
-            weight, clipped = _dense_columns(w, columns, tokens_x.dtype)
-            if len(clipped) <= min(MAX_SHARE * weight.numel(), MAX_COUNT - count):
+            most = min(int(MAX_SHARE * out * (columns.stop - columns.start)), room)
+            weight, clipped = _dense_columns(w, columns, tokens_x.dtype, most)
+            if clipped is not None:
                 chunks.append(columns)
-                places.append(clipped)
-                count += len(clipped)
+                places += clipped
+                room -= sum(map(len, clipped))
             else:
                 _add_by_weight_gradient(to, w, tokens_y, tokens_x, columns, with_scale=False, weight=None)
         else:
@@ -171,7 +179,7 @@ def _add_gradients(
         if to.x is not None:
             to.x[:, columns] = tokens_y @ weight
     if chunks:
-        _add_by_factors(to, w, tokens_y, tokens_x, chunks, torch.cat(places))
+        _add_by_factors(to, w, tokens_y, tokens_x, chunks, places)
     if to.scale is not None and y is not None:
         to.scale.add_(_scale_gradient(w, tokens_y, y, bias))
 

@@ -1,9 +1,13 @@
 """The fake-quantised linear against autograd of the plain formula, and what it keeps for the backward pass."""
 
+import weakref
+
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_lrqat.quant import (
     DOWNCASTS,
@@ -266,6 +270,50 @@ def test_only_x_and_per_row_y_are_kept_for_backward(group_size):
     expected = 5 * in_ * 4 + (5 * out * 4 if group_size == -1 else 0)
     assert sum(t.numel() * t.element_size() for t in kept) == expected
     assert any(t.data_ptr() == y.data_ptr() for t in kept) == (group_size == -1)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made in here take at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.tensors = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        for leaf in tree_leaves(out):
+            if torch.is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in given:
+                self.tensors[id(leaf)] = weakref.ref(leaf)
+        alive = {t.untyped_storage().data_ptr(): t for t in (ref() for ref in self.tensors.values()) if t is not None}
+        self.most = max(self.most, sum(t.untyped_storage().nbytes() for t in alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0], ids=["few clipped", "many clipped"])
+@pytest.mark.parametrize("group_size", [-1, 128], ids=["per-row", "grouped"])
+def test_temporaries_do_not_grow_with_the_layer(group_size, spread):
+    """A bfloat16 layer whose weight takes 64 MB: results and gradients aside, at most 32 MB at any time."""
+    out, in_, tokens = 8192, 4096, 16
+    fmt = WeightFormat(
+        grid=Grid(bits=4, group_size=group_size), downcast="fixed8", scale_dtype="bfloat16", in_features=in_
+    )
+    w = LowRankWeight(
+        format=fmt,
+        phi=torch.randint(-100, 100, (out, in_), dtype=torch.int8),
+        zero_point=None,
+        A=torch.randn(8, in_, requires_grad=True),
+        B=(spread * torch.randn(out, 8)).requires_grad_(),
+        scale=torch.full((out, 1 if group_size == -1 else in_ // group_size), 0.01, requires_grad=True),
+        gamma=1.0,
+        dtype=torch.bfloat16,
+    )
+    x = torch.randn(tokens, in_, dtype=torch.bfloat16, requires_grad=True)
+    with Live() as live:
+        y = fake_quant_linear(x, w)
+        torch.autograd.grad(y, (x, w.A, w.B, w.scale), torch.ones_like(y))
+    results = 2 * tokens * (in_ + 2 * out) + 4 * (w.A.numel() + w.B.numel() + w.scale.numel())
+    assert live.most - results <= 32 * 2**20
 
 
 @pytest.mark.parametrize("trained", ["x", "A", "B", "scale"])
