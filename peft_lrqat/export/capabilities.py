@@ -28,8 +28,8 @@ class Runtime:
 
     format: str
     bits: tuple[int, ...]
+    asymmetric_bits: tuple[int, ...]
     group_sizes: tuple[int, ...] | None  # None: all that the format holds; -1: one scale per row
-    symmetric_only: bool
     group_size: int  # the preset
 
 
@@ -51,8 +51,8 @@ FORMATS = {
     ),
     "gptq": Format(
         about="GPTQ v1, for servers that read it",
-        symmetric_bits=(2, 4, 8),
-        asymmetric_bits=(),
+        symmetric_bits=(2, 3, 4, 8),
+        asymmetric_bits=(2, 3, 4, 8),
         group_multiple=32,
         scale_dtypes=("bfloat16", "float16"),
     ),
@@ -71,14 +71,14 @@ FORMATS = {
 }
 RUNTIMES = {
     "transformers": Runtime(
-        format="compressed-tensors", bits=ALL, group_sizes=None, symmetric_only=False, group_size=128
+        format="compressed-tensors", bits=ALL, asymmetric_bits=ALL, group_sizes=None, group_size=128
     ),
-    # Its kernels: 4 and 8 bits, one scale per row or per 32, 64 or 128 weights.
+    # Its kernels: 4 and 8 bits (with zero points 4 alone), one scale per row or per 32, 64 or 128 weights.
     "vllm": Runtime(
-        format="compressed-tensors", bits=(4, 8), group_sizes=(-1, 32, 64, 128), symmetric_only=True, group_size=128
+        format="compressed-tensors", bits=(4, 8), asymmetric_bits=(4,), group_sizes=(-1, 32, 64, 128), group_size=128
     ),
     # A block of 32 weights has a scale of its own there, whether it is used or not.
-    "llama.cpp": Runtime(format="gguf", bits=ALL, group_sizes=None, symmetric_only=False, group_size=32),
+    "llama.cpp": Runtime(format="gguf", bits=ALL, asymmetric_bits=ALL, group_sizes=None, group_size=32),
 }
 
 
@@ -94,8 +94,6 @@ def why_not(
     kind = "symmetric" if grid.symmetric else "asymmetric"
     if is_conv1d and not able.conv1d:
         return f"{format} has no place for transformers' Conv1D; use format='packed' or 'dequantized'"
-    if not bits:
-        return f"{format} is written for symmetric grids alone; train with symmetric=True"
     if grid.bits not in bits:
         return f"{format} holds {kind} weights of {_some(bits)} bits, but these have {grid.bits}"
     if scale_dtype not in able.scale_dtypes:
@@ -114,8 +112,9 @@ def why_not_for(runtime: str, grid: Grid, scale_dtype: str) -> str | None:
     able = RUNTIMES[_known("runtime", runtime, RUNTIMES)]
     if grid.bits not in able.bits:
         return f"{runtime} runs weights of {_some(able.bits)} bits, but `bits` is {grid.bits}"
-    if able.symmetric_only and not grid.symmetric:
-        return f"{runtime} runs symmetric weights; use symmetric=True"
+    if not grid.symmetric and grid.bits not in able.asymmetric_bits:
+        bits = _some(able.asymmetric_bits)
+        return f"{runtime} runs asymmetric weights of {bits} bits, but `bits` is {grid.bits}; use symmetric=True"
     if able.group_sizes is not None and grid.group_size not in able.group_sizes:
         sizes = _some(able.group_sizes)
         return f"{runtime} runs group sizes {sizes} (-1: one scale per row), but `group_size` is {grid.group_size}"
@@ -131,18 +130,19 @@ def preset(runtime: str) -> dict[str, object]:
     }
 
 
+SETTINGS = {
+    f"W{bits} {'' if symmetric else 'asymmetric, '}{name}": Grid(bits=bits, symmetric=symmetric, group_size=size)
+    for bits in (2, 3, 4, 8)
+    for symmetric in (True, False)
+    for name, size in (("per channel", -1), ("g32", 32), ("g128", 128))
+} | {"W4 g40": Grid(bits=4, group_size=40)}
+
+
 def capability_table() -> str:
     """The table in the README: settings by formats and runtimes."""
     columns = [*FORMATS, *RUNTIMES]
-    settings = [
-        (f"W{bits} {'' if symmetric else 'asymmetric, '}{name}", Grid(bits=bits, symmetric=symmetric, group_size=size))
-        for bits in (2, 3, 4, 8)
-        for symmetric in (True, False)
-        for name, size in (("per channel", -1), ("g32", 32), ("g128", 128))
-    ]
-    settings.append(("W4 g40", Grid(bits=4, group_size=40)))
     rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, grid in settings:
+    for name, grid in SETTINGS.items():
         cells = ["yes" if why_not(format, grid, "bfloat16") is None else "-" for format in FORMATS]
         cells += ["yes" if why_not_for(runtime, grid, "bfloat16") is None else "-" for runtime in RUNTIMES]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")

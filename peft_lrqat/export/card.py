@@ -17,9 +17,11 @@ LOADING = {
     "compressed-tensors": """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this repository or folder")  # needs `pip install compressed-tensors`""",
-    "gguf": """from transformers import AutoModelForCausalLM
+    "gguf": """# llama.cpp: llama-cli -m model.gguf; or, with plain weights in memory:
+from transformers import AutoConfig, AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("this repository or folder", gguf_file="model.gguf")  # or llama.cpp""",
+config = AutoConfig.from_pretrained("this repository or folder")
+model = AutoModelForCausalLM.from_pretrained("this repository or folder", gguf_file="model.gguf", config=config)""",
     "gptq": """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this repository or folder")  # needs a GPTQ backend such as gptqmodel""",

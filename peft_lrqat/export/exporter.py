@@ -49,7 +49,7 @@ def export_model(
     Args:
         model: a `PeftModel` with an LR-QAT adapter, merged or not; left as it is. An untrained adapter ships round-to-nearest.
         format: ``compressed-tensors``, ``gguf``, ``gptq``, ``packed`` or ``dequantized``.
-        tokenizer: saved with it; GGUF needs one.
+        tokenizer: saved with it; a GGUF file holds one and needs it.
         adapter_name: which adapter; left out, the active one.
         max_shard_size: bytes of tensors in a file, or a string such as "5GB"; GGUF is one file.
         container_bits: store integers at this width, which holds more than theirs; for runtimes that read 4 bits, but not 3.
@@ -67,12 +67,14 @@ def export_model(
         with bar:
             if format == "gguf":
                 summary = gguf.write(model, adapter_name, tokenizer, directory, bar.update)
+                # For transformers: the file says nothing of generation, and not all of a configuration and a tokenizer.
+                _write_config(model, adapter_name, format, {}, directory)
             else:
                 summary = _write_safetensors(
                     model, adapter_name, format, directory, shard_size, container_bits, bar.update
                 )
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(str(directory))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(directory))
         write_card(directory, model.peft_config[adapter_name], format, summary)
     return Path(path)
 
@@ -158,7 +160,7 @@ def _write_safetensors(
                 writer.write(f"{name}.{kind}", tensor)
             weights += writer.total - before
             done(1)
-    _write_config(base, format, modules, directory)
+    _write_config(model, adapter_name, format, modules, directory)
     return {"bytes of the quantised weights": weights, "bytes of all tensors": writer.total}
 
 
@@ -166,11 +168,18 @@ def _dequantized(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
     yield "weight", linear.weight.T.contiguous() if linear.is_conv1d else linear.weight
 
 
-def _write_config(base: nn.Module, format: str, modules: dict[str, dict[str, Any]], directory: Path) -> None:
+def _write_config(
+    model: PeftModel, adapter_name: str, format: str, modules: dict[str, dict[str, Any]], directory: Path
+) -> None:
+    base = model.get_base_model()
     config = copy.deepcopy(base.config)
+    if _has_own_head(base, {name for name, _ in model_tensors(model, adapter_name)}):
+        config.tie_word_embeddings = False
     if hasattr(config, "quantization_config"):  # of a GGUF file that the base was made from
         del config.quantization_config
     config.architectures = [type(base).__name__]
+    if format == "gguf":
+        config = gguf.config_for_transformers(config)
     config.dtype = base.dtype
     others = [
         name for name, module in base.named_modules() if isinstance(module, nn.Linear) and not _is_inside(name, modules)
@@ -188,9 +197,11 @@ def _write_config(base: nn.Module, format: str, modules: dict[str, dict[str, Any
     elif format == "packed":
         quantization = packed.quantization_config(modules)
     elif format == "gptq":
-        kinds = {(fields["bits"], fields["group_size"]) for fields in modules.values()}
+        kinds = {(fields["bits"], fields["group_size"], fields["symmetric"]) for fields in modules.values()}
         if len(kinds) > 1:
-            raise ValueError(f"gptq has one width and group size for the whole model, but this one has {sorted(kinds)}")
+            raise ValueError(
+                f"gptq has one width and group size for the whole model, but this one has {sorted(kind[:2] for kind in kinds)}"
+            )
         quantization = gptq.quantization_config(*kinds.pop(), others)
     config.save_pretrained(str(directory))
     if quantization is not None:
@@ -200,6 +211,12 @@ def _write_config(base: nn.Module, format: str, modules: dict[str, dict[str, Any
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(str(directory))
+
+
+def _has_own_head(base: nn.Module, written: set[str]) -> bool:
+    """Whether the head has a weight in the files, be the model a tied one whose head was trained. Some loaders go by the config."""
+    head = base.get_output_embeddings()
+    return any(f"{name}.weight" in written for name, module in base.named_modules() if module is head)
 
 
 def _is_inside(name: str, modules: dict[str, Any]) -> bool:

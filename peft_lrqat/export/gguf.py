@@ -1,9 +1,9 @@
-"""A whole model as one GGUF file for llama.cpp; written with the `gguf` package, the integers by ggml.py."""
+"""A whole model as one GGUF file for llama.cpp: written with the `gguf` package, integers by ggml.py, words by vocabulary.py."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..layer import LRQATLayer
-from . import ggml
+from . import ggml, vocabulary
 from .compressed_tensors import exact_scale
 from .linears import model_tensors, quantized_linear
 
@@ -25,12 +26,11 @@ FILE = "model.gguf"
 # the query and key weights change places.
 ARCHITECTURES = {
     "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "phi3": ("phi3", False),
     "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
 }
-# How text is cut before the byte pairs are merged, by llama.cpp's names: the regular expression of the tokenizer's first step.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_SPLIT.replace("DIGITS", "{1,3}"): "llama-bpe", _SPLIT.replace("DIGITS", ""): "qwen2"}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 
 def write(
@@ -59,9 +59,12 @@ def write(
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(directory / FILE, name)
     _add_config(writer, config)
-    _add_tokenizer(writer, tokenizer, config)
+    vocabulary.add(writer, tokenizer, config.vocab_size)
     plan, weights = [], 0
-    for key, value in model_tensors(model, adapter_name):
+    tensors = model_tensors(model, adapter_name)
+    if _stretches(config):
+        tensors = chain([("rope_freqs.weight", _stretch(config))], tensors)
+    for key, value in tensors:
         module = key if isinstance(value, LRQATLayer) else key.rpartition(".")[0]
         kind = "weight" if isinstance(value, LRQATLayer) else key.rpartition(".")[2]
         mapped = names.get_name(module)
@@ -131,20 +134,46 @@ def _paired(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
+def config_for_transformers(config: PretrainedConfig) -> PretrainedConfig:
+    """What transformers is to build for the file: it reads Mistral, which without windows is a Llama, as that alone."""
+    if config.model_type != "mistral":
+        return config
+    fields = config.to_dict()
+    known = LlamaConfig().to_dict().keys() - {"model_type"}
+    return LlamaConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def _stretches(config: PretrainedConfig) -> bool:
+    """Whether rotary embeddings are stretched as Llama 3.1's, frequency by frequency, which llama.cpp does for Llamas."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") == "llama3" and ARCHITECTURES[config.model_type][0] == "llama"
+
+
+def _stretch(config: PretrainedConfig) -> Tensor:
+    """What llama.cpp divides each rotary frequency by, (head_dim / 2,)."""
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(stretched), 2).float() / (2 * len(stretched))
+    return config.rope_parameters["rope_theta"] ** -exponents / stretched
+
+
 def _add_config(writer: Any, config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
+    kind = rope.get("rope_type", "default")
+    if kind != "default" and not _stretches(config):
         raise ValueError(
-            f"the model stretches its rotary embeddings (rope_type={rope['rope_type']!r}), which is not written to GGUF here; "
-            "export another format"
+            f"the model stretches its rotary embeddings (rope_type={kind!r}), which is not written to GGUF here for a "
+            f"{config.model_type}; export another format"
         )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    # A window as long as the longest text is none.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    if window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
         raise ValueError(
             f"the model attends to windows of {config.sliding_window} tokens, which is not written to GGUF here; export another "
             "format, or set `config.sliding_window = None` where texts stay shorter"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(Path(config.name_or_path or config.model_type).name)
+    # transformers takes a file whose whole name is "mistral" for another architecture.
+    writer.add_name(f"{Path(config.name_or_path or 'model').name} LR-QAT")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -153,58 +182,8 @@ def _add_config(writer: Any, config: PretrainedConfig) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_quantization_version(2)
-
-
-def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = json.loads(backend.to_str()) if backend is not None else {}
-    if parts.get("model", {}).get("type") != "BPE" or parts["model"].get("byte_fallback"):
-        raise ValueError(
-            f"GGUF is written with byte-level BPE tokenizers, but this is a {type(tokenizer).__name__} of another kind; export "
-            "another format"
-        )
-    added = {token["id"]: token for token in parts["added_tokens"]}
-    by_id = {index: token for token, index in {**parts["model"]["vocab"]}.items()}
-    tokens, kinds = [], []
-    for index in range(config.vocab_size):
-        if index in added:
-            tokens.append(added[index]["content"])
-            kinds.append(CONTROL if added[index]["special"] else USER_DEFINED)
-        else:
-            tokens.append(by_id.get(index, f"[PAD{index}]"))
-            kinds.append(NORMAL if index in by_id else UNUSED)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_split_name(parts["pre_tokenizer"]))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    for kind in ("bos", "eos", "unk", "pad"):
-        index = getattr(tokenizer, f"{kind}_token_id", None)
-        if index is not None:
-            getattr(writer, f"add_{kind}_token_id")(index)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
-    """llama.cpp's name for the way a tokenizer cuts text into words; ValueError for one it is not known for here."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and (pattern := steps[0]["pattern"].get("Regex")) in SPLITS:
-        return SPLITS[pattern]
-    raise ValueError(
-        f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp; export another format"
-    )

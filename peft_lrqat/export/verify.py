@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from . import gguf, gptq
 from .linears import lrqat_layers, model_tensors, quantized_linear
@@ -80,7 +80,11 @@ def verify_export(
 def _load(path: Path, format: str, model: PeftModel, adapter_name: str) -> tuple[PreTrainedModel, str]:
     if format == "packed":
         return load_quantized(path), "peft_lrqat.export.load_quantized"
-    options = {"gguf_file": gguf.FILE} if format == "gguf" else {}
+    options = {}
+    if format == "gguf":
+        # Plain weights, whether kernels for the blocks are installed or not.
+        unpack = GgufConfig(dequantize=True)
+        options = {"gguf_file": gguf.FILE, "config": AutoConfig.from_pretrained(path), "quantization_config": unpack}
     config = model.peft_config[adapter_name]
     if format == "compressed-tensors" and not (config.bits_pattern or config.group_size_pattern):
         from transformers import CompressedTensorsConfig
@@ -88,7 +92,8 @@ def _load(path: Path, format: str, model: PeftModel, adapter_name: str) -> tuple
         # Asymmetric weights load in no other way, and those of several widths not in this one.
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     base = model.get_base_model()
-    loaded = type(base).from_pretrained(path, dtype=base.dtype, **options)
+    model_class = AutoModelForCausalLM if format == "gguf" else type(base)
+    loaded = model_class.from_pretrained(path, dtype=base.dtype, **options)
     return loaded.eval(), f"transformers ({format})" if format in ("gguf", "compressed-tensors") else "transformers"
 
 

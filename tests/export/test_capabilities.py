@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.export.capabilities import FORMATS, RUNTIMES, capability_table, why_not, why_not_for
+from peft_lrqat.export.capabilities import FORMATS, RUNTIMES, SETTINGS, capability_table, why_not, why_not_for
 from peft_lrqat.quant.grid import Grid
 
 
@@ -15,6 +18,39 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_table_in_the_readme_is_this_one():
     assert capability_table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_cell_of_a_format(name, tokenizer, tmp_path):
+    """What the table says yes to reads back bit for bit; what it denies is refused, and leaves nothing."""
+    torch.manual_seed(0)
+    grid = SETTINGS[name]
+    width = 160 if grid.group_size == 40 else 256
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    base = LlamaForCausalLM(config).to(torch.bfloat16)
+    fields = {"bits": grid.bits, "symmetric": grid.symmetric, "group_size": grid.group_size, "init_weights": False}
+    model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, **fields)).eval()
+    for format in FORMATS:
+        reason = why_not(format, grid, "bfloat16")
+        if reason is None:
+            export_model(model, tmp_path / format, format=format, tokenizer=tokenizer, progress=False)
+            found = verify_export(model, tmp_path / format, format=format)
+            assert found.exact
+            # Logits of about 1 in bfloat16: the same weights, summed in another order.
+            assert found.logits_difference is None or found.logits_difference < 2**-5
+        else:
+            with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_proj`") as error:
+                export_model(model, tmp_path / format, format=format, tokenizer=tokenizer, progress=False)
+            assert reason in str(error.value)
+            assert not (tmp_path / format).exists()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -46,7 +82,7 @@ def test_presets():
     for fields, message in (
         ({"runtime": "vllm", "bits": 3}, "vllm runs weights of 4, 8 bits, but `bits` is 3"),
         ({"runtime": "vllm", "bits_pattern": {"down_proj": 6}}, "vllm runs weights of 4, 8 bits, but `bits` is 6"),
-        ({"runtime": "vllm", "symmetric": False}, "vllm runs symmetric weights"),
+        ({"runtime": "vllm", "bits": 8, "symmetric": False}, "vllm runs asymmetric weights of 4 bits, but `bits` is 8"),
         ({"runtime": "vllm", "group_size": 96}, r"group sizes -1, 32, 64, 128 \(-1: one scale per row\), but .* is 96"),
         ({"runtime": "vllm", "group_size_pattern": {"q_proj": 16}}, "but `group_size` is 16"),
         ({"runtime": "llama.cpp", "group_size": 48}, "blocks of 32 weights, which group_size, 48, is no multiple of"),

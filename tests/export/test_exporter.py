@@ -15,6 +15,7 @@ from peft_lrqat import LRQATLayer
 from peft_lrqat.export import export_model, verify_export
 from peft_lrqat.export.capabilities import FORMATS, why_not
 from peft_lrqat.export.exporter import is_untrained
+from peft_lrqat.export.linears import quantized_linear
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.quant.packing import packed_bytes
 
@@ -92,10 +93,6 @@ def test_compressed_tensors_as_transformers_loads_it_by_default(fields, make_mod
 @pytest.mark.parametrize("format", ["compressed-tensors", "packed", "gptq"])
 def test_three_bits_in_a_container_of_four(format, symmetric, make_model, tmp_path):
     model = make_model(bits=3, group_size=32, symmetric=symmetric)
-    if format == "gptq" and not symmetric:
-        with pytest.raises(ValueError, match="symmetric grids alone"):
-            export_model(model, tmp_path / "out", format=format, container_bits=4, progress=False)
-        return
     export_model(model, tmp_path / "out", format=format, container_bits=4, progress=False)
     assert verify_export(model, tmp_path / "out", format=format).exact
     if format == "compressed-tensors":
@@ -220,6 +217,50 @@ def test_a_trained_head_ships_as_it_was_trained(make_peft, tmp_path):
     assert torch.equal(loaded.lm_head.weight, trained.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_head_that_training_parted_from_the_embeddings(saved, format, make_model, tokenizer, tmp_path):
+    model = make_model(bits=4, group_size=32, modules_to_save=[saved])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += torch.randn_like(parameter)
+    export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+    assert verify_export(model, tmp_path / "out", format=format).exact
+    assert model.get_base_model().config.tie_word_embeddings is True
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    export_model(make_model(bits=3), tmp_path / "tied", format="packed", progress=False)
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_gptq_with_zero_points(make_model, tmp_path):
+    model = make_model(bits=2, symmetric=False, group_size=32)
+    zero_points = [layer.low_rank_weight("default").zero_point for layer in layers_of(model).values()]
+    assert all(zero_point.all() for zero_point in zero_points)
+    export_model(model, tmp_path / "out", format="gptq", progress=False)
+    assert verify_export(model, tmp_path / "out", format="gptq").exact
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (written["sym"], written["bits"], written["checkpoint_format"]) == (False, 2, "gptq")
+    zero_points[0][0, 0] = 0
+    with pytest.raises(
+        ValueError, match=r"1 groups of `.*` have the zero point 0, for which GPTQ v1 has no place; use"
+    ):
+        export_model(model, tmp_path / "other", format="gptq", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_three_bits_of_gptq_lie_across_words(tmp_path, make_model):
+    """As the layout is written down: of 32 integers the 11th is in two words, and the 22nd."""
+    model = make_model(bits=3, group_size=32)
+    export_model(model, tmp_path / "out", format="gptq", progress=False)
+    name, layer = next(iter(layers_of(model).items()))
+    codes = quantized_linear(name, layer, "default").codes[0].long() + 4
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        words = [int(word) & 0xFFFFFFFF for word in file.get_tensor(f"{name}.qweight")[:3, 0]]
+    whole = words[0] | words[1] << 32 | words[2] << 64
+    assert [whole >> 3 * i & 7 for i in range(32)] == codes[:32].tolist()
+
+
 def test_a_merged_model_exports_the_same(make_model, tmp_path):
     model = make_model(bits=3)
     export_model(model, tmp_path / "before", format="packed", progress=False)
@@ -259,17 +300,9 @@ def test_the_directory_is_complete_and_its_card_says_how_to_load(make_model, tok
             make_model(bits=4, group_size=32), tmp_path / format, format=format, tokenizer=tokenizer, progress=False
         )
         names = {path.name for path in (tmp_path / format).iterdir()}
-        if format == "gguf":
-            assert names == {"model.gguf", "README.md"}
-        else:
-            assert {
-                "config.json",
-                "generation_config.json",
-                "model.safetensors",
-                "tokenizer.json",
-                "README.md",
-            } <= names
-            assert json.loads((tmp_path / format / "config.json").read_text())["dtype"] == "bfloat16"
+        weights = "model.gguf" if format == "gguf" else "model.safetensors"
+        assert {"config.json", "generation_config.json", weights, "tokenizer.json", "README.md"} <= names
+        assert json.loads((tmp_path / format / "config.json").read_text())["dtype"] == "bfloat16"
         card = (tmp_path / format / "README.md").read_text()
         assert "A 4-bit model trained with LR-QAT" in card
         assert "4 bits, symmetric, one scale per 32 weights" in card

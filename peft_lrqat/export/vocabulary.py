@@ -1,0 +1,108 @@
+"""A tokenizer's words in a GGUF file: byte-level BPE (``gpt2`` there) and sentencepiece's BPE with byte fallback (``llama``)."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+OTHERWISE = "export another format"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
+# How text is cut before the byte pairs are merged, by llama.cpp's names: the regular expression of the tokenizer's first step.
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_SPLIT.replace("DIGITS", "{1,3}"): "llama-bpe", _SPLIT.replace("DIGITS", ""): "qwen2"}
+
+
+def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Writes the tokenizer of a model with ``vocab_size`` embeddings; ValueError for one that llama.cpp would read otherwise."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if backend is not None else {}
+    model = parts.get("model", {})
+    if model.get("type") != "BPE":
+        raise ValueError(f"GGUF is written with BPE tokenizers, but this is a {type(tokenizer).__name__}; {OTHERWISE}")
+    added = {token["id"]: token for token in parts["added_tokens"]}
+    by_id = {index: token for token, index in model["vocab"].items()}
+    last = max([*added, *by_id])
+    if last >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has a token {last}, but the model embeds {vocab_size} tokens; give the model's own tokenizer"
+        )
+    tokens, kinds = [], []
+    for index in range(vocab_size):
+        if index in added:
+            tokens.append(added[index]["content"])
+            kinds.append(CONTROL if added[index]["special"] else USER_DEFINED)
+        else:
+            tokens.append(by_id.get(index, f"[PAD{index}]"))
+            kinds.append(NORMAL if index in by_id else UNUSED)
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        _add_sentencepiece(writer, parts, tokens, kinds, merges, tokenizer.unk_token_id)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_name(parts["pre_tokenizer"]))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for kind in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{kind}_token_id", None)
+        if index is not None:
+            getattr(writer, f"add_{kind}_token_id")(index)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
+    """llama.cpp's name for the way a tokenizer cuts text into words; ValueError for one it is not known for here."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and (pattern := steps[0]["pattern"].get("Regex")) in SPLITS:
+        return SPLITS[pattern]
+    raise ValueError(f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp; {OTHERWISE}")
+
+
+def _add_sentencepiece(
+    writer: Any, parts: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple], unknown: int | None
+) -> None:
+    """llama.cpp joins the two neighbours whose joint token has the highest score, where `tokenizers` goes by a list of merges."""
+    for index, token in enumerate(tokens):
+        if token.startswith("<0x") and len(token) == 6 and token.endswith(">"):
+            kinds[index] = BYTE
+        elif index == unknown:
+            kinds[index] = UNKNOWN
+    plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    merges = [merge for merge in merges if "".join(merge) in plain]
+    order = [token for token, _ in groupby(map("".join, merges))]
+    pairs = {(t[:i], t[i:]) for t in plain for i in range(1, len(t)) if t[:i] in plain and t[i:] in plain}
+    if len(order) != len(set(order)) or pairs != set(merges):
+        raise ValueError(
+            f"the merges of this tokenizer are not those that scores of its tokens give, which llama.cpp goes by; {OTHERWISE}"
+        )
+    rank = {token: i for i, token in enumerate(order)}
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([-float(rank.get(token, len(order))) for token in tokens])
+    writer.add_add_space_prefix(_has_space_prefix(parts))
+
+
+def _has_space_prefix(parts: dict[str, Any]) -> bool:
+    """Whether a space goes before a text; ValueError for a tokenizer that changes text in any other way."""
+    normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    kinds = [step["type"] for step in steps]
+    if kinds in (["Prepend", "Replace"], ["Replace"]) and cutter is None:
+        return len(kinds) == 2
+    if not steps and cutter and cutter["type"] == "Metaspace" and not cutter["split"]:
+        return cutter["prepend_scheme"] != "never"
+    cutter = cutter["type"] if cutter else None
+    raise ValueError(f"this tokenizer prepares text by {kinds} and {cutter}, which GGUF has no place for; {OTHERWISE}")
