@@ -455,6 +455,7 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
     where = {"revision": options.revision, "subfolder": options.subfolder}
     model, before = None, None
     with parser.user_errors():
+        check_target(places.target)  # before perplexity is measured
         config = LoRAQuantConfig(**dataclasses.asdict(recipe))
         if options.dataset or options.model:
             adapter = PeftConfig.from_pretrained(places.source, **where)

@@ -3,7 +3,8 @@
 A component of singular value sigma that is quantised to b bits leaves about ``sigma^2 * e(b)`` behind, with e(0) = 1 and e(b)
 measured once on Gaussian vectors. What b bits cost is known: codes and scales. Steps along the lower convex hull of (cost, error)
 of every component, the steepest first, until the budget is used up, leave the least total error that any allocation
-can that costs as much.
+can that costs as much. What is left over then buys what it can, on the hull or not: one bit is not, as its scales cost as
+much as those of two.
 """
 
 from __future__ import annotations
@@ -81,8 +82,39 @@ def allocate(layers: Sequence[Layer], budget: int, *, group_size: int, scale_bit
             continue
         bits[index][component] = high
         budget -= cost
+    _spend(bits, budget, layers, errors, group_size, scale_bits)
     # Where singular values are equal, or a step did not fit, a later component may have got more.
     return [sorted(layer, reverse=True) for layer in bits]
+
+
+def _spend(
+    bits: list[list[int]],
+    budget: int,
+    layers: Sequence[Layer],
+    errors: Sequence[float],
+    group_size: int,
+    scale_bits: int,
+) -> None:
+    """Raises ``bits`` where what is left of the budget takes away the most, until nothing fits."""
+    costs = [[layer.cost(b, group_size, scale_bits) for b in range(MAX_BITS + 1)] for layer in layers]
+    energies = [layer.singular_values.double().square().tolist() for layer in layers]
+    while True:
+        best = max(
+            (
+                (energy * (errors[low] - errors[high]), -index, -component, high)
+                for index, layer in enumerate(energies)
+                for component, energy in enumerate(layer)
+                for low in [bits[index][component]]
+                for high in range(low + 1, MAX_BITS + 1)
+                if costs[index][high] - costs[index][low] <= budget
+            ),
+            default=(0.0, 0, 0, 0),
+        )
+        gain, index, component, high = best[0], -best[1], -best[2], best[3]
+        if gain <= 0:
+            return
+        budget -= costs[index][high] - costs[index][bits[index][component]]
+        bits[index][component] = high
 
 
 def _lower_hull(costs: Sequence[int], errors: Sequence[float]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
@@ -16,7 +17,7 @@ from ..config import _check_integer, _check_names, _check_regex
 from ..quant.grid import SCALE_DTYPES
 from .card import describe_adapter
 from .groups import MAX_BITS
-from .packed import FORMAT_VERSION, PackedFormat, check_bits
+from .packed import FORMAT_VERSION, PackedFormat, check_bits, check_rank
 
 
 METHODS = ("residual", "paper")
@@ -44,7 +45,8 @@ class LoRAQuantConfig(PeftConfig):
         default="residual",
         metadata={
             "help": "residual (default): each component is quantised from what the others leave over, and bits go where they lower "
-            "the error most. paper: as published, rounded to nearest and refined by gradient descent."
+            "the error most; small adapters, and those of rank 1 or 2, are stored as published where that comes out better. paper: "
+            "as published, rounded to nearest and refined by gradient descent."
         },
     )
     bits_high: int = field(
@@ -209,6 +211,11 @@ class LoRAQuantConfig(PeftConfig):
                 or any(type(n) is not int or n < 1 for n in shape)
             ):
                 raise ValueError(f"`shapes` of `{module}` must be [outputs, inputs], but is {shape!r}")
+            if module in self.component_bits:
+                try:
+                    check_rank(self.packed_format(module, *shape), self.rank_of(module))
+                except ValueError as error:
+                    raise ValueError(f"`shapes` of `{module}`: {error}; the configuration is damaged") from None
         _check_names("embeddings", self.embeddings, one_string=False)
         _items("report", self.report, "values")
         try:
@@ -268,7 +275,8 @@ def _check_choice(name: str, value: object, known: object) -> None:
 
 def _check_number(name: str, value: object, maximum: float | None = None) -> None:
     """A finite number; with ``maximum``, above 0 and not above that."""
-    fits = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    # NaN compares as False; integers may be too large to become a float.
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
     if not fits or (maximum is not None and not 0 < value <= maximum):
         range_ = "finite" if maximum is None else f"above 0 and at most {maximum}"
         raise ValueError(f"`{name}` must be a number, {range_}, but is {value!r}")

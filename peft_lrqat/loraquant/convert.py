@@ -20,7 +20,7 @@ from .files import PREFIX, from_files, from_model, some, write_adapter, write_pa
 from .layer import _check_magnitude
 from .lrqat import dequantize_lrqat, quantize_lrqat
 from .packed import check_packed, expand
-from .quantize import check_factors, quantize_factors, report
+from .quantize import check_factors, quantize_factors, report, stored_zero_points
 
 
 # Names of B and A in LoRA's files, of linear layers and of embeddings.
@@ -72,6 +72,13 @@ def quantize_adapter(
         progress: whether a bar on stderr shows how far it is.
     """
     check_target(target)
+    if not isinstance(source, str | os.PathLike | PeftModel):
+        raise TypeError(
+            f"`source` must be a directory, a repository of the Hub or a PeftModel, but is a {type(source).__name__}; save its "
+            "adapter with `save_pretrained` and give that directory"
+        )
+    if not isinstance(config, LoRAQuantConfig | None):
+        raise TypeError(f"`config` must be a LoRAQuantConfig, but is a {type(config).__name__}")
     recipe = LoRAQuantConfig() if config is None else config
     if recipe.component_bits:
         raise ValueError("`config` is that of an adapter that is quantised already; give a fresh LoRAQuantConfig")
@@ -93,7 +100,7 @@ def quantize_adapter(
     found = quantize_factors(factors, made, {name: made.scaling_of(name) for name in factors}, progress=progress)
     made.component_bits = {name: quantized.format.bits for name, quantized in found.items()}
     made.shapes = {name: [len(B), A.shape[1]] for name, (B, A) in factors.items()}
-    made.embeddings, made.zero_points = embeddings, made.method == "paper"
+    made.embeddings, made.zero_points = embeddings, stored_zero_points(found)
 
     def finished(stored_bytes: int) -> LoRAQuantConfig:
         made.report = report(factors, found, stored_bytes)
@@ -230,7 +237,7 @@ def _check_rest(rest: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor
     for key, tensor in rest.items():
         if ".lora_" in key:
             raise ValueError(f"the adapter has `{key}`, which LORAQUANT does not know and cannot store")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.double()).all():
             raise ValueError(f"`{key}` has NaN or infinite entries; nothing was written")
     magnitudes = {key: tensor for key, tensor in rest.items() if key.endswith(f".{MAGNITUDE_STORED}")}
     wanted = {f"{PREFIX}{name}.{MAGNITUDE_STORED}": len(B) for name, (B, _) in factors.items() if config.use_dora}

@@ -23,8 +23,8 @@ from ..quant import quantized_codes
 from ..quant.grid import SCALE_DTYPES
 from .config import LoRAQuantConfig
 from .files import PREFIX, write_adapter, write_packed
-from .packed import PackedFormat, check_packed, expand
-from .quantize import QuantizedFactors, check_factors, quantize_factors, report
+from .packed import PackedFormat, check_packed, check_rank, expand
+from .quantize import QuantizedFactors, check_factors, quantize_factors, report, stored_zero_points
 
 
 KINDS = ("codes", "scales", "zero_points")
@@ -61,7 +61,7 @@ def quantize_lrqat(
         name: getattr(recipe, name)
         for name in ("method", "bits_high", "ratio", "average_bits", "group_size", "scale_dtype")
     }
-    fields["zero_points"] = recipe.method == "paper"
+    fields["zero_points"] = stored_zero_points(found)
     fields["component_bits"] = {name: quantized.format.bits for name, quantized in found.items()}
     fields["shapes"] = {name: [len(B), A.shape[1]] for name, (B, A) in factors.items()}
     flips = {} if layers is None else {"flipped_integers": round(flipped_integers(*layers, found), 6)}
@@ -122,14 +122,13 @@ def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, T
             check_packed(format, packed)
             if fingerprint is None:
                 raise ValueError("the fingerprint of the base weight is missing")
-            missing = config.r - len(format.bits)
-            if missing < 0:
-                raise ValueError(f"there are {len(format.bits)} components, but the rank is {config.r}")
+            check_rank(format, config.r)
         except ValueError as error:
             raise ValueError(
                 f"the stored adapter does not fit `{name}`: {error}. Its files are not whole, or were changed"
             ) from None
         B, A = expand(format, packed, torch.float32)
+        missing = config.r - len(format.bits)
         plain[f"{PREFIX}{name}.lrqat_B"] = torch.nn.functional.pad(B, (0, missing)).contiguous()
         plain[f"{PREFIX}{name}.lrqat_A"] = torch.nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
         plain[f"{PREFIX}{name}.{FINGERPRINT}"] = fingerprint

@@ -8,7 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -20,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .cache import FactorCache
 from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
+from .packed import check_rank
 
 
 if TYPE_CHECKING:
@@ -64,6 +70,7 @@ class LoRAQuantModel(BaseTuner):
         _compare(set(targets), set(peft_config.component_bits))
         for name, module in targets.items():
             _layer_class(name, module)
+            _check_shape(name, module, peft_config)
         # One for the whole model, whichever tuner object put the first layer there.
         layers = (module for module in model.modules() if isinstance(module, LoRAQuantLayer))
         self._cache = next((layer._cache for layer in layers), None) or FactorCache()
@@ -142,6 +149,22 @@ def _compare(targets: set[str], stored: set[str]) -> None:
                 f"{has} has `{min(missing)}`, but {lacks} ({len(missing)} such modules in all): the adapter is for another base "
                 "model, or its configuration was changed"
             )
+
+
+def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
+    """Raises ValueError where the components are for another shape: sizes of files alone would let (m, n) pass for (n, m)."""
+    layer = module if isinstance(module, LoRAQuantLayer) else None
+    columns, rows = (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
+    stored = config.shapes.get(name, [rows, columns])
+    if list(stored) != [rows, columns]:
+        raise ValueError(
+            f"the adapter was made for a `{name}` of shape ({stored[0]}, {stored[1]}), but this model's is ({rows}, {columns}): it "
+            "is for another base model"
+        )
+    try:
+        check_rank(config.packed_format(name, rows, columns), config.rank_of(name))
+    except ValueError as error:
+        raise ValueError(f"the adapter does not fit `{name}`: {error}") from None
 
 
 def _layer_class(name: str, module: nn.Module) -> type[LoRAQuantLayer]:

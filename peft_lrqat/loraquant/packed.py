@@ -29,6 +29,7 @@ from .groups import MAX_BITS, GroupCodes, num_groups
 
 
 FORMAT_VERSION = 1
+LARGEST = 2**30  # entries of the B and A of one module as LoRA has them: those of a vocabulary of 2**20 at rank 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,16 @@ def check_bits(bits: object) -> None:
     if not isinstance(bits, str) or bits.strip(known) or list(bits) != sorted(bits, reverse=True):
         raise ValueError(
             f"the bits of the components must be digits from 1 to {MAX_BITS} that do not increase, such as '4421', but are {bits!r}"
+        )
+
+
+def check_rank(format: PackedFormat, rank: int) -> None:
+    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory; allocates nothing."""
+    if len(format.bits) > rank:
+        raise ValueError(f"there are {len(format.bits)} components, but the rank is {rank}")
+    if rank * (format.rows + format.columns) > LARGEST:
+        raise ValueError(
+            f"factors of rank {rank} for a module of shape ({format.rows}, {format.columns}) are larger than any adapter's"
         )
 
 

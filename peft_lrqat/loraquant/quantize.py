@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .residual import quantize_residual
 from .svd import product_svd, squared_error, squared_norm
 
 
+SMALL = 1 << 20  # parameters of an adapter that both procedures are tried on
+FEW = 2  # components of a module, from which the same holds for adapters of any size
 BATCH_ELEMENTS = 1 << 23  # of the factors of layers that are quantised together
 LARGEST = 1e4  # entry of a factor; float16, in which scales may be kept, ends at 65504
 
@@ -60,9 +63,11 @@ def check_factors(
                 f"the weights and {CONFIG_NAME} do not belong together"
             )
         for side, tensor in (("B", B), ("A", A)):
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point():
+                raise ValueError(f"`{side}` of `{name}` must hold floating-point numbers, but holds {tensor.dtype}")
+            largest = float(tensor.double().abs().max())
+            if not math.isfinite(largest):
                 raise ValueError(f"`{side}` of `{name}` has NaN or infinite entries; nothing was written")
-            largest = float(tensor.abs().max())
             if largest > LARGEST:
                 raise ValueError(
                     f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of {scale_dtype} "
@@ -81,8 +86,29 @@ def quantize_factors(
 
     ``scaling`` is lora_alpha / r of each module: the errors that an allocation weighs against each other are those that
     enter the model. With ``method="residual"`` the components get their bits over all modules together: as many as
-    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each parameter.
+    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each parameter. Where little can
+    be given out, in small adapters and those of low rank, the published result is taken if it has the lower error.
     """
+    found = _by_one_method(factors, config, scaling, progress=progress)
+    parameters = sum(B.numel() + A.numel() for B, A in factors.values())
+    little = parameters <= SMALL or max(len(A) for _, A in factors.values()) <= FEW
+    if config.method == "residual" and config.average_bits is None and little:
+        published = _by_one_method(factors, replace(config, method="paper"), scaling, progress=progress)
+        errors = [
+            sum(scaling[name] ** 2 * quantized.squared_error for name, quantized in result.items())
+            for result in (published, found)
+        ]
+        found = published if errors[0] < errors[1] else found
+    return found
+
+
+def _by_one_method(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: LoRAQuantConfig,
+    scaling: Mapping[str, float],
+    *,
+    progress: bool,
+) -> dict[str, QuantizedFactors]:
     scale_dtype = SCALE_DTYPES[config.scale_dtype]
     options = {"group_size": config.group_size, "scale_dtype": scale_dtype}
     bits = _allocated(factors, config, scaling) if config.method == "residual" else {}
@@ -131,11 +157,18 @@ def _allocated(
         for name, s in zip(names, values, strict=True):
             layers[name] = Layer(singular_values=s * scaling[name], rows=B.shape[1], columns=A.shape[2])
     scale_bits = 8 * SCALE_DTYPES[config.scale_dtype].itemsize
+    parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     if config.average_bits is None:
         budget = sum(_published_cost(layer, config, scale_bits) for layer in layers.values())
     else:
-        budget = int(config.average_bits * sum(B.numel() + A.numel() for B, A in factors.values()))
+        budget = int(config.average_bits * parameters)
     widths = allocate(list(layers.values()), budget, group_size=config.group_size, scale_bits=scale_bits)
+    if not any(map(any, widths)) and any(layer.singular_values.any() for layer in layers.values()):
+        least = min(layer.cost(1, config.group_size, scale_bits) for layer in layers.values()) / parameters
+        raise ValueError(
+            f"`average_bits` is {config.average_bits}, which has no room for a single component; give at least "
+            f"{math.ceil(1000 * least) / 1000}, or a larger `group_size`"
+        )
     return dict(zip(layers, widths, strict=True))
 
 
@@ -149,6 +182,11 @@ def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> i
     return high * (layer.cost(config.bits_high, config.group_size, scale_bits) + config.bits_high * groups) + low * (
         layer.cost(1, config.group_size, scale_bits)
     )
+
+
+def stored_zero_points(found: Mapping[str, QuantizedFactors]) -> bool:
+    """Whether components above 1 bit have zero points; it is the same in all modules of an adapter."""
+    return any(quantized.format.zero_points for quantized in found.values())
 
 
 def nominal_bits(factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors]) -> float:

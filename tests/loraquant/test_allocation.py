@@ -75,5 +75,13 @@ def test_energy_decides_between_layers():
     assert bits[1] == [0, 0]
 
 
+@pytest.mark.parametrize(("budget", "bits"), [(500, [[1]]), (700, [[1]]), (900, [[2]]), (1300, [[3]])])
+def test_what_is_left_buys_what_it_can(budget, bits):
+    """One bit is not on the hull: of a single component it is all that a small budget holds."""
+    single = layer([1.0])
+    assert (single.cost(1, 128, 16), single.cost(2, 128, 16)) == (432, 816)
+    assert allocate([single], budget, **OPTIONS) == bits
+
+
 def test_zero_products_get_nothing():
     assert allocate([layer([0.0, 0.0]), layer([1.0])], 10**6, **OPTIONS) == [[0, 0], [MAX_BITS]]

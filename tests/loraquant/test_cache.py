@@ -1,6 +1,8 @@
 """The store of expanded factors: its limit, what makes room, copies."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -66,6 +68,24 @@ def test_a_new_limit_and_copies_start_empty():
     assert (duplicate.limit, duplicate.bytes, held(duplicate, "one")) == (100, 0, [])
     cache.set_limit(50)
     assert (cache.limit, cache.bytes, held(cache, "one")) == (50, 0, [])
+
+
+def test_requests_in_threads():
+    cache = FactorCache(limit=320)
+    interval = sys.getswitchinterval()
+
+    def use(first):
+        for number in range(first, first + 3000):
+            if cache.get("a", str(number % 9)) is None:
+                cache.put("a", str(number % 9), FACTORS)
+
+    sys.setswitchinterval(1e-7)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert cache.bytes == sum(80 for number in range(9) if cache.get("a", str(number)) is not None) == 320
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, None, True])

@@ -117,6 +117,9 @@ REFUSED = [
     ("component_bits", {"q_proj": 2}, "`component_bits` of `q_proj`"),
     ("component_bits", "22", "`component_bits` must be a dict"),
     ("component_bits", {"q_proj": "2" * 9}, "`component_bits` of `q_proj` has 9 components, but its rank is 8"),
+    ("lora_alpha", 10**400, "`lora_alpha` must be a number, finite"),
+    ("shapes", {"q_proj": [4]}, r"`shapes` of `q_proj` must be \[outputs, inputs\]"),
+    ("shapes", {"q_proj": [4, -4]}, "`shapes` of `q_proj` must be"),
     ("report", {"x": object()}, "`report` must fit into a JSON file"),
     ("report", 0.5, "`report` must be a dict"),
     ("format_version", 2, "reads up to 1: the adapter was saved by a newer release"),
@@ -128,6 +131,24 @@ REFUSED = [
 def test_values_that_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         LoRAQuantConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [2**40, 2**40]}}, "larger than any adapter's"),
+        ({"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [64, 64]}, "r": 2**40}, "larger than any adapter's"),
+        (
+            {"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [64, 64]}, "rank_pattern": {"q_proj": 10**400}},
+            "larger than any adapter's",
+        ),
+    ],
+    ids=["shape", "rank", "rank of one module"],
+)
+def test_sizes_that_cannot_be(fields, message):
+    """Refused here, where nothing is allocated by them."""
+    with pytest.raises(ValueError, match=f"`shapes` of `q_proj`: .*{message}; the configuration is damaged"):
+        LoRAQuantConfig(**fields)
 
 
 def test_a_budget_is_for_the_residual_method():

@@ -181,7 +181,7 @@ def test_it_acts_as_lora_with_the_stored_factors_and_so_does_what_is_dequantised
     assert {n: getattr(before, n) for n in kept} == {n: getattr(back, n) for n in kept}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_files_in_any_dtype(dtype, lora, changed, tmp_path):
     tensors = {k: t.to(dtype) for k, t in load_file(lora / WEIGHTS).items()}
     of_dtype, of_float = changed(tensors), tmp_path / "float"
@@ -547,6 +547,14 @@ def test_adapters_of_other_types(lora, make_peft, make_base, tmp_path):
         quantize(lora, tmp_path / "again", made)
 
 
+def test_what_is_no_adapter(make_base, lora, tmp_path):
+    native = make_base()
+    native.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    refused(TypeError, "`source` must be a directory, .* but is a LlamaForCausalLM; save its adapter", native, tmp_path)
+    with pytest.raises(TypeError, match="`config` must be a LoRAQuantConfig, but is a dict"):
+        quantize(lora, tmp_path / "packed", {"bits_high": 2})
+
+
 def test_damaged_factors(lora, changed, tmp_path):
     state = load_file(lora / WEIGHTS)
     A, B = key_of(state, "lora_A.weight"), key_of(state, "lora_B.weight")
@@ -565,7 +573,7 @@ def test_damaged_factors(lora, changed, tmp_path):
         ({A: torch.zeros(4, 3, 3, 3), B: torch.zeros(8, 4, 1, 1)}, "is a convolution, with factors of shapes"),
         ({A: torch.zeros(4), B: torch.zeros(4)}, "make no product of rank 4"),
         ({A: torch.zeros(4, 0)}, "make no product of rank 4"),
-        ({A: torch.zeros(4, 48, dtype=torch.int8)}, "`A` of .* has NaN or infinite entries"),
+        ({A: torch.zeros(4, 48, dtype=torch.int8)}, "`A` of .* must hold floating-point numbers, but holds torch.int8"),
         ({f"{A[:-7]}.bias": torch.zeros(2)}, r"lora_A\.bias`, which LORAQUANT does not know and cannot store"),
         ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "must have 0 magnitudes, but has 1"),
         ({"base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)}, r"`.*lm_head\.weight` has NaN"),
@@ -641,6 +649,7 @@ def test_packed_adapters_that_were_changed(make_lora, tmp_path):
         ({}, {"shapes": {**config["shapes"], name: [1, 1]}}, f"`{name}` in .*: the magnitude must be 1"),
         ({}, {"group_size": 8}, "in .*: the scales must be"),
         ({}, {"use_dora": False}, "in .*: magnitude are stored"),
+        ({}, {"r": 2**40}, f"{CONFIG} in .* describes no adapter .*larger than any adapter's"),
         ({}, {"format_version": 99}, f"{CONFIG} in .* describes no adapter .*saved by a newer release"),
     ]
     for tensors, fields, message in cases:

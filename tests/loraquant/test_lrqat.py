@@ -18,7 +18,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECIPES = {
     "residual": LoRAQuantConfig(average_bits=3.0, group_size=7),
     "paper": LoRAQuantConfig(method="paper", bits_high=3, ratio=0.8, group_size=7),
-    "nothing-stored": LoRAQuantConfig(average_bits=1e-3, group_size=7),
+    "hardly-anything": LoRAQuantConfig(average_bits=0.1, group_size=7),
 }
 
 

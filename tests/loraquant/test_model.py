@@ -508,6 +508,24 @@ def test_another_shape_is_refused(saved, make_base):
         PeftModel.from_pretrained(base, saved / "packed")
 
 
+def test_shapes_whose_files_have_equal_sizes_are_told_apart():
+    """(48, 32) and (32, 48) take as many bytes."""
+    shapes = {"of": [48, 32], "other": [32, 48]}
+    config = LoRAQuantConfig(target_modules=["up"], component_bits={"up": "22"}, shapes={"up": shapes["of"]})
+    net = torch.nn.ModuleDict({"up": torch.nn.Linear(*shapes["of"])})  # (inputs, outputs)
+    with pytest.raises(ValueError, match=r"made for a `up` of shape \(48, 32\), but this model's is \(32, 48\)"):
+        get_peft_model(net, config)
+    assert type(net["up"]) is torch.nn.Linear
+
+
+def test_more_components_than_fit_in_memory_are_refused_before_room_is_made():
+    config = LoRAQuantConfig(target_modules=["up"], component_bits={"up": "1" * 10**5}, r=10**5)
+    net = torch.nn.ModuleDict({"up": torch.nn.Linear(2**16, 2**15, device="meta")})
+    with pytest.raises(ValueError, match=r"does not fit `up`: factors of rank 100000 .* larger than any adapter's"):
+        get_peft_model(net, config)
+    assert type(net["up"]) is torch.nn.Linear
+
+
 @pytest.mark.parametrize("module", [torch.nn.Conv2d(3, 3, 1), torch.nn.Embedding(5, 3, max_norm=1.0)])
 def test_other_layers_are_refused(module):
     net = torch.nn.ModuleDict({"first": torch.nn.Linear(3, 3), "second": module})

@@ -88,11 +88,36 @@ def test_average_bits_are_met(average_bits, quick):
     assert budget - (256 + 192 + 4 * 16) * 2 < stored_bits(found) <= budget
 
 
-def test_a_budget_of_nothing_stores_nothing():
-    found = quantize(make_factors(), average_bits=1e-6)
-    assert all(quantized.format.bits == "" for quantized in found.values())
-    assert stored_bits(found) == 0
-    assert relative_error(found) == pytest.approx(1, rel=1e-12)
+def test_a_budget_of_nothing_is_refused():
+    factors = make_factors()
+    with pytest.raises(ValueError, match="has no room for a single component; give at least") as refusal:
+        quantize(factors, average_bits=1e-6)
+    least = float(str(refusal.value).partition("at least ")[2].partition(",")[0])
+    assert sorted(q.format.bits for q in quantize(factors, average_bits=least).values()) == ["", "", "1"]
+
+
+SMALL = [(16, 200), (32, 32), (96, 200)]
+
+
+@pytest.mark.parametrize("bits_high", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [4, 128])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_no_adapter_is_worse_than_as_published(shape, rank, group_size, bits_high):
+    """Also where a single module of low rank leaves little to give out, and zero points of small groups are worth their bits."""
+    factors = {"a": (torch.randn(shape[0], rank), torch.randn(rank, shape[1]))}
+    options = {"bits_high": bits_high, "ratio": 1.0, "group_size": group_size}
+    published, found = (quantize(factors, method=method, **options) for method in ("paper", "residual"))
+    assert stored_bits(found) <= stored_bits(published)
+    assert relative_error(found) <= relative_error(published)
+
+
+def test_large_adapters_are_quantised_once(monkeypatch, quick):
+    called = []
+    monkeypatch.setattr("peft_lrqat.loraquant.quantize.quantize_paper", lambda *_, **__: called.append(1))
+    monkeypatch.setattr("peft_lrqat.loraquant.quantize.SMALL", 10)
+    quantize(make_factors())
+    assert not called
 
 
 @pytest.mark.parametrize("method", ["residual", "paper"])
