@@ -93,6 +93,13 @@ class LoRAQuantModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's method hands the weight on as well, which a wrapper of trained tokens only computes: merging would fail."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Nothing is trainable, trained biases included."""
         model.requires_grad_(False)

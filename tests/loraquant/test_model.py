@@ -184,6 +184,22 @@ def test_modules_and_tokens_that_were_trained_in_full(make_base, write_adapter, 
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"], ids=["untied", "tied"])
+def test_what_was_trained_in_full_stays_after_merging(architecture, make_base, write_adapter, logits_of, tmp_path):
+    tokens = torch.randn(2, 32)
+    extra = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": tokens}
+    fields = {"trainable_token_indices": {"embed_tokens": [3, 5]}}
+    if architecture == "llama":  # PEFT has no such pair where the two are tied
+        extra["base_model.model.lm_head.weight"] = torch.randn(96, 32)
+        fields["modules_to_save"] = ["lm_head"]
+    folders = write_adapter(tmp_path, make_base(architecture), MIXTURE, extra=extra, **fields)
+    packed, lora = (PeftModel.from_pretrained(make_base(architecture), folder).eval() for folder in folders)
+    before, merged = logits_of(packed, architecture), packed.merge_and_unload()
+    close(logits_of(merged, architecture), before)
+    close(logits_of(merged, architecture), logits_of(lora.merge_and_unload(), architecture))
+    assert torch.equal(merged.model.embed_tokens.weight[[3, 5]], tokens)
+
+
 def test_layers_and_patterns(make_base, write_adapter, logits_of, tmp_path):
     fields = {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["layers.1.self_attn.v_proj"]}
     folder, _ = write_adapter(tmp_path, make_base(), "2")
