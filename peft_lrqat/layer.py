@@ -18,8 +18,8 @@ from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_cod
 
 
 if TYPE_CHECKING:
+    from .cache import TensorCache
     from .config import LRQATConfig
-    from .loraquant.cache import FactorCache
 
 # For more tokens than this, making the weight again costs little beside multiplying with it.
 CACHED_TOKENS = 256
@@ -42,7 +42,7 @@ class LRQATLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "pass_through", "lrqat_fingerprint")
 
-    def __init__(self, base_layer: DowncastLinear, name: str = "", cache: FactorCache | None = None) -> None:
+    def __init__(self, base_layer: DowncastLinear, name: str = "", cache: TensorCache | None = None) -> None:
         self.base_layer = base_layer
         self._name, self._cache = name, cache
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -185,7 +185,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         config: LRQATConfig,
         base_dtype: torch.dtype | None = None,  # the weight's own
         name: str = "",  # in the model; for the cache
-        cache: FactorCache | None = None,  # the model's, of dense weights
+        cache: TensorCache | None = None,  # the model's, of dense weights
     ) -> None:
         super().__init__()
         base = DowncastLinear(

@@ -15,9 +15,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .cache import TensorCache
 from .downcast import range_name
 from .layer import LRQATLayer, LRQATLinear
-from .loraquant.cache import FactorCache
 from .loraquant.lrqat import unpack_factors
 from .quant.grid import SCALE_DTYPES
 
@@ -71,7 +71,7 @@ class LRQATModel(BaseTuner):
             if not any(n in targets for n in _tuner_parents(name, model))
         }
         layers = (module for module in model.modules() if isinstance(module, LRQATLinear))
-        self._cache = next((layer._cache for layer in layers), None) or FactorCache(CACHE_BYTES)
+        self._cache = next((layer._cache for layer in layers), None) or TensorCache(CACHE_BYTES)
         tied = _tied_weights(model, targets)
         for name, module in targets.items():
             _check_target(name, module, peft_config, tied)

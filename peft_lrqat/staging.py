@@ -22,7 +22,7 @@ def check_target(target: str | os.PathLike[str]) -> None:
 @contextmanager
 def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory beside ``target`` that gets its name when everything is on the disk, and vanishes after an exception."""
-    target = Path(target).absolute()
+    target = Path(target).resolve()  # what a link points to gets the content, and the link stays
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     directory.mkdir()

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat import LRQATConfig, LRQATLinear
 from peft_lrqat import layer as layer_module
-from peft_lrqat.loraquant.cache import FactorCache
+from peft_lrqat.cache import TensorCache
 from peft_lrqat.quant import DOWNCASTS, effective_scale, quantized_weight
 
 
@@ -344,7 +344,7 @@ def infer(layer, x):
 
 
 def test_inference_makes_the_weight_once(made, dtype):
-    layer = make_layer(dtype=dtype, init_weights=False, cache=FactorCache()).eval()
+    layer = make_layer(dtype=dtype, init_weights=False, cache=TensorCache()).eval()
     x = torch.randn(3, 16, dtype=dtype)
     y = layer(x)
     assert not made
@@ -370,7 +370,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_the_weight_reaches_inference(change, made):
-    layer, x = make_layer(init_weights=False, verify_base=False, cache=FactorCache()), torch.randn(3, 16)
+    layer, x = make_layer(init_weights=False, verify_base=False, cache=TensorCache()), torch.randn(3, 16)
     layer.update_layer("other", LRQATConfig(r=2, init_weights=False))
     layer.eval()
     layer(x).square().sum().backward()
@@ -386,7 +386,7 @@ def test_what_changes_the_weight_reaches_inference(change, made):
 
 
 def test_training_and_deleting_let_the_weight_go(made):
-    layer, x = make_layer(cache=FactorCache()).eval(), torch.randn(3, 16)
+    layer, x = make_layer(cache=TensorCache()).eval(), torch.randn(3, 16)
     infer(layer, x)
     assert layer._cache.bytes
     layer(x)
@@ -400,7 +400,7 @@ def test_training_and_deleting_let_the_weight_go(made):
 
 
 def test_long_inputs_and_full_caches_hold_nothing(made):
-    layer = make_layer(cache=FactorCache()).eval()
+    layer = make_layer(cache=TensorCache()).eval()
     infer(layer, torch.randn(layer_module.CACHED_TOKENS + 1, 16))
     assert layer._cache.bytes == 0
     layer._cache.set_limit(100)
@@ -410,7 +410,7 @@ def test_long_inputs_and_full_caches_hold_nothing(made):
 
 
 def test_copies_start_without_weights(made):
-    layer, x = make_layer(cache=FactorCache()).eval(), torch.randn(1, 16)
+    layer, x = make_layer(cache=TensorCache()).eval(), torch.randn(1, 16)
     infer(layer, x)
     twin = copy.deepcopy(layer)
     assert twin._cache.bytes == 0

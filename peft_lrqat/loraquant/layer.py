@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..cache import TensorCache, Tensors
 from ..downcast import keep_values
-from .cache import FactorCache, Factors
 from .packed import PackedFormat, check_packed, expand
 
 
@@ -40,7 +40,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("format", "scaling", *tensor_names)
 
     def __init__(
-        self, base_layer: nn.Module, name: str, cache: FactorCache, quantization: Mapping[str, Any] | None = None
+        self, base_layer: nn.Module, name: str, cache: TensorCache, quantization: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -93,7 +93,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                 "another base model"
             ) from None
 
-    def factors(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Factors:
+    def factors(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensors:
         """B (out, K) and A (K, in) of an adapter."""
         factors = self._cache.get(self.name, adapter_name)
         if factors is None or factors[0].dtype != dtype:

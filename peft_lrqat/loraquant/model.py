@@ -23,7 +23,7 @@ from peft.utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .cache import FactorCache
+from ..cache import TensorCache
 from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
 from .packed import check_rank
 
@@ -73,7 +73,7 @@ class LoRAQuantModel(BaseTuner):
             _check_shape(name, module, peft_config)
         # One for the whole model, whichever tuner object put the first layer there.
         layers = (module for module in model.modules() if isinstance(module, LoRAQuantLayer))
-        self._cache = next((layer._cache for layer in layers), None) or FactorCache()
+        self._cache = next((layer._cache for layer in layers), None) or TensorCache()
 
     def _create_and_replace(
         self,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from peft_lrqat.loraquant.cache import FactorCache
+from peft_lrqat.cache import TensorCache
 
 
 FACTORS = torch.zeros(2, 4), torch.zeros(4, 3)  # 80 bytes
@@ -18,7 +18,7 @@ def held(cache, adapter):
 
 
 def test_within_the_limit_everything_is_kept():
-    cache = FactorCache(limit=240)
+    cache = TensorCache(limit=240)
     for layer in "abc":
         cache.put(layer, "one", FACTORS)
     assert held(cache, "one") == ["a", "b", "c"]
@@ -27,7 +27,7 @@ def test_within_the_limit_everything_is_kept():
 
 
 def test_layers_of_one_adapter_do_not_drive_each_other_out():
-    cache = FactorCache(limit=200)
+    cache = TensorCache(limit=200)
     for _ in range(3):
         for layer in "abcde":
             if cache.get(layer, "one") is None:
@@ -37,7 +37,7 @@ def test_layers_of_one_adapter_do_not_drive_each_other_out():
 
 
 def test_another_adapter_makes_room_oldest_first():
-    cache = FactorCache(limit=240)
+    cache = TensorCache(limit=240)
     for layer in "abc":
         cache.put(layer, "one", FACTORS)
     cache.get("a", "one")
@@ -46,7 +46,7 @@ def test_another_adapter_makes_room_oldest_first():
 
 
 def test_putting_again_replaces():
-    cache = FactorCache(limit=100)
+    cache = TensorCache(limit=100)
     cache.put("a", "one", FACTORS)
     cache.put("a", "one", (FACTORS[0], FACTORS[1]))
     assert cache.bytes == 80
@@ -56,13 +56,13 @@ def test_putting_again_replaces():
 
 
 def test_no_limit_fits_nothing():
-    cache = FactorCache(limit=0)
+    cache = TensorCache(limit=0)
     cache.put("a", "one", FACTORS)
     assert held(cache, "one") == []
 
 
 def test_a_new_limit_and_copies_start_empty():
-    cache = FactorCache(limit=100)
+    cache = TensorCache(limit=100)
     cache.put("a", "one", FACTORS)
     duplicate = copy.deepcopy(cache)
     assert (duplicate.limit, duplicate.bytes, held(duplicate, "one")) == (100, 0, [])
@@ -71,7 +71,7 @@ def test_a_new_limit_and_copies_start_empty():
 
 
 def test_requests_in_threads():
-    cache = FactorCache(limit=320)
+    cache = TensorCache(limit=320)
     interval = sys.getswitchinterval()
 
     def use(first):
@@ -91,4 +91,4 @@ def test_requests_in_threads():
 @pytest.mark.parametrize("limit", [-1, 1.5, None, True])
 def test_limits_that_are_refused(limit):
     with pytest.raises(ValueError, match="a number of bytes"):
-        FactorCache().set_limit(limit)
+        TensorCache().set_limit(limit)
