@@ -25,8 +25,16 @@ def describe_adapter(save_directory: str, config: LRQATConfig, subfolder: str | 
 
     ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
     """
-    tags = {"lr-qat", f"{config.bits}-bit"}
+    tags = {"lr-qat", f"{config.bits}-bit", *scheme_tags(config)}
     write_section(save_directory, _section(config, subfolder), tags, config.base_model_name_or_path)
+
+
+def scheme_tags(config: LRQATConfig) -> set[str]:
+    """``{"w4a8"}``, ``{"w4a8kv4"}``: the usual short name, where more than the weights is rounded."""
+    if config.activation_bits is None and config.kv_cache_bits is None:
+        return set()
+    kv_cache = "" if config.kv_cache_bits is None else f"kv{config.kv_cache_bits}"
+    return {f"w{config.bits}a{config.activation_bits or 16}{kv_cache}"}
 
 
 def write_section(save_directory: str, section: str, tags: set[str], base: str | None) -> None:
@@ -134,9 +142,22 @@ model = model.merge_and_unload()  # plain linear layers, weight = scale * intege
 
 - base model: {place}, in {config.base_dtype}{note}; another base is refused
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
-- rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
+{activation_text(config)}- rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
 - first ranges: {config.range_estimator}{f" (p = {config.range_p})" if config.range_estimator == "lp" else ""}
 {packed_text(config.packed_factors)}{training_text(config.training_record)}"""
+
+
+def activation_text(config: LRQATConfig) -> str:
+    """How the adapter rounds activations, keys and values, in Markdown; nothing where it does not."""
+    kind = "symmetric" if config.activation_symmetric else "asymmetric"
+    text = ""
+    if config.activation_bits is not None:
+        text += f"- inputs of these layers: {config.activation_bits} bits, {kind}, one range per token, found as they come\n"
+    if config.kv_cache_bits is not None:
+        text += f"- keys and values: {config.kv_cache_bits} bits, {kind}, one range per token and head\n"
+    if text:
+        text += "- softmax, norms and residuals stay in the model's dtype\n"
+    return text
 
 
 def packed_text(fields: dict | None) -> str:

@@ -104,6 +104,28 @@ class LRQATConfig(PeftConfig):
             "they ship in changes nothing. Default bfloat16, which every format holds exactly."
         },
     )
+    activation_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Bits of the inputs of the target modules, 2 to 8; the paper has 8 and 4. Dynamic: each token has a range of "
+            "its own, found in every forward pass. Attention's softmax, norms and residuals stay in the model's dtype. Left out: "
+            "the inputs stay as they are."
+        },
+    )
+    kv_cache_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Bits of the keys (after rotary embedding) and values in the attention layers that target modules lie in, 2 to "
+            "8; the paper has 8 and 4. One range for each token and head. Left out: they stay as they are."
+        },
+    )
+    activation_symmetric: bool = field(
+        default=False,
+        metadata={
+            "help": "Ranges of activation_bits and kv_cache_bits. False, the default and the paper's: from the smallest to the "
+            "largest value, with a zero point. True: as far below zero as above."
+        },
+    )
     range_estimator: Literal["minmax", "lp"] = field(
         default="lp",
         metadata={
@@ -206,13 +228,16 @@ class LRQATConfig(PeftConfig):
             if getattr(self, name) not in known:
                 allowed = ", ".join(map(repr, known))
                 raise ValueError(f"`{name}` must be one of {allowed}, but is {getattr(self, name)!r}")
-        for name in ("symmetric", "init_weights", "verify_base"):
+        for name in ("symmetric", "activation_symmetric", "init_weights", "verify_base"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
         _check_integer("r", self.r, 1)
         _check_bits("bits", self.bits)
+        for name in ("activation_bits", "kv_cache_bits"):
+            if getattr(self, name) is not None:
+                _check_bits(name, getattr(self, name), or_none=True)
         _check_group_size("group_size", self.group_size)
         for name, check in (("bits_pattern", _check_bits), ("group_size_pattern", _check_group_size)):
             pattern = getattr(self, name)
@@ -261,17 +286,31 @@ class LRQATConfig(PeftConfig):
             model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
             ```
         """
-        from .export.capabilities import preset, why_not_for  # the tables there are built on the grids here
+        from .export.capabilities import RUNTIMES, preset, why_not_activations, why_not_for  # built on the grids here
 
         config = cls(**{**preset(runtime), "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
             for size in {config.group_size, *config.group_size_pattern.values()}:
-                reason = why_not_for(
-                    runtime, Grid(bits=b, symmetric=config.symmetric, group_size=size), config.scale_dtype
+                grid = Grid(bits=b, symmetric=config.symmetric, group_size=size)
+                reason = why_not_for(runtime, grid, config.scale_dtype) or why_not_activations(
+                    RUNTIMES[runtime].format, grid, config.activation_grid, config.kv_cache_grid, name=runtime
                 )
                 if reason is not None:
                     raise ValueError(reason)
         return config
+
+    @property
+    def activation_grid(self) -> Grid | None:
+        """The grid of each token of a target's input; None: it stays as it is."""
+        return self._token_grid(self.activation_bits)
+
+    @property
+    def kv_cache_grid(self) -> Grid | None:
+        """The grid of each token and head of keys and values; None: they stay as they are."""
+        return self._token_grid(self.kv_cache_bits)
+
+    def _token_grid(self, bits: int | None) -> Grid | None:
+        return None if bits is None else Grid(bits=bits, symmetric=self.activation_symmetric)
 
     def base_dtype_of(self, module_name: str) -> str | None:
         """The dtype that the frozen weight of one target is made from; None before it is filled in."""
@@ -329,9 +368,9 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, but is {value!r}")
 
 
-def _check_bits(name: str, value: object) -> None:
+def _check_bits(name: str, value: object, *, or_none: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-        raise ValueError(f"`{name}` must be an integer from 2 to 8, but is {value!r}")
+        raise ValueError(f"`{name}` must be an integer from 2 to 8{', or None' if or_none else ''}, but is {value!r}")
 
 
 def _check_group_size(name: str, value: object) -> None:

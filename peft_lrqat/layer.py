@@ -12,15 +12,27 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .downcast import DowncastLinear, keep_values
-from .quant import LowRankWeight, WeightFormat, fake_quant_linear, quantized_codes, quantized_weight
+from .kv_cache import GRID
+from .quant import (
+    Grid,
+    LowRankWeight,
+    WeightFormat,
+    fake_quant_linear,
+    fake_quantize_tokens,
+    quantized_codes,
+    quantized_tokens,
+    quantized_weight,
+)
 
 
 if TYPE_CHECKING:
     from .cache import TensorCache
     from .config import LRQATConfig
 
+logger = logging.get_logger(__name__)
 # For more tokens than this, making the weight again costs little beside multiplying with it.
 CACHED_TOKENS = 256
 
@@ -40,7 +52,15 @@ class LRQATLayer(BaseTunerLayer):
     """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
 
     adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
-    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "pass_through", "lrqat_fingerprint")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "pass_through",
+        "lrqat_fingerprint",
+        "activations",
+        "kv_cache",
+    )
 
     def __init__(self, base_layer: DowncastLinear, name: str = "", cache: TensorCache | None = None) -> None:
         self.base_layer = base_layer
@@ -50,6 +70,9 @@ class LRQATLayer(BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # gamma = lora_alpha / r
         self.pass_through: dict[str, bool] = {}
+        # The grids of this layer's input, and of the keys and values where it is part of attention; None: left alone.
+        self.activations: dict[str, Grid | None] = {}
+        self.kv_cache: dict[str, Grid | None] = {}
         self.lrqat_A = _ExactParameterDict({})
         self.lrqat_B = _ExactParameterDict({})
         self.lrqat_scale = _ExactParameterDict({})
@@ -67,6 +90,7 @@ class LRQATLayer(BaseTunerLayer):
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
+        self.activations[adapter_name], self.kv_cache[adapter_name] = config.activation_grid, config.kv_cache_grid
         self.lrqat_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features, device=device))
         self.lrqat_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
         self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
@@ -153,6 +177,18 @@ class LRQATLayer(BaseTunerLayer):
             raise ValueError(f"one weight has one set of integers: adapters {active} cannot be active on it together")
         return active[0] if active else None
 
+    def _adapter_that_runs(self) -> str | None:
+        """The adapter that decides what this layer computes now, merged or not; None: the frozen weight alone."""
+        if self.disable_adapters:
+            return None
+        return self.merged_adapters[0] if self.merged else self._adapter_to_run()
+
+    @property
+    def kv_cache_grid(self) -> Grid | None:
+        """For the attention that this layer is part of; read there (`peft_lrqat.kv_cache`)."""
+        adapter_name = self._adapter_that_runs()
+        return None if adapter_name is None else self.kv_cache[adapter_name]
+
     def delete_adapter(self, adapter_name: str) -> None:
         self._verified.pop(adapter_name, None)
         self._forget_weight(adapter_name)
@@ -172,6 +208,32 @@ class LRQATLayer(BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 parameter = getattr(self, name)[adapter_name]
                 parameter.data = parameter.data.to(self.base_layer.dtype)
+
+
+class InputQuantization:
+    """The forward pre-hook of a merged layer: its input is rounded as it was in training."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return fake_quantize_tokens(x, self.grid), *others
+
+
+def _keep_activations(plain: nn.Module, activations: Grid | None, kv_cache: Grid | None) -> None:
+    """Lets a merged module, which has no place for it, go on rounding its input, and say the grid of keys and values."""
+    if activations is None and kv_cache is None:
+        return
+    if activations is not None:
+        plain.register_forward_pre_hook(InputQuantization(activations))
+    setattr(plain, GRID, kv_cache)
+    logger.warning_once(
+        "the merged model goes on rounding its activations as in training, in this process: `save_pretrained` writes its weights "
+        "alone, and what is loaded from there computes with 16-bit activations. `export_model` writes both where a format can"
+    )
 
 
 class LRQATLinear(nn.Module, LRQATLayer):
@@ -200,22 +262,25 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        adapter_name = self._adapter_to_run()
-        if self.merged or adapter_name is None:
-            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapter_name = self._adapter_that_runs()
+        grid = None if adapter_name is None else self.activations[adapter_name]
         base = self.base_layer
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.dtype
+        if self.merged or adapter_name is None:
+            if grid is None:
+                return base(x, *args, **kwargs)
+            y = base(fake_quantize_tokens(x.to(dtype), grid), *args, **kwargs)
+            return y if autocast else y.to(x.dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         if self._infers():
-            y = nn.functional.linear(x.to(dtype), self._inference_weight(adapter_name, x).to(dtype), bias)
+            tokens = x.to(dtype) if grid is None else quantized_tokens(x.to(dtype), grid)
+            y = nn.functional.linear(tokens, self._inference_weight(adapter_name, x).to(dtype), bias)
         else:
             self._forget_weight(adapter_name)
-            y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias)
+            y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias, grid)
         return y if autocast else y.to(x.dtype)
 
     def _infers(self) -> bool:
@@ -249,6 +314,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self.base_layer
         plain = base.to_plain(base.stored_weight() if base.merged_weight is None else base.merged_weight)
+        if self.merged:
+            _keep_activations(plain, self.activations[self.merged_adapters[0]], self.kv_cache[self.merged_adapters[0]])
         # PEFT reads `base_layer.weight` once more after this.
         self.base_layer = plain
         return plain

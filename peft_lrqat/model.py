@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .cache import TensorCache
 from .downcast import range_name
+from .kv_cache import check_attention, route_attention, unroute_attention
 from .layer import LRQATLayer, LRQATLinear
 from .loraquant.lrqat import unpack_factors
 from .quant.grid import SCALE_DTYPES
@@ -75,6 +76,8 @@ class LRQATModel(BaseTuner):
         tied = _tied_weights(model, targets)
         for name, module in targets.items():
             _check_target(name, module, peft_config, tied)
+        if peft_config.kv_cache_bits is not None:
+            check_attention(model, [model.get_submodule(name.rpartition(".")[0]) for name in targets])
         self._checked = set(targets)
         weights = sum(module.weight.numel() for module in targets.values() if not isinstance(module, LRQATLinear))
         self._progress = logging.tqdm(
@@ -115,6 +118,17 @@ class LRQATModel(BaseTuner):
         self._replace_module(parent, target_name, module, target)
         # PEFT holds every replaced module until the last one is done; their weights need not wait.
         self._progress.update(target._parameters.pop("weight").numel())
+
+    def _post_injection_hook(self, model: nn.Module, config: LRQATConfig, adapter_name: str) -> None:
+        if config.kv_cache_bits is not None:
+            route_attention(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; with the last adapter that rounded keys and values goes the way through which it did."""
+        routed = self.peft_config[adapter_name].kv_cache_bits is not None if adapter_name in self.peft_config else False
+        super().delete_adapter(adapter_name)
+        if routed and all(config.kv_cache_bits is None for config in self.peft_config.values()):
+            unroute_attention(self.model)
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; a model that takes long shows how far it is."""

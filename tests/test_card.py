@@ -71,6 +71,23 @@ def test_names_of_the_hub_stay_beside_local_ones():
     assert data.tags == ["base_model:adapter:user/base", "base_model:user/base", "mine"]
 
 
+def test_activations_in_the_section(tmp_path):
+    metadata, text = write(tmp_path, LRQATConfig(activation_bits=8, kv_cache_bits=4))
+    assert "w4a8kv4" in metadata["tags"]
+    assert "inputs of these layers: 8 bits, asymmetric, one range per token" in text
+    assert "keys and values: 4 bits, asymmetric, one range per token and head" in text
+    metadata, text = write(tmp_path, LRQATConfig(kv_cache_bits=8, activation_symmetric=True))
+    assert "w4a16kv8" in metadata["tags"]
+    assert "inputs of these layers" not in text
+    assert "keys and values: 8 bits, symmetric" in text
+
+
+def test_weights_alone_in_the_section(tmp_path):
+    metadata, text = write(tmp_path, LRQATConfig())
+    assert metadata["tags"] == ["4-bit", "lr-qat", "peft_lrqat"]
+    assert "softmax" not in text
+
+
 def test_training_record_in_the_section(tmp_path):
     record = {
         "steps": 150,

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType, get_peft_model
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.config import FORMAT_VERSION
-from peft_lrqat.quant import DOWNCASTS, RANGES
+from peft_lrqat.quant import DOWNCASTS, RANGES, Grid
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(LRQATConfig)}
@@ -29,6 +29,9 @@ OTHER_VALUES = {
     "symmetric": False,
     "downcast": "int",
     "scale_dtype": "float16",
+    "activation_bits": 8,
+    "kv_cache_bits": 4,
+    "activation_symmetric": True,
     "range_estimator": "minmax",
     "range_p": 2.4,
     "clipped_gradient": "pass_through",
@@ -157,6 +160,25 @@ def test_bad_layer_index_is_refused(value):
 def test_bad_task_type_is_refused():
     with pytest.raises(ValueError, match="Invalid task type: 'CHAT'"):
         LRQATConfig(task_type="CHAT")
+
+
+@pytest.mark.parametrize("value", [1, 9, 4.0, "8", True, 16])
+@pytest.mark.parametrize("name", ["activation_bits", "kv_cache_bits"])
+def test_bad_bits_of_activations_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer from 2 to 8, or None, but is") as caught:
+        LRQATConfig(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_grids_of_activations():
+    config = LRQATConfig(activation_bits=8, kv_cache_bits=4)
+    assert (config.activation_grid, config.kv_cache_grid) == (
+        Grid(bits=8, symmetric=False),
+        Grid(bits=4, symmetric=False),
+    )
+    assert LRQATConfig(activation_bits=8, activation_symmetric=True).activation_grid == Grid(bits=8)
+    assert LRQATConfig().activation_grid is None
+    assert LRQATConfig().kv_cache_grid is None
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -107,6 +107,38 @@ def why_not(
     return None
 
 
+def why_not_activations(
+    format: str, grid: Grid, activations: Grid | None, kv_cache: Grid | None, name: str | None = None
+) -> str | None:
+    """Why a format cannot say that inputs, keys and values are rounded beside weights on ``grid``; None where it can.
+
+    ``name``: what the reader calls the format, if not so.
+    """
+    name = name or format
+    if kv_cache is not None:
+        return (
+            f"{name} cannot carry `kv_cache_bits`={kv_cache.bits}: vLLM's low-bit cache holds 8-bit floats with a fixed scale "
+            "for a whole layer, and the other formats have no place for it"
+        )
+    if activations is None:
+        return None
+    bits = activations.bits
+    if format == "gguf":
+        return f"{name} cannot carry `activation_bits`={bits}: llama.cpp rounds activations its own way, 8 bits in blocks of 32"
+    if format != "compressed-tensors":
+        return f"{name} stores weights alone and cannot carry `activation_bits`={bits}; compressed-tensors can"
+    if bits != 8:
+        return f"{name} is written for inputs of 8 bits, which vLLM has kernels for, but `activation_bits` is {bits}"
+    per_row = grid.bits == 8 and grid.group_size == -1
+    if not grid.symmetric or not (grid.bits == 4 or per_row):
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        return (
+            f"{name} holds 8-bit inputs beside symmetric weights of 4 bits, or of 8 bits with one scale per row, which vLLM has "
+            f"kernels for, but these weights are {kind}, {grid.bits} bits, group size {grid.group_size}"
+        )
+    return None
+
+
 def why_not_for(runtime: str, grid: Grid, scale_dtype: str) -> str | None:
     """Why a runtime does not run weights on ``grid``, and what it does; None where it does."""
     able = RUNTIMES[_known("runtime", runtime, RUNTIMES)]

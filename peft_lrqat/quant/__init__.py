@@ -1,5 +1,6 @@
 """The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of PEFT or transformers."""
 
+from .activations import decode_tokens, encode_tokens, fake_quantize_tokens, quantized_tokens
 from .fake_quant import fake_quant_linear
 from .grid import Grid, effective_scale
 from .low_rank import LowRankWeight, inspect_rows, quantized_codes, quantized_weight
@@ -14,13 +15,17 @@ __all__ = [
     "Grid",
     "LowRankWeight",
     "WeightFormat",
+    "decode_tokens",
     "effective_scale",
+    "encode_tokens",
     "estimate_range",
     "fake_quant_linear",
+    "fake_quantize_tokens",
     "inspect_rows",
     "pack",
     "packed_bytes",
     "quantized_codes",
+    "quantized_tokens",
     "quantized_weight",
     "unpack",
 ]

@@ -28,9 +28,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
 from . import low_rank
+from .activations import quantized_tokens
 from .blocks import column_chunks, row_blocks, row_chunks
 from .clipped import MAX_COUNT, MAX_SHARE, add_sparse_product, find_clipped, sampled_product
-from .grid import effective_scale
+from .grid import Grid, effective_scale
 from .low_rank import LowRankWeight
 
 
@@ -203,9 +204,10 @@ class _FakeQuantLinear(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         constants: dict[str, Any],
+        activations: Grid | None,
     ) -> Tensor:
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
-        y = _multiply(x, w, bias)
+        y = _multiply(x if activations is None else quantized_tokens(x, activations), w, bias)
         # In half precision, a large bias would leave little of y0 in y.
         rounded_into = bias is not None and x.dtype.itemsize < 4
         kept = None
@@ -214,13 +216,16 @@ class _FakeQuantLinear(torch.autograd.Function):
             writes, kept = _write_counter(y), y.data
             ctx.writes = writes, writes._version
         ctx.save_for_backward(x, phi, zero_point, A, B, scale, kept, None if kept is None else bias)
-        ctx.constants = constants
+        ctx.constants, ctx.activations = constants, activations
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, phi, zero_point, A, B, scale, y, bias = ctx.saved_tensors
+        if ctx.activations is not None:
+            # Made again, not kept: the layers that share an input then still share one saved tensor.
+            x = quantized_tokens(x, ctx.activations)
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **ctx.constants)
         if y is not None:
             writes, before = ctx.writes
@@ -239,12 +244,17 @@ class _FakeQuantLinear(torch.autograd.Function):
         )
         grad_x = None if grads.x is None else grads.x.view(x.shape)
         grad_bias = tokens_y.sum(0) if need_bias else None
-        return grad_x, None, None, grad_A, grad_B, grad_scale, grad_bias, None
+        return grad_x, None, None, grad_A, grad_B, grad_scale, grad_bias, None, None
 
 
-def fake_quant_linear(x: Tensor, weight: LowRankWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,)."""
+def fake_quant_linear(
+    x: Tensor, weight: LowRankWeight, bias: Tensor | None = None, activations: Grid | None = None
+) -> Tensor:
+    """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,).
+
+    With ``activations``, each token of ``x`` is rounded to that grid first, straight-through (`quantized_tokens`).
+    """
     w = weight
     constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype, "pass_through": w.pass_through}
     with torch.autocast(x.device.type, enabled=False):
-        return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants)
+        return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants, activations)
