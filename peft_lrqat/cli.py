@@ -256,6 +256,13 @@ class ExportArguments:
         default=None,
         metadata={"help": "store integers at this width: 3 bits as 4, for a runtime that reads only those"},
     )
+    activations: Literal["write", "ignore"] = field(
+        default="write",
+        metadata={
+            "help": "of an adapter with activation_bits or kv_cache_bits. write: as part of the export, or it is refused; ignore:"
+            " the weights alone"
+        },
+    )
     verify: bool = field(
         default=False,
         metadata={"help": "load the export, compare every weight and some logits, and fail if one differs"},
@@ -268,6 +275,9 @@ class RecipeForArguments:
     """For which runtime."""
 
     bits: int = field(default=4, metadata={"help": "bits per weight"})
+    activation_bits: int | None = field(
+        default=None, metadata={"help": "bits of the inputs of the quantised layers; left out: 16"}
+    )
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
@@ -552,6 +562,7 @@ def run_export(argv: Sequence[str]) -> int:
             tokenizer=tokenizer,
             max_shard_size=args.max_shard_size,
             container_bits=args.container_bits,
+            activations=args.activations,
         )
     if not args.verify:
         size = sum(file.stat().st_size for file in Path(args.output).iterdir())
@@ -587,8 +598,11 @@ def run_recipe(argv: Sequence[str]) -> int:
     parser.add_argument("--for", dest="runtime", choices=RUNTIMES, required=True, help="what is to run the model")
     args, place = parser.parse(argv)
     with parser.user_errors():
-        config = LRQATConfig.for_runtime(place.runtime, bits=args.bits)
-    fields = {name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "scale_dtype")}
+        config = LRQATConfig.for_runtime(place.runtime, bits=args.bits, activation_bits=args.activation_bits)
+    names = ("bits", "group_size", "symmetric", "scale_dtype")
+    if args.activation_bits is not None:
+        names += ("activation_bits",)
+    fields = {name: getattr(config, name) for name in names}
     format = RUNTIMES[place.runtime].format
     if args.json:
         print(json.dumps({"runtime": place.runtime, "format": format, **fields}))

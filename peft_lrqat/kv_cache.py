@@ -19,6 +19,8 @@ from .quant import Grid, fake_quantize_tokens
 
 # The attribute of a projection inside attention (LR-QAT's layer, or the plain one it was merged into) that says the grid.
 GRID = "kv_cache_grid"
+# The attribute of keys and values that a low-bit cache has rounded.
+ROUNDED = "rounded_to"
 # transformers' attention implementations that can be wrapped. Flash attention looks its kernels up by the name of the
 # implementation, and flex attention compiles its own masks: neither works under another name.
 WRAPPED = {name: f"lrqat_{name}" for name in ("eager", "sdpa")}
@@ -33,6 +35,12 @@ def kv_cache_grid(attention: nn.Module) -> Grid | None:
         if grid is not None:
             return grid
     return None
+
+
+def mark_rounded(x: Tensor, grid: Grid) -> Tensor:
+    """Says that ``x`` lies on ``grid`` already. Whatever is computed from it is not marked."""
+    setattr(x, ROUNDED, grid)
+    return x
 
 
 def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
@@ -104,7 +112,7 @@ def _register(name: str) -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         grid = kv_cache_grid(module)
-        if grid is not None:
+        if grid is not None and getattr(key, ROUNDED, None) != grid:
             key, value = fake_quantize_tokens(key, grid), fake_quantize_tokens(value, grid)
         return _implementation(name, module)(module, query, key, value, *args, **kwargs)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..card import base_in_words, is_hub_id, table, training_text
+from ..card import activation_text, base_in_words, is_hub_id, scheme_tags, table, training_text
 
 
 if TYPE_CHECKING:
@@ -34,14 +34,19 @@ model = AutoModelForCausalLM.from_pretrained("this repository or folder")""",
 }
 
 
-def write_card(directory: Path, config: LRQATConfig, format: str, summary: dict[str, Any]) -> None:
+def write_card(
+    directory: Path, config: LRQATConfig, format: str, summary: dict[str, Any], activations: str = "write"
+) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``."""
     place, _, base = base_in_words(config.base_model_name_or_path)
+    tags = scheme_tags(config) if activations == "write" else set()
     data = ModelCardData(
         license="other",
         license_name="same-as-base-model",
         library_name="gguf" if format == "gguf" else "transformers",
-        tags=sorted({"peft_lrqat", "lr-qat", f"{config.bits}-bit", *([format] if format != "dequantized" else [])}),
+        tags=sorted(
+            {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *([format] if format != "dequantized" else []), *tags}
+        ),
         base_model=base if is_hub_id(config.base_model_name_or_path) else None,
     )
     groups = "one scale per output channel" if config.group_size == -1 else f"one scale per {config.group_size} weights"
@@ -63,7 +68,15 @@ are those of training, so that no weight was changed on the way.
 
 - base model: {place}
 - weights of the target layers: {config.bits} bits, {"symmetric" if config.symmetric else "asymmetric"}, {groups}{mixed}
-
+{_activations(config, activations)}
 {table("measure", {name: f"{value:,}" for name, value in summary.items()})}
 {training_text(config.training_record)}"""
     ModelCard(text).save(directory / "README.md")
+
+
+def _activations(config: LRQATConfig, activations: str) -> str:
+    """How inputs were rounded in training, and whether these files say so."""
+    text = activation_text(config)
+    if text and activations == "ignore":
+        text = "\nTrained with rounded activations, of which these files say nothing:\n\n" + text
+    return text

@@ -1,4 +1,8 @@
-"""The ``pack-quantized`` format of compressed-tensors, which vLLM and transformers load; packed and described by that library."""
+"""The formats of compressed-tensors that vLLM and transformers load, described by that library, which also packs.
+
+``pack-quantized`` holds weights alone. Where inputs are rounded too, it is ``int-quantized``: one int8 for each integer, of
+whatever width, which is how vLLM reads weights for its kernels of 4 and 8 bits with 8-bit activations.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.grid import Grid
 from .linears import QuantizedLinear
 
 
@@ -30,6 +35,12 @@ def tensors_of(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
     yield "weight_shape", torch.tensor(linear.codes.shape)
 
 
+def integer_tensors_of(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
+    """What ``int-quantized`` stores of a weight on a symmetric grid."""
+    yield "weight", linear.codes.to(torch.int8)
+    yield "weight_scale", exact_scale(linear, linear.dtype)
+
+
 def exact_scale(linear: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     """The scales in another dtype; ValueError where it cannot hold them."""
     scale = linear.scale.to(dtype)
@@ -43,9 +54,21 @@ def exact_scale(linear: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     return scale
 
 
-def quantization_config(linears: dict[str, dict[str, Any]], ignore: list[str]) -> dict[str, Any]:
+def quantization_config(
+    linears: dict[str, dict[str, Any]], ignore: list[str], activations: Grid | None = None
+) -> dict[str, Any]:
     """The entry of config.json. ``linears``: by module name, what `describe` says; ``ignore``: the other linear layers."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    try:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+
+    format, inputs = "pack-quantized", None
+    if activations is not None:
+        format = "int-quantized"
+        inputs = QuantizationArgs(
+            num_bits=activations.bits, type="int", symmetric=activations.symmetric, strategy="token", dynamic=True
+        )
 
     groups: dict[tuple, list[str]] = {}
     for name, fields in linears.items():
@@ -64,11 +87,10 @@ def quantization_config(linears: dict[str, dict[str, Any]], ignore: list[str]) -
                 strategy="channel" if fields["group_size"] == -1 else "group",
                 group_size=None if fields["group_size"] == -1 else fields["group_size"],
             ),
-            format="pack-quantized",
+            input_activations=inputs,
+            format=format,
         )
-    config = QuantizationConfig(
-        config_groups=schemes, format="pack-quantized", quantization_status="compressed", ignore=ignore
-    )
+    config = QuantizationConfig(config_groups=schemes, format=format, quantization_status="compressed", ignore=ignore)
     return config.model_dump(mode="json", exclude_none=True)
 
 

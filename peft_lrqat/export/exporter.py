@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
+from ..quant import Grid
 from ..staging import check_target, whole_directory
 from . import compressed_tensors, gguf, gptq, packed
-from .capabilities import FORMATS, why_not
+from .capabilities import FORMATS, why_not, why_not_activations
 from .card import write_card
 from .linears import QuantizedLinear, lrqat_layers, model_tensors, quantized_linear, widened
 from .stream import ShardWriter
@@ -38,6 +39,7 @@ def export_model(
     adapter_name: str | None = None,
     max_shard_size: int | str = "5GB",
     container_bits: int | None = None,
+    activations: Literal["write", "ignore"] = "write",
     progress: bool = True,
 ) -> Path:
     """Writes the deployed model, integers and scales, into the directory ``path``; returns it.
@@ -53,6 +55,8 @@ def export_model(
         adapter_name: which adapter; left out, the active one.
         max_shard_size: bytes of tensors in a file, or a string such as "5GB"; GGUF is one file.
         container_bits: store integers at this width, which holds more than theirs; for runtimes that read 4 bits, but not 3.
+        activations: what becomes of ``activation_bits`` and ``kv_cache_bits``. ``write``: part of the export, or it is refused.
+            ``ignore``: the weights alone, for a runtime that computes with 16-bit activations or rounds them its own way.
         progress: whether a bar on stderr shows how far it is.
 
     Raises:
@@ -60,7 +64,7 @@ def export_model(
         FileExistsError: ``path`` is not empty.
     """
     check_target(path)
-    layers, adapter_name = _check(model, format, adapter_name, container_bits)
+    layers, adapter_name = _check(model, format, adapter_name, container_bits, activations)
     shard_size = convert_file_size_to_int(max_shard_size)
     with whole_directory(path) as directory:
         bar = tqdm(total=len(layers), desc=f"exporting {format}", unit="layer", disable=not progress)
@@ -68,14 +72,14 @@ def export_model(
             if format == "gguf":
                 summary = gguf.write(model, adapter_name, tokenizer, directory, bar.update)
                 # For transformers: the file says nothing of generation, and not all of a configuration and a tokenizer.
-                _write_config(model, adapter_name, format, {}, directory)
+                _write_config(model, adapter_name, format, {}, None, directory)
             else:
                 summary = _write_safetensors(
-                    model, adapter_name, format, directory, shard_size, container_bits, bar.update
+                    model, adapter_name, format, directory, shard_size, container_bits, activations, bar.update
                 )
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(directory))
-        write_card(directory, model.peft_config[adapter_name], format, summary)
+        write_card(directory, model.peft_config[adapter_name], format, summary, activations)
     return Path(path)
 
 
@@ -90,11 +94,13 @@ def is_untrained(model: PeftModel, adapter_name: str) -> bool:
 
 
 def _check(
-    model: PeftModel, format: str, adapter_name: str | None, container_bits: int | None
+    model: PeftModel, format: str, adapter_name: str | None, container_bits: int | None, activations: str
 ) -> tuple[dict[str, Any], str]:
     """The target layers and the adapter's name; ValueError for what can be refused before anything is computed."""
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, but is {format!r}")
+    if activations not in ("write", "ignore"):
+        raise ValueError(f"`activations` must be one of 'write', 'ignore', but is {activations!r}")
     layers = lrqat_layers(model) if isinstance(model, PeftModel) else {}
     if not layers:
         raise ValueError(
@@ -115,6 +121,10 @@ def _check(
         reason = why_not(format, grid, base.format.scale_dtype, layer.in_features, base.is_conv1d)
         if reason is not None:
             raise ValueError(f"`{name}`: {reason}")
+        if activations == "write":
+            reason = why_not_activations(format, grid, layer.activations[adapter_name], layer.kv_cache[adapter_name])
+            if reason is not None:
+                raise ValueError(f"`{name}`: {reason}. To export the weights alone, use activations='ignore'")
     if format == "gguf" and container_bits is not None:
         raise ValueError(
             "`container_bits` is not for gguf, whose blocks are chosen by the integers they must hold; leave it out"
@@ -131,12 +141,16 @@ def _write_safetensors(
     directory: Path,
     shard_size: int,
     container_bits: int | None,
+    activations: str,
     done: Callable[[int], Any],
 ) -> dict[str, Any]:
     """All formats that transformers' own layout of a directory carries."""
     base = model.get_base_model()
+    inputs = model.peft_config[adapter_name].activation_grid if activations == "write" else None
     tensors_of = {
-        "compressed-tensors": compressed_tensors.tensors_of,
+        "compressed-tensors": (
+            compressed_tensors.tensors_of if inputs is None else compressed_tensors.integer_tensors_of
+        ),
         "gptq": gptq.tensors_of,
         "packed": packed.tensors_of,
         "dequantized": _dequantized,
@@ -160,7 +174,7 @@ def _write_safetensors(
                 writer.write(f"{name}.{kind}", tensor)
             weights += writer.total - before
             done(1)
-    _write_config(model, adapter_name, format, modules, directory)
+    _write_config(model, adapter_name, format, modules, inputs, directory)
     return {"bytes of the quantised weights": weights, "bytes of all tensors": writer.total}
 
 
@@ -169,7 +183,12 @@ def _dequantized(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_config(
-    model: PeftModel, adapter_name: str, format: str, modules: dict[str, dict[str, Any]], directory: Path
+    model: PeftModel,
+    adapter_name: str,
+    format: str,
+    modules: dict[str, dict[str, Any]],
+    inputs: Grid | None,
+    directory: Path,
 ) -> None:
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
@@ -193,7 +212,7 @@ def _write_config(
                 "transformers loads asymmetric compressed-tensors of one width and group size only, but this model has several; "
                 "export it as 'packed' or 'dequantized', or train with symmetric=True"
             )
-        quantization = compressed_tensors.quantization_config(modules, others)
+        quantization = compressed_tensors.quantization_config(modules, others, inputs)
     elif format == "packed":
         quantization = packed.quantization_config(modules)
     elif format == "gptq":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ def _load(path: Path, format: str, model: PeftModel, adapter_name: str) -> tuple
         unpack = GgufConfig(dequantize=True)
         options = {"gguf_file": gguf.FILE, "config": AutoConfig.from_pretrained(path), "quantization_config": unpack}
     config = model.peft_config[adapter_name]
-    if format == "compressed-tensors" and not (config.bits_pattern or config.group_size_pattern):
+    written = json.loads((path / "config.json").read_text(encoding="utf-8")) if format == "compressed-tensors" else {}
+    packs = written.get("quantization_config", {}).get("format") == "pack-quantized"
+    if packs and not (config.bits_pattern or config.group_size_pattern):
         from transformers import CompressedTensorsConfig
 
         # Asymmetric weights load in no other way, and those of several widths not in this one.
