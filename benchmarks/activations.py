@@ -8,6 +8,7 @@ has what there is. ``--minutes``: begin nothing new after that time.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -60,15 +61,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training; left out: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--windows", type=int, help="of the held-out text, the first; left out: all")
     parser.add_argument("--minutes", type=float, default=7, help="begin nothing new after this time")
     parser.add_argument("--output", type=Path, default=Path("activations-output"))
     args = parser.parse_args()
     start = time.monotonic()
     disable_progress_bar()
     experiment = prepare(DemoArguments(model=args.model, steps=args.steps, seed=args.seed, output=str(args.output)))
+    if args.windows is not None:
+        heldout = experiment.heldout[: args.windows * experiment.setup.window]
+        experiment = dataclasses.replace(experiment, heldout=heldout)
     path = args.output / "activations.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    setting = {"model": args.model, "steps": experiment.steps, "seed": args.seed, "threads": torch.get_num_threads()}
+    setting = {
+        "model": args.model,
+        "steps": experiment.steps,
+        "seed": args.seed,
+        "windows": args.windows,
+        "threads": torch.get_num_threads(),
+    }
     if results.setdefault("setting", setting) != setting:
         parser.error(
             f"{path} has figures of {results['setting']}, but these would be of {setting}; give another --output"

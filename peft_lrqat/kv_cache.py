@@ -7,6 +7,8 @@ same token is rounded to the same values whether it comes from the cache or not.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +53,14 @@ def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
             f"{where} {type(model).__name__} does not call attention through transformers' attention interface, which is where "
             "keys and values are rounded; leave `kv_cache_bits` out"
         )
-    for config in _configs(model):
-        name = config._attn_implementation
+    for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        name = part.config._attn_implementation
+        if name in WRAPPED and _asks_for(name, part):
+            other = next(n for n in WRAPPED if n != name)
+            raise ValueError(
+                f"{where} {type(part).__name__} does something of its own where the attention implementation is {name!r}, and "
+                f"would not under another name; load the model with attn_implementation={other!r}"
+            )
         if name not in (*WRAPPED, *WRAPPED.values()):
             raise ValueError(
                 f"{where} the attention implementation is {name!r}, and only {', '.join(map(repr, WRAPPED))} can be wrapped; load "
@@ -80,8 +88,13 @@ def _keeps_cache(attention: nn.Module) -> bool:
     return bool(getattr(attention, "is_decoder", getattr(attention, "is_causal", True)))
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+def _asks_for(name: str, part: PreTrainedModel) -> bool:
+    """Whether the file of a model compares the implementation with a name. transformers looks into such files, too."""
+    try:
+        source = inspect.getsource(sys.modules[type(part).__module__])
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"_attn_implementation [!=]= [\"']{name}[\"']", source) is not None
 
 
 def _wrapped_names(config: PreTrainedConfig, names: dict[str, str] = WRAPPED) -> dict[str, Any]:

@@ -393,6 +393,20 @@ def test_recipe_prints_commands(capsys):
     assert "lrqat export --adapter ADAPTER --format compressed-tensors" in out
 
 
+def test_activations_from_recipe_to_export(base, capsys):
+    assert main(["recipe", "--for", "vllm", "--activation_bits", "8"]) == 0
+    assert "--scale_dtype bfloat16 --activation_bits 8\n" in capsys.readouterr().out
+    train(base, "--bits", "4", "--activation_bits", "8", "--kv_cache_bits", "4", "--activation_symmetric", "True")
+    config = LRQATConfig.from_pretrained("out")
+    assert (config.activation_bits, config.kv_cache_bits, config.activation_symmetric) == (8, 4, True)
+    capsys.readouterr()
+    words = ["export", "--adapter", "out", "--output", "exported"]
+    assert "cannot carry `kv_cache_bits`=4" in refusal(capsys, words)
+    assert not Path("exported").exists()
+    assert main([*words, "--activations", "ignore", "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"] is True
+
+
 def test_an_export_without_a_comparison(base, capsys):
     train(base)
     capsys.readouterr()
@@ -410,6 +424,7 @@ def test_an_export_without_a_comparison(base, capsys):
         (["recipe"], "the following arguments are required: --for"),
         (["recipe", "--for", "onnx"], "invalid choice: 'onnx'"),
         (["recipe", "--for", "vllm", "--bits", "3"], "vllm runs weights of 4, 8 bits, but `bits` is 3"),
+        (["recipe", "--for", "llama.cpp", "--activation_bits", "8"], "llama.cpp rounds activations its own way"),
         (["export", "--output", "out"], "the following arguments are required: --adapter"),
         (["export", "--adapter", "none", "--output", "other"], "none"),
         (["export", "--adapter", "none", "--output", "other", "--format", "onnx"], "invalid choice: 'onnx'"),

@@ -14,7 +14,9 @@ from peft_lrqat.quant import Grid, quantized_tokens
 
 
 DECODERS = ["llama", "mistral", "qwen2", "gemma", "gpt2", "opt", "t5", "classifier"]
-implementations = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+# GPT-2's own file asks whether attention is eager.
+BOTH = [(a, i) for a in DECODERS for i in ("sdpa", "eager") if (a, i) != ("gpt2", "eager")]
+decoders_both_ways = pytest.mark.parametrize(("architecture", "implementation"), BOTH, ids="-".join)
 decoders = pytest.mark.parametrize("architecture", DECODERS)
 
 
@@ -48,8 +50,7 @@ def seen(monkeypatch):
     return calls
 
 
-@decoders
-@implementations
+@decoders_both_ways
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_keys_and_values_lie_on_a_grid_per_token_and_head(
     architecture, implementation, symmetric, make_model, logits_of, seen
@@ -69,8 +70,7 @@ def test_keys_and_values_lie_on_a_grid_per_token_and_head(
     assert all(len(key.flatten().unique()) > 100 for key in others)
 
 
-@decoders
-@implementations
+@decoders_both_ways
 def test_it_is_the_original_attention_on_rounded_keys_and_values(
     architecture, implementation, make_model, logits_of, monkeypatch
 ):
@@ -95,8 +95,7 @@ def test_merged_is_trained_bit_for_bit(architecture, make_model, logits_of):
     assert torch.equal(logits_of(copy.deepcopy(model), architecture), trained)
 
 
-@implementations
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(("architecture", "implementation"), [c for c in BOTH if c[0] in ("llama", "gpt2", "t5")])
 def test_generating_with_a_cache_changes_nothing(architecture, implementation, make_model, batch_for):
     model = make_model(architecture, implementation, kv_cache_bits=4)
     ids = batch_for(architecture)["input_ids"]
@@ -198,7 +197,19 @@ def test_implementation_that_cannot_be_wrapped_is_refused(implementation, make_b
     assert {name: type(module) for name, module in base.named_modules()} == before
 
 
+def test_model_that_asks_for_the_name_is_refused(make_base, make_config):
+    base = make_base("gpt2")
+    base.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"GPT2.* does something of its own .* is 'eager'.*attn_implementation='sdpa'"):
+        get_peft_model(base, make_config("gpt2", kv_cache_bits=4))
+    base.set_attn_implementation("sdpa")
+    get_peft_model(base, make_config("gpt2", kv_cache_bits=4))
+
+
 def test_model_without_the_interface_is_refused():
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match="BloomForCausalLM does not call attention through"):
+        get_peft_model(bloom, LRQATConfig(target_modules="all-linear", kv_cache_bits=4))
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(
         ValueError, match="Sequential does not call attention through transformers' attention interface"

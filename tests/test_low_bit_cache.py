@@ -51,7 +51,7 @@ def generate(model, ids, **options):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "gemma"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gemma"])
 def test_generation_is_the_simulated_one_bit_for_bit(
     architecture, bits, symmetric, implementation, make_model, batch_for, dtype
 ):
@@ -63,6 +63,13 @@ def test_generation_is_the_simulated_one_bit_for_bit(
     assert all(type(layer) is LowBitCacheLayer for layer in cache.layers)
     assert torch.equal(real.sequences, simulated.sequences)
     assert all(map(torch.equal, real.logits, simulated.logits))
+
+
+def test_generation_of_gpt2(make_model, batch_for):
+    model = make_model("gpt2", kv_cache_bits=4)
+    ids = batch_for("gpt2")["input_ids"]
+    real = generate(model, ids, past_key_values=low_bit_cache(model))
+    assert all(map(torch.equal, real.logits, generate(model, ids).logits))
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
@@ -137,19 +144,14 @@ def test_nothing_to_keep_in_low_bits_is_refused(make_model):
         low_bit_cache(make_model("t5", kv_cache_bits=4))
 
 
-# transformers' own low-bit caches, where their packages are installed. The same groups: one token of one head.
-BACKENDS = {"quanto": ("optimum.quanto", 0), "hqq": ("hqq", 1)}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_of_transformers_come_within_a_step(backend, make_model, batch_for):
-    """They do not stretch a range to zero, keep unrounded zero points (HQQ tunes them), and compute in the model's dtype."""
-    package, axis = BACKENDS[backend]
-    if find_spec(package.partition(".")[0]) is None or find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+# transformers' own low-bit cache with the same groups, one token of one head; where its package is installed. (Its other backend,
+# quanto, compiles an extension at the first use.)
+@pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
+def test_hqq_of_transformers_comes_within_a_step(make_model):
+    """It does not stretch a range to zero, tunes unrounded zero points, and keeps the newest tokens in the model's dtype."""
     model = make_model(kv_cache_bits=4)
-    options = {"nbits": 4, "q_group_size": 8, "axis_key": axis, "axis_value": axis, "residual_length": 1}
-    cache = QuantizedCache(backend, model.config, **options)
+    options = {"nbits": 4, "q_group_size": 8, "axis_key": 1, "axis_value": 1, "residual_length": 1}
+    cache = QuantizedCache("hqq", model.config, **options)
     ids = torch.randint(3, 96, (1, 24))
     with torch.no_grad():
         states = model(input_ids=ids, use_cache=True).past_key_values
@@ -160,15 +162,14 @@ def test_backends_of_transformers_come_within_a_step(backend, make_model, batch_
                 step = (x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)) / 15
                 difference = (real._dequantize(theirs) - ours).abs() / step
                 assert difference.max() <= 1.01
-                print(backend, "largest difference in steps", difference.max().item(), "mean", difference.mean().item())
+                assert difference.mean() <= 0.4
     simulated = generate(model, ids, max_new_tokens=8)
-    real = generate(model, ids, max_new_tokens=8, past_key_values=QuantizedCache(backend, model.config, **options))
+    real = generate(model, ids, max_new_tokens=8, past_key_values=QuantizedCache("hqq", model.config, **options))
     spread = simulated.logits[0].std()
     # Compared as long as the tokens are the same.
     for a, b, one, other in zip(
         simulated.sequences[0, 24:], real.sequences[0, 24:], simulated.logits, real.logits, strict=True
     ):
-        print(backend, "largest difference of a logit", (one - other).abs().max().item(), "spread", spread.item())
-        assert (one - other).abs().max() < spread
+        assert (one - other).abs().max() < 0.3 * spread
         if a != b:
             break
