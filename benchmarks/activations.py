@@ -38,12 +38,15 @@ def measure(experiment: Experiment, method: str, fields: dict) -> dict:
     base, _ = load_base(str(experiment.base), experiment.setup.dtype)
     config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=4, **fields)
     model: PeftModel = get_peft_model(base, config)
-    seconds = 0.0
+    setup, seconds, rates = experiment.setup, 0.0, {}
     if method != "RTN":
+        rates = {"scales": setup.scales_only_learning_rate}
         if method == "scales only":
             freeze_factors(model)
+        else:
+            rates = {"factors": setup.learning_rate, "scales": setup.scale_learning_rate}
         seconds, _ = experiment.train(model, method, scales_only=method == "scales only")
-    return {"perplexity": experiment.perplexity(model), "seconds": seconds}
+    return {"perplexity": experiment.perplexity(model), "seconds": seconds, "rates": rates}
 
 
 def table(results: dict) -> str:
@@ -60,6 +63,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--steps", type=int, help="of training; left out: the demo's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--learning_rates", type=float, nargs=2, help="of LR-QAT's factors and scales; left out: the demo's"
+    )
     parser.add_argument("--rows", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--windows", type=int, help="of the held-out text, the first; left out: all")
     parser.add_argument("--minutes", type=float, default=7, help="begin nothing new after this time")
@@ -68,6 +74,9 @@ def main() -> None:
     start = time.monotonic()
     disable_progress_bar()
     experiment = prepare(DemoArguments(model=args.model, steps=args.steps, seed=args.seed, output=str(args.output)))
+    if args.learning_rates is not None:
+        rates = dict(zip(("learning_rate", "scale_learning_rate"), args.learning_rates, strict=True))
+        experiment = dataclasses.replace(experiment, setup=dataclasses.replace(experiment.setup, **rates))
     if args.windows is not None:
         heldout = experiment.heldout[: args.windows * experiment.setup.window]
         experiment = dataclasses.replace(experiment, heldout=heldout)
