@@ -29,10 +29,12 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return resident("VmHWM")
 
 
-def in_own_process(script: str, *arguments: str) -> Any:
-    """What ``script`` prints last, read as JSON."""
-    # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+def in_own_process(script: str, *arguments: str, for_memory: bool = True) -> Any:
+    """What ``script`` prints last, read as JSON; ``for_memory``: with an allocator that gives back at once, which takes time."""
+    env = dict(os.environ)
+    if for_memory:
+        # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-W", "ignore", script, *arguments]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])

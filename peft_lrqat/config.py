@@ -66,7 +66,7 @@ class LRQATConfig(PeftConfig):
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
-        metadata={"help": "Index or indices of the layers to work on; with target_modules as a list or 'all-linear'."},
+        metadata={"help": "Index or indices of the layers to work on; with target_modules as a list of names."},
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None,
@@ -263,11 +263,11 @@ class LRQATConfig(PeftConfig):
         if layers is not None:
             for index in layers if isinstance(layers, list | tuple | set) else [layers]:
                 _check_integer("layers_to_transform", index, 0)
-        one_pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if one_pattern and self.layers_to_transform is not None:
+        if isinstance(self.target_modules, str) and layers is not None:
+            # One expression is matched as it is, and 'all-linear' becomes full names, which PEFT takes whatever their layer.
             raise ValueError(
-                "`layers_to_transform` needs `target_modules` as a list of names or 'all-linear', but it is one regular "
-                f"expression, {self.target_modules!r}"
+                "`layers_to_transform` needs `target_modules` as a list of names, such as ['q_proj', 'down_proj'], but it is "
+                f"{self.target_modules!r}"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: it only says where its indices count")

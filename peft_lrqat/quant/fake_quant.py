@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 
 from . import low_rank
 from .activations import quantized_tokens
-from .blocks import column_chunks, row_blocks, row_chunks
+from .blocks import MAX_BLOCK_ELEMENTS, column_chunks, row_blocks, row_chunks
 from .clipped import MAX_COUNT, MAX_SHARE, add_sparse_product, find_clipped, sampled_product
 from .grid import Grid, effective_scale
 from .low_rank import LowRankWeight
@@ -119,16 +119,27 @@ def _step(w: LowRankWeight) -> Tensor:
     return effective_scale(w.scale.to(torch.promote_types(torch.float32, w.scale.dtype)), w.format.scale_dtype)
 
 
-def _scale_gradient(w: LowRankWeight, tokens_y: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """``sum_n gy * y0 / s`` for one scale per row: (tokens, out) twice -> (out, 1)."""
+def _scale_gradient(w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """``sum_n gy * y0 / s`` for one scale per row, (out, 1); of (tokens, out) twice, and of the input where a row needs G."""
     step = _step(w)
     total = torch.zeros(y.shape[1], dtype=torch.promote_types(y.dtype, step.dtype), device=y.device)
+    largest = torch.zeros_like(total)
     for tokens in row_blocks(*y.shape, y.device):
         y0 = y[tokens].to(total.dtype)
         if bias is not None:
             y0 = y0 - bias
+            largest = torch.maximum(largest, y0.abs().amax(0))
         total += (y0 * tokens_y[tokens]).sum(0)
-    return total.unsqueeze(1) / step
+    gradient = total.unsqueeze(1) / step
+    # Rows of which too little is left in y: near zero, as of a row of zeros, or drowned by their bias.
+    lost = step.squeeze(1) < max(torch.finfo(w.dtype).tiny, 2**20 * torch.finfo(torch.float32).tiny)
+    if bias is not None:
+        lost |= largest < 2**10 * torch.finfo(y.dtype).eps * bias.abs()
+    for rows in lost.nonzero().squeeze(1).split(max(1, MAX_BLOCK_ELEMENTS // w.shape[1])):
+        _, codes, _ = low_rank.tile(w, rows)
+        grad_weight = tokens_y[:, rows].T @ tokens_x
+        gradient[rows] = codes.mul_(grad_weight.to(codes.dtype)).sum(1, keepdim=True).to(gradient.dtype)
+    return gradient
 
 
 def _dense_columns(
@@ -182,7 +193,7 @@ def _add_gradients(
     if chunks:
         _add_by_factors(to, w, tokens_y, tokens_x, chunks, places)
     if to.scale is not None and y is not None:
-        to.scale.add_(_scale_gradient(w, tokens_y, y, bias))
+        to.scale.add_(_scale_gradient(w, tokens_y, tokens_x, y, bias))
 
 
 def _write_counter(y: Tensor) -> Tensor:

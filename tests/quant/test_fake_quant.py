@@ -242,6 +242,23 @@ def test_a_large_bias_does_not_drown_the_scales_gradient():
     torch.testing.assert_close(found, without, rtol=0, atol=0.02 * without.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_rows_that_leave_nothing_in_the_result_get_their_scales_gradient(biased, dtype):
+    """A row of zeros has the smallest of all steps; its integers may move all the same."""
+    w = make(4, True, -1, "fixed8", dtype=torch.promote_types(dtype, torch.float32))
+    object.__setattr__(w, "dtype", dtype)
+    with torch.no_grad():
+        w.scale[2], w.scale[5] = 0.0, -0.3
+        w.scale[7] = 1e-5
+    x, upstream = torch.randn(64, IN, dtype=dtype), torch.randn(64, OUT, dtype=dtype)
+    bias = torch.full((OUT,), 3.0, dtype=dtype) if biased else None
+    (found,) = gradients(x, w, bias, upstream)[-1:]
+    (expected,) = gradients(x.to(w.A.dtype), w, None, upstream.to(w.A.dtype), layer=plain)[-1:]
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-3}.get(dtype, 0.02)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
 def test_checkpointing_keeps_nothing_and_gives_the_same():
     w = make(3, True, -1, "fixed8", dtype=torch.float32, spread=2.0)
     x = torch.randn(6, IN, requires_grad=True)
