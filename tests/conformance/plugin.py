@@ -20,8 +20,8 @@ import torch
 import yaml
 from models import make_models
 
-from peft_lrqat import LRQATConfig
-from peft_lrqat.quant import low_rank
+from peft_lrqat import LRQATConfig, downcast
+from peft_lrqat.quant import Grid, estimate_range, low_rank
 
 
 MODEL_FOLDER = "models"  # beside PEFT's `tests`, where pytest runs
@@ -113,6 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _set_defaults(LRQATConfig, STORAGE[storage])
     if storage == "lossless":
         low_rank.tile = _tile_without_rounding
+        downcast.estimate_range = _range_of_a_power_of_two
     if importlib.util.find_spec("diffusers") is None:
         stub = types.ModuleType("diffusers")
         stub.__getattr__ = lambda name: type(name, (), {})
@@ -130,6 +131,12 @@ def _set_defaults(cls: type, values: dict[str, Any]) -> None:
     init = cls.__init__
     names = inspect.getfullargspec(init).args[-len(init.__defaults__) :]
     init.__defaults__ = tuple(values.get(name, old) for name, old in zip(names, init.__defaults__, strict=True))
+
+
+def _range_of_a_power_of_two(weight: torch.Tensor, grid: Grid, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the place of ``estimate_range``: steps by which a weight is divided and multiplied without rounding."""
+    scale, zero_point = estimate_range(weight, grid, **options)
+    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent), zero_point
 
 
 def _tile_without_rounding(
