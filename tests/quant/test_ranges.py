@@ -55,13 +55,15 @@ def test_lp_finds_the_best_candidate_of_an_exhaustive_search():
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 2.4, 4.0, 8.0])
 @pytest.mark.parametrize("group_size", [-1, 16])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_search_may_stop_early(bits, group_size, p, monkeypatch):
-    """Where clipping alone costs more than the best so far, no smaller share wins."""
-    weight, grid = torch.randn(24, 256) * torch.rand(24, 1), Grid(bits=bits, group_size=group_size)
-    stopped = estimate(weight, grid, "lp", "bfloat16", p)
+def test_shares_that_are_passed_over_would_not_win(bits, symmetric, group_size, p, monkeypatch):
+    """Where clipping alone costs more than the best so far."""
+    weight = torch.randn(24, 256) * torch.rand(24, 1) + 0.3 * torch.rand(24, 1)
+    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
+    found = estimate(weight, grid, "lp", "bfloat16", p)
     monkeypatch.setattr(ranges, "_clipping_loss", lambda *_: torch.zeros(1))
-    assert all(map(torch.equal, stopped, estimate(weight, grid, "lp", "bfloat16", p)))
+    assert all(map(torch.equal, found, estimate(weight, grid, "lp", "bfloat16", p)))
 
 
 @pytest.mark.parametrize("estimator", ["minmax", "lp"])
