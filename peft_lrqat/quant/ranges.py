@@ -54,12 +54,10 @@ def _power(error: Tensor, p: float) -> Tensor:
     return error.abs_().double().pow_(p)
 
 
-def _clipping_loss(
-    extremes: tuple[Tensor, Tensor], step: Tensor, offset: Tensor, unit: Tensor, grid: Grid, p: float
-) -> Tensor:
-    """What clipping a few of the largest and least weights alone costs, (rows, groups), float64."""
+def _clipping_loss(extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float) -> Tensor:
+    """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows, groups), float64."""
     largest, least = extremes
-    excess = torch.cat([largest - (grid.qmax - offset) * step, (grid.qmin - offset) * step - least], -1)
+    excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1)
     return excess.clamp_(min=0).div_(unit).double().pow_(p).sum(-1)
 
 
@@ -70,15 +68,15 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
     unit = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     best_scale, best_zero_point = _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
     best_loss = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
-    few = min(16, groups.shape[-1])
+    few = min(16, -(-groups.shape[-1] // 64))
     extremes = groups.topk(few).values, groups.topk(few, largest=False).values
     coordinate, rounded = torch.empty_like(groups), torch.empty_like(groups)
     for share in SEARCH_SHARES:
         scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
         step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
-        # A share that loses by this part of its error alone need not be tried; the margin is far above any rounding.
-        if (_clipping_loss(extremes, step, offset, unit, grid, p) > 1.001 * best_loss).all():
-            continue
+        # It only grows as the share shrinks; the margin is far above any rounding.
+        if grid.symmetric and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all():
+            break
         torch.div(groups, step, out=coordinate)
         if grid.symmetric:
             torch.round(coordinate, out=rounded).clamp_(grid.qmin, grid.qmax)
