@@ -12,7 +12,6 @@ and with the pass-through estimator (``LRQATConfig(clipped_gradient="pass_throug
 
 import argparse
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from peft_lrqat import LRQATLayer
-from peft_lrqat.cli import load_base, make_trainer
+from peft_lrqat.cli import load_base
 from peft_lrqat.demo.run import SETUPS, DemoArguments, prepare
 from peft_lrqat.quant import inspect_rows
-from peft_lrqat.trainer import LRQATTrainingArguments
 
 
 def main() -> None:
@@ -53,22 +51,7 @@ def main() -> None:
 def one_run(demo, bits: int, gradient: str, seed: int) -> dict[str, float]:
     model = demo.adapted(bits, clipped_gradient=gradient)
     before = clipped_share(model)
-    options = LRQATTrainingArguments(
-        output_dir=str(demo.output),
-        max_steps=demo.steps,
-        per_device_train_batch_size=demo.setup.batch_size,
-        learning_rate=demo.setup.learning_rate,
-        scale_learning_rate=demo.setup.scale_learning_rate,
-        seed=seed,
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        report_to=[],
-    )
-    trainer = make_trainer(model, demo.tokenizer, options, demo.train_set)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    seconds, _ = demo.train(model, f"{bits} bits, {gradient}", scales_only=False)
     return {
         "steps": demo.steps,
         "tokens": demo.steps * demo.setup.batch_size * demo.setup.window,

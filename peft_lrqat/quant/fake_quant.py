@@ -10,7 +10,7 @@ at a time: by rows in the forward pass, by columns in the backward pass, so that
 
 With one scale per row, G is not needed (exactly; y0 is the output without bias):
 
-    dB = gamma * s * gy.T @ (x @ A.T),  dA = gamma * ((gy @ (s * B)).T @ x,  less G at the clipped entries;  ds = sum_n gy * y0 / s
+    dB = gamma * s * gy.T @ (x @ A.T),  dA = gamma * (gy @ (s * B)).T @ x,  less G at the clipped entries;  ds = sum_n gy * y0 / s
 
 These take y, kept from the forward pass. G is formed, a chunk at a time, where rows are divided into groups; where many
 weights are clipped; where y was overwritten since, or its bias is rounded into it in half precision; and inside a graph of
