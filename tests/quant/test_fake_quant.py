@@ -198,7 +198,7 @@ def test_chunks_and_clipped_entries_give_the_formulas_gradients(
     expected = gradients(x, w, upstream=upstream, layer=plain)
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 40 * 8 * 16)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr("peft_lrqat.quant.fake_quant.MAX_SHARE", max_share)
+    monkeypatch.setattr("peft_lrqat.quant.gradients.MAX_SHARE", max_share)
     monkeypatch.setattr(clipped, "PART_BYTES", 512)
     torch.testing.assert_close(fake_quant_linear(x, w), plain(x, w), rtol=1e-12, atol=1e-12)
     found = gradients(x, w, upstream=upstream)
