@@ -19,8 +19,8 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.cli import load_base
 from peft_lrqat.demo.run import DemoArguments, Experiment, freeze_factors, prepare
+from peft_lrqat.trainer.pipeline import load_base
 
 
 SCHEMES = {
@@ -54,29 +54,48 @@ def table(results: dict) -> str:
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for scheme in SCHEMES:
         cells = [results.get(f"{scheme} {method}") for method in METHODS]
-        lines.append(f"| {scheme} | " + " | ".join(f"{c['perplexity']:.2f}" if c else "" for c in cells) + " |")
+        lines.append(
+            f"| {scheme} | "
+            + " | ".join(f"{c['perplexity']:.2f}" if c else "" for c in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--steps", type=int, help="of training; left out: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--learning_rates", type=float, nargs=2, help="of LR-QAT's factors and scales; left out: the demo's"
+        "--learning_rates",
+        type=float,
+        nargs=2,
+        help="of LR-QAT's factors and scales; left out: the demo's",
     )
     parser.add_argument("--rows", nargs="+", choices=SCHEMES, default=list(SCHEMES))
-    parser.add_argument("--windows", type=int, help="of the held-out text, the first; left out: all")
-    parser.add_argument("--minutes", type=float, default=7, help="begin nothing new after this time")
+    parser.add_argument(
+        "--windows", type=int, help="of the held-out text, the first; left out: all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7, help="begin nothing new after this time"
+    )
     parser.add_argument("--output", type=Path, default=Path("activations-output"))
     args = parser.parse_args()
     start = time.monotonic()
     disable_progress_bar()
-    experiment = prepare(DemoArguments(model=args.model, steps=args.steps, seed=args.seed, output=str(args.output)))
+    experiment = prepare(
+        DemoArguments(model=args.model, steps=args.steps, seed=args.seed, output=str(args.output))
+    )
     if args.learning_rates is not None:
-        rates = dict(zip(("learning_rate", "scale_learning_rate"), args.learning_rates, strict=True))
-        experiment = dataclasses.replace(experiment, setup=dataclasses.replace(experiment.setup, **rates))
+        rates = dict(
+            zip(("learning_rate", "scale_learning_rate"), args.learning_rates, strict=True)
+        )
+        experiment = dataclasses.replace(
+            experiment, setup=dataclasses.replace(experiment.setup, **rates)
+        )
     if args.windows is not None:
         heldout = experiment.heldout[: args.windows * experiment.setup.window]
         experiment = dataclasses.replace(experiment, heldout=heldout)

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from peft_lrqat import LRQATConfig
 from peft_lrqat.demo import model_path
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
-from peft_lrqat.trainer.callback import LRQATCallback
+from peft_lrqat.trainer.figures import LRQATCallback
 
 
 SMOLLM2_SHAPE = {
@@ -42,14 +42,21 @@ def smollm2_shape():
     return LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(torch.bfloat16)
 
 
-MODELS = {"demo": (demo_model, 8, 256, 60), "smollm2": (smollm2_shape, 4, 512, 11)}  # batch, tokens, steps
+MODELS = {
+    "demo": (demo_model, 8, 256, 60),
+    "smollm2": (smollm2_shape, 4, 512, 11),
+}  # batch, tokens, steps
 
 
 def measured(name: str) -> str:
     make, batch, length, steps = MODELS[name]
-    model = get_peft_model(make(), LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=3))
+    model = get_peft_model(
+        make(), LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=3)
+    )
     vocabulary = model.config.vocab_size
-    ids = torch.randint(3, vocabulary, (batch * steps, length), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        3, vocabulary, (batch * steps, length), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     with tempfile.TemporaryDirectory() as directory:
         args = LRQATTrainingArguments(
@@ -61,7 +68,9 @@ def measured(name: str) -> str:
             report_to=[],
         )
         trainer = LRQATTrainer(model=model, args=args, train_dataset=rows)
-        (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LRQATCallback))
+        (callback,) = (
+            c for c in trainer.callback_handler.callbacks if isinstance(c, LRQATCallback)
+        )
         spent = []
         measure = callback.measure
 
@@ -84,7 +93,9 @@ def measured(name: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     disable_progress_bar()
     set_verbosity_error()

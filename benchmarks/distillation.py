@@ -14,39 +14,59 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from peft_lrqat.cli import load_base, make_trainer
 from peft_lrqat.demo.run import SETUPS, DemoArguments, prepare
 from peft_lrqat.trainer import LRQATTrainingArguments
+from peft_lrqat.trainer.pipeline import load_base, make_trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted(SETUPS), default="tiny")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="distillation_weight")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="distillation_temperature")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0], help="distillation_weight"
+    )
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[1.0], help="distillation_temperature"
+    )
     parser.add_argument("--steps", type=int, help="left out: as in the demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--learning_rates", type=float, nargs=2, help="of the factors, of the scales; left out: the demo's"
+        "--learning_rates",
+        type=float,
+        nargs=2,
+        help="of the factors, of the scales; left out: the demo's",
     )
-    parser.add_argument("--factor_max_grad_norm", type=float, default=0.01, help="as in LRQATTrainingArguments")
     parser.add_argument(
-        "--output", default="distillation-benchmark", help="directory for the base model and the results"
+        "--factor_max_grad_norm", type=float, default=0.01, help="as in LRQATTrainingArguments"
+    )
+    parser.add_argument(
+        "--output",
+        default="distillation-benchmark",
+        help="directory for the base model and the results",
     )
     args = parser.parse_args()
     disable_progress_bar()
     set_verbosity_error()
 
     for seed in args.seeds:
-        demo = prepare(DemoArguments(model=args.model, steps=args.steps, output=args.output, seed=seed))
+        demo = prepare(
+            DemoArguments(model=args.model, steps=args.steps, output=args.output, seed=seed)
+        )
         rates = args.learning_rates or (demo.setup.learning_rate, demo.setup.scale_learning_rate)
         base, _ = load_base(str(demo.base), demo.setup.dtype)
-        print(f"{args.model}, seed {seed}, unquantised: perplexity {demo.perplexity(base):.3f}", flush=True)
+        print(
+            f"{args.model}, seed {seed}, unquantised: perplexity {demo.perplexity(base):.3f}",
+            flush=True,
+        )
         for bits in args.bits:
             for weight in args.weights:
                 for temperature in args.temperatures if weight else args.temperatures[:1]:
-                    row = one_run(demo, bits, weight, temperature, rates, seed, args.factor_max_grad_norm)
+                    row = one_run(
+                        demo, bits, weight, temperature, rates, seed, args.factor_max_grad_norm
+                    )
                     print(json.dumps(row), flush=True)
                     with open(Path(args.output) / "results.jsonl", "a") as file:
                         file.write(json.dumps({"model": args.model, **row}) + "\n")

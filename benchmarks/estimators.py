@@ -19,26 +19,37 @@ import torch
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from peft_lrqat import LRQATLayer
-from peft_lrqat.cli import load_base
 from peft_lrqat.demo.run import SETUPS, DemoArguments, prepare
 from peft_lrqat.quant import inspect_rows
+from peft_lrqat.trainer.pipeline import load_base
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted(SETUPS), default="tiny")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--steps", type=int, help="left out: as in the demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--gradients", nargs="+", default=["zero", "pass_through"])
-    parser.add_argument("--output", default="estimator-benchmark", help="directory for the base model and the results")
+    parser.add_argument(
+        "--output",
+        default="estimator-benchmark",
+        help="directory for the base model and the results",
+    )
     args = parser.parse_args()
     disable_progress_bar()
     set_verbosity_error()
     for seed in args.seeds:
-        demo = prepare(DemoArguments(model=args.model, steps=args.steps, output=args.output, seed=seed))
+        demo = prepare(
+            DemoArguments(model=args.model, steps=args.steps, output=args.output, seed=seed)
+        )
         base, _ = load_base(str(demo.base), demo.setup.dtype)
-        print(f"{args.model}, seed {seed}, unquantised: perplexity {demo.perplexity(base):.3f}", flush=True)
+        print(
+            f"{args.model}, seed {seed}, unquantised: perplexity {demo.perplexity(base):.3f}",
+            flush=True,
+        )
         for bits in args.bits:
             for gradient in args.gradients:
                 row = {"model": args.model, "bits": bits, "gradient": gradient, "seed": seed}

@@ -25,8 +25,8 @@ from peft import get_peft_model
 from peft_lrqat import LRQATConfig
 from peft_lrqat.demo.smollm2 import load_smollm2
 from peft_lrqat.export import export_model, ggml
-from peft_lrqat.export.capabilities import FORMATS
 from peft_lrqat.export.linears import lrqat_layers
+from peft_lrqat.formats.capabilities import FORMATS
 from peft_lrqat.quant.packing import packed_bytes
 
 
@@ -51,7 +51,11 @@ def formula(format: str, bits: int, layers: list) -> int:
 
 
 def resident(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -62,17 +66,23 @@ def measure(format: str, bits: int, group_size: int) -> dict:
     model = get_peft_model(model, config).eval()
     with tempfile.TemporaryDirectory() as folder:
         # Imports of the first time belong to no export, and what it freed must not be there for the second.
-        export_model(model, Path(folder, "first"), format=format, tokenizer=tokenizer, progress=False)
+        export_model(
+            model, Path(folder, "first"), format=format, tokenizer=tokenizer, progress=False
+        )
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
-        path = export_model(model, Path(folder, "second"), format=format, tokenizer=tokenizer, progress=False)
+        path = export_model(
+            model, Path(folder, "second"), format=format, tokenizer=tokenizer, progress=False
+        )
         seconds = time.perf_counter() - start
         layers = list(lrqat_layers(model).values())
         card = (path / "README.md").read_text()
-        (weights,) = (line for line in card.splitlines() if "bytes of the quantised weights" in line)
+        (weights,) = (
+            line for line in card.splitlines() if "bytes of the quantised weights" in line
+        )
         return {
             "format": format,
             "formula": formula(format, bits, layers),
@@ -85,7 +95,9 @@ def measure(format: str, bits: int, group_size: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=32)
     parser.add_argument("--format", choices=FORMATS, help="this one alone, printed as JSON")
@@ -97,15 +109,29 @@ def main() -> None:
         "| format | formula, MB | weights, MB | directory, MB | s | peak above the model, MB |\n|---|---|---|---|---|---|"
     )
     for format in FORMATS:
-        command = [sys.executable, __file__, "--bits", str(args.bits), "--group_size", str(args.group_size)]
-        done = subprocess.run([*command, "--format", format], capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            __file__,
+            "--bits",
+            str(args.bits),
+            "--group_size",
+            str(args.group_size),
+        ]
+        done = subprocess.run(
+            [*command, "--format", format], capture_output=True, text=True, check=False
+        )
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
         if not lines:
             print(f"| {format} | {done.stderr.strip().splitlines()[-1]} | | | | |")
             continue
         found = json.loads(lines[0].removeprefix("RESULT"))
-        sizes = " | ".join(f"{found[name] / MB:.2f}" for name in ("formula", "weights", "directory"))
-        print(f"| {format} | {sizes} | {found['seconds']:.1f} | {found['above'] / MB:.1f} |", flush=True)
+        sizes = " | ".join(
+            f"{found[name] / MB:.2f}" for name in ("formula", "weights", "directory")
+        )
+        print(
+            f"| {format} | {sizes} | {found['seconds']:.1f} | {found['above'] / MB:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

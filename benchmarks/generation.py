@@ -22,7 +22,9 @@ from peft_lrqat.demo.smollm2 import load_smollm2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -30,7 +32,9 @@ def main() -> None:
     set_verbosity_error()
     torch.manual_seed(0)
     plain, _ = load_smollm2(torch.bfloat16)
-    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=4, init_weights=False)
+    config = LRQATConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", bits=4, init_weights=False
+    )
     held = get_peft_model(copy.deepcopy(plain), config).eval()
     anew = copy.deepcopy(held)
     anew.base_model.set_cache_limit(0)
@@ -51,7 +55,10 @@ def main() -> None:
         for name, model in models.items():
             start = time.perf_counter()
             texts[name] = model.generate(
-                input_ids=ids, do_sample=False, max_new_tokens=args.tokens, min_new_tokens=args.tokens
+                input_ids=ids,
+                do_sample=False,
+                max_new_tokens=args.tokens,
+                min_new_tokens=args.tokens,
             )
             if round_:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
@@ -62,7 +69,9 @@ def main() -> None:
     reference = statistics.median(seconds["plain"])
     for name, found in seconds.items():
         median = statistics.median(found)
-        print(f"{name:16} {args.tokens / median:6.1f} tokens/s, {median / reference:5.2f} times the plain model's time")
+        print(
+            f"{name:16} {args.tokens / median:6.1f} tokens/s, {median / reference:5.2f} times the plain model's time"
+        )
     print(f"held: {held.base_model._cache.bytes / 2**20:.0f} MiB of weights")
 
 

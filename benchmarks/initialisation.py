@@ -30,7 +30,9 @@ BLOCK_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 
 
 def make_block() -> nn.Module:
-    block = nn.ModuleList(nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16) for rows, columns in BLOCK_7B)
+    block = nn.ModuleList(
+        nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16) for rows, columns in BLOCK_7B
+    )
     for linear in block:
         nn.init.normal_(linear.weight, std=0.02)
     return nn.ModuleDict({"block": block})
@@ -52,7 +54,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         symmetric=not args.asymmetric,
         range_estimator=args.range_estimator,
     )
-    weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    weights = sum(
+        m.weight.numel()
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n != "lm_head"
+    )
     before, seconds = resident(), []
 
     def run() -> None:
@@ -65,7 +71,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group_size", type=int, default=-1)
@@ -78,11 +86,14 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.models[0], args)))
         return
-    print(f"{torch.get_num_threads()} threads, {args.bits} bits, group size {args.group_size}, {args.range_estimator}")
+    print(
+        f"{torch.get_num_threads()} threads, {args.bits} bits, group size {args.group_size}, {args.range_estimator}"
+    )
     rest = [word for word in sys.argv[1:] if word not in ("--models", *MODELS)]
     for name in args.models:
         timed, measured = (
-            in_own_process(__file__, *rest, "--models", name, "--child", for_memory=memory) for memory in (False, True)
+            in_own_process(__file__, *rest, "--models", name, "--child", for_memory=memory)
+            for memory in (False, True)
         )
         print(
             f"{name:8} {timed['weights'] / 1e6:6.0f} million weights: {timed['seconds']:6.1f} s for all, "

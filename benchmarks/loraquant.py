@@ -37,10 +37,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from peft_lrqat.demo.smollm2 import load_smollm2
 from peft_lrqat.demo.text import load_topics
 from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
-from peft_lrqat.loraquant.groups import quantize_midrise, quantize_rtn
-from peft_lrqat.loraquant.svd import squared_error, squared_norm
-from peft_lrqat.metrics import evaluate_perplexity
+from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
+from peft_lrqat.quant.factors.svd import squared_error, squared_norm
 from peft_lrqat.quant.packing import packed_bytes
+from peft_lrqat.trainer.metrics import evaluate_perplexity
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -57,7 +57,11 @@ class Style:
     score = "perplexity"
 
     def __init__(self, path: str | None, tokenizer, steps: int, batch_size: int) -> None:
-        texts = ["\n\n".join(load_topics(split)) for split in ("train", "heldout")] if path is None else [read(path)]
+        texts = (
+            ["\n\n".join(load_topics(split)) for split in ("train", "heldout")]
+            if path is None
+            else [read(path)]
+        )
         ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
         if len(ids) == 1:
             ids = [ids[0][:-HELD_OUT], ids[0][-HELD_OUT:]]
@@ -68,7 +72,9 @@ class Style:
         self.options = {"per_device_train_batch_size": batch_size, "max_steps": steps}
 
     def measure(self, model) -> float:
-        return evaluate_perplexity(model, self.held_out, window=BLOCK, batch_size=4, progress=False)["perplexity"]
+        return evaluate_perplexity(
+            model, self.held_out, window=BLOCK, batch_size=4, progress=False
+        )["perplexity"]
 
 
 class Task:
@@ -78,7 +84,8 @@ class Task:
 
     def __init__(self, path: str, tokenizer, steps: int, batch_size: int) -> None:
         train, dev = (
-            load_dataset("csv", data_files=p, delimiter="\t", quoting=3, split="train") for p in path.split(",")
+            load_dataset("csv", data_files=p, delimiter="\t", quoting=3, split="train")
+            for p in path.split(",")
         )
         self.words = torch.tensor([tokenizer(word)["input_ids"][0] for word in WORDS])
 
@@ -88,9 +95,13 @@ class Task:
             return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
         self.train_set = (
-            train.shuffle(seed=0).select(range(8 * batch_size * steps)).map(encode, remove_columns=train.column_names)
+            train.shuffle(seed=0)
+            .select(range(8 * batch_size * steps))
+            .map(encode, remove_columns=train.column_names)
         )
-        self.held_out = dev.shuffle(seed=0).select(range(1000)).map(encode, remove_columns=dev.column_names)
+        self.held_out = (
+            dev.shuffle(seed=0).select(range(1000)).map(encode, remove_columns=dev.column_names)
+        )
         self.held_out = sorted(self.held_out, key=lambda row: len(row["input_ids"]))
         self.collate = DataCollatorForSeq2Seq(tokenizer)
         self.options = {"per_device_train_batch_size": 8 * batch_size, "max_steps": steps}
@@ -101,10 +112,16 @@ class Task:
         right = 0
         for start in range(0, len(self.held_out), 25):
             rows = self.held_out[start : start + 25]
-            batch = self.collate([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows])
+            batch = self.collate(
+                [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+            )
             last = batch["attention_mask"].sum(-1) - 2  # the place that predicts the answer
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            chosen = self.words[logits[torch.arange(len(rows)), last][:, self.words].float().argmax(-1)]
+            logits = model(
+                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
+            chosen = self.words[
+                logits[torch.arange(len(rows)), last][:, self.words].float().argmax(-1)
+            ]
             right += int((chosen == batch["input_ids"][torch.arange(len(rows)), last + 1]).sum())
         return right / len(self.held_out)
 
@@ -117,7 +134,9 @@ def train(data, base: Path, output: Path) -> None:
     """A LoRA adapter on the base model, saved in ``output``."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    )
     args = TrainingArguments(
         str(output) + "-training",
         **data.options,
@@ -131,7 +150,9 @@ def train(data, base: Path, output: Path) -> None:
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(model=model, args=args, train_dataset=data.train_set, data_collator=data.collate)
+    trainer = Trainer(
+        model=model, args=args, train_dataset=data.train_set, data_collator=data.collate
+    )
     trainer.train()
     model.save_pretrained(str(output))
 
@@ -144,7 +165,12 @@ def rounded(source: Path, target: Path, bits: int, quantize) -> dict[str, float]
         pair = [state[key.replace("lora_A", "lora_B")], state[key]]
         found = []
         for factor in (pair[0].T, pair[1]):
-            codes = quantize(factor, torch.full((len(factor),), bits), group_size=GROUP_SIZE, scale_dtype=SCALE_DTYPE)
+            codes = quantize(
+                factor,
+                torch.full((len(factor),), bits),
+                group_size=GROUP_SIZE,
+                scale_dtype=SCALE_DTYPE,
+            )
             found.append(codes.values())
             stored += len(factor) * packed_bytes(factor.shape[1], bits) + 2 * codes.scale.numel()
             if codes.zero_point is not None:
@@ -156,7 +182,12 @@ def rounded(source: Path, target: Path, bits: int, quantize) -> dict[str, float]
         state[key.replace("lora_A", "lora_B")], state[key] = quantized
     shutil.copytree(source, target, dirs_exist_ok=True)
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-    return {"error": (error / norm) ** 0.5, "bits": 8 * stored / parameters, "nominal": float(bits), "bytes": stored}
+    return {
+        "error": (error / norm) ** 0.5,
+        "bits": 8 * stored / parameters,
+        "nominal": float(bits),
+        "bytes": stored,
+    }
 
 
 def packed(source: Path, target: Path, config: LoRAQuantConfig) -> dict[str, float]:
@@ -183,7 +214,9 @@ def rows_of(args: argparse.Namespace) -> dict:
         rows[name] = lambda s, t, b=bits, q=quantize: rounded(s, t, b, q)
     for bits, ratio in VARIANTS:
         for method in ("paper", "residual"):
-            config = LoRAQuantConfig(method=method, bits_high=bits, ratio=ratio, group_size=GROUP_SIZE)
+            config = LoRAQuantConfig(
+                method=method, bits_high=bits, ratio=ratio, group_size=GROUP_SIZE
+            )
             rows[f"{method} {bits}@{ratio}"] = lambda s, t, c=config: packed(s, t, c)
     for bits in args.average_bits:
         config = LoRAQuantConfig(average_bits=bits, group_size=GROUP_SIZE)
@@ -198,19 +231,31 @@ def plot(results: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     adapters = list(dict.fromkeys(row["adapter"] for row in results))
-    figure, axes = plt.subplots(2, len(adapters), figsize=(4.2 * len(adapters), 7), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        2, len(adapters), figsize=(4.2 * len(adapters), 7), squeeze=False, sharex=True
+    )
     kinds = {"paper": "o", "residual": "s", "RTN": "^", "sign": "v"}
     for column, adapter in enumerate(adapters):
         own = [row for row in results if row["adapter"] == adapter]
         for kind, marker in kinds.items():
-            points = sorted((row["bits"], row["error"], row["score"]) for row in own if row["row"].startswith(kind))
+            points = sorted(
+                (row["bits"], row["error"], row["score"])
+                for row in own
+                if row["row"].startswith(kind)
+            )
             for axis, what in ((axes[0][column], 1), (axes[1][column], 2)):
                 line = "-" if kind in ("paper", "residual") else ""
-                axis.plot([p[0] for p in points], [p[what] for p in points], line + marker, label=kind)
+                axis.plot(
+                    [p[0] for p in points], [p[what] for p in points], line + marker, label=kind
+                )
         for name, style in (("no adapter", ":"), ("FP16", "--")):
-            axes[1][column].axhline(next(r["score"] for r in own if r["row"] == name), color="grey", ls=style)
+            axes[1][column].axhline(
+                next(r["score"] for r in own if r["row"] == name), color="grey", ls=style
+            )
         axes[0][column].set(title=adapter, ylabel="relative error of BA")
-        axes[1][column].set(xlabel="true bits per parameter", ylabel=own[0]["measure"] + " (-- FP16, .. no adapter)")
+        axes[1][column].set(
+            xlabel="true bits per parameter", ylabel=own[0]["measure"] + " (-- FP16, .. no adapter)"
+        )
         if own[0]["measure"] == "perplexity":
             axes[1][column].set_yscale("log")
         axes[0][column].legend()
@@ -220,12 +265,17 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--style", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--task", action="append", default=[], metavar="NAME=TRAIN,DEV")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(
-        "--batch_size", type=int, default=2, help="blocks of 512 tokens a step; 8 times as many sentences"
+        "--batch_size",
+        type=int,
+        default=2,
+        help="blocks of 512 tokens a step; 8 times as many sentences",
     )
     parser.add_argument("--average_bits", type=float, nargs="*", default=[0.75, 1.0, 2.5])
     parser.add_argument("--train_only", action="store_true", help="train the adapters and stop")
@@ -242,7 +292,9 @@ def main() -> None:
         tokenizer.save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sources = [(Style, *pair.split("=", 1)) for pair in args.style] + [(Task, *p.split("=", 1)) for p in args.task]
+    sources = [(Style, *pair.split("=", 1)) for pair in args.style] + [
+        (Task, *p.split("=", 1)) for p in args.task
+    ]
     log = output / "results.jsonl"
     for kind, name, path in sources or [(Style, "topics", None)]:
         data = kind(path, tokenizer, args.steps, args.batch_size)
@@ -262,13 +314,21 @@ def main() -> None:
                 shutil.rmtree(target, ignore_errors=True)
                 found = make(source, target)
                 model = PeftModel.from_pretrained(model, str(target))
-            result = {"adapter": name, "row": row, "measure": kind.score, "score": data.measure(model), **found}
+            result = {
+                "adapter": name,
+                "row": row,
+                "measure": kind.score,
+                "score": data.measure(model),
+                **found,
+            }
             with open(log, "a") as file:
                 file.write(json.dumps(result) + "\n")
             print(json.dumps(result), flush=True)
     results = read_results(log)
     for adapter in dict.fromkeys(row["adapter"] for row in results):
-        print(f"\n{adapter}\n{'':20} {'score':>8} {'error':>7} {'bits':>7} {'nominal':>8} {'bytes':>11}")
+        print(
+            f"\n{adapter}\n{'':20} {'score':>8} {'error':>7} {'bits':>7} {'nominal':>8} {'bytes':>11}"
+        )
         for r in (r for r in results if r["adapter"] == adapter):
             print(
                 f"{r['row']:20} {r['score']:8.3f} {r['error']:7.3f} {r['bits']:7.3f} {r['nominal']:8.3f} {r['bytes']:11,.0f}"

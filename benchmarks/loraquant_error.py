@@ -16,7 +16,9 @@ from peft_lrqat.loraquant import LoRAQuantConfig
 from peft_lrqat.loraquant.quantize import nominal_bits, quantize_factors
 
 
-def adapter(layers: int, m: int, n: int, r: int, decay: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def adapter(
+    layers: int, m: int, n: int, r: int, decay: float
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     root = decay ** (torch.arange(r) / 2)
     factors = {}
@@ -42,7 +44,10 @@ def whole_adapter(model: str, r: int) -> dict[str, tuple[torch.Tensor, torch.Ten
         # Blocks differ by the signs of their rows, which costs nothing to make.
         for number in range(count):
             generator = torch.Generator().manual_seed(1000 * index + number)
-            factors[f"{number}.{index}"] = B * torch.randint(0, 2, (m, 1), generator=generator).mul(2).sub(1), A
+            factors[f"{number}.{index}"] = (
+                B * torch.randint(0, 2, (m, 1), generator=generator).mul(2).sub(1),
+                A,
+            )
     return factors
 
 
@@ -51,14 +56,17 @@ def measured(factors, config) -> tuple[float, float, float, float]:
     found = quantize_factors(factors, config, dict.fromkeys(factors, 1.0), progress=False)
     seconds = time.perf_counter() - start
     error, norm, bits = (
-        sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm", "stored_bits")
+        sum(getattr(q, name) for q in found.values())
+        for name in ("squared_error", "squared_norm", "stored_bits")
     )
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     return (error / norm) ** 0.5, bits / parameters, nominal_bits(factors, found), seconds
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=512, help="rows and columns of a layer")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4)
@@ -66,12 +74,18 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.model:
         factors = whole_adapter(args.model, args.rank)
-        print(f"{args.model}, rank {args.rank}, {len(factors)} modules, {torch.get_num_threads()} threads")
+        print(
+            f"{args.model}, rank {args.rank}, {len(factors)} modules, {torch.get_num_threads()} threads"
+        )
         for method in ("paper", "residual"):
-            error, true, _, seconds = measured(factors, LoRAQuantConfig(method=method, bits_high=2, ratio=0.9))
+            error, true, _, seconds = measured(
+                factors, LoRAQuantConfig(method=method, bits_high=2, ratio=0.9)
+            )
             print(f"{method}: {seconds:.0f} s, error {error:.3f} at {true:.3f} bits")
         raise SystemExit
-    print(f"{'decay':>5} {'variant':>8} {'method':>9} {'error':>7} {'bits':>6} {'nominal':>8} {'seconds':>8}")
+    print(
+        f"{'decay':>5} {'variant':>8} {'method':>9} {'error':>7} {'bits':>6} {'nominal':>8} {'seconds':>8}"
+    )
     for decay, bits, ratio in [(0.6, 2, 0.8), (0.8, 2, 0.9), (0.8, 3, 0.8), (0.9, 2, 0.9)]:
         factors = adapter(args.layers, args.size, args.size, args.rank, decay)
         for method in ("paper", "residual"):

@@ -52,7 +52,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config).to(device)
     torch.set_default_dtype(torch.float32)
-    targets = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    targets = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not n.endswith("lm_head")
+    ]
     shapes = [tuple(m.weight.shape) for m in targets]
     before = sum(m.weight.numel() * m.weight.element_size() for m in targets)
     del targets
@@ -72,18 +76,30 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = peak_bytes(step)
-    kept = [m for n, m in model.named_modules() if isinstance(m, FullQAT) or n.endswith("base_layer")]
-    held = target_weight_bytes(model) or sum(m.weight.numel() * m.weight.element_size() for m in kept)
+    kept = [
+        m for n, m in model.named_modules() if isinstance(m, FullQAT) or n.endswith("base_layer")
+    ]
+    held = target_weight_bytes(model) or sum(
+        m.weight.numel() * m.weight.element_size() for m in kept
+    )
     formula = 0
     for out, in_ in shapes:
         stored = {"bf16": 2 * in_, "int": packed_bytes(in_, args.bits)}
         per_row = stored.get(variant.split()[-1], in_) if "LR-QAT" in variant else 2 * in_
         formula += out * (per_row + (4 if "LR-QAT" in variant else 0))  # one float32 scale a row
-    return {"before": before, "held": held, "formula": formula, "peak": peak, "start": args.start_bytes}
+    return {
+        "before": before,
+        "held": held,
+        "formula": formula,
+        "peak": peak,
+        "start": args.start_bytes,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=256)
@@ -95,17 +111,24 @@ def main() -> None:
     if args.variant:
         print(json.dumps(measure(args.variant, args)))
         return
-    rows = {variant: in_own_process(__file__, *sys.argv[1:], "--variant", variant) for variant in MEASURED}
+    rows = {
+        variant: in_own_process(__file__, *sys.argv[1:], "--variant", variant)
+        for variant in MEASURED
+    }
     reference = rows[REFERENCE]
     print(
         f"{reference['before'] / MB:.0f} MB of bf16 target weights, {args.bits} bits, 1 x {args.tokens} tokens, {args.device}"
     )
-    print(f"{'':32} {'target weights, MB':>20} {'formula':>9} {'peak of a step, MB':>20} {'of LoRA':>8}")
+    print(
+        f"{'':32} {'target weights, MB':>20} {'formula':>9} {'peak of a step, MB':>20} {'of LoRA':>8}"
+    )
     failed = False
     for variant, row in rows.items():
         peak = row["peak"] - row["start"]
         share = peak / (reference["peak"] - reference["start"])
-        print(f"{variant:32} {row['held'] / MB:20.1f} {row['formula'] / MB:9.1f} {peak / MB:20.0f} {share:8.2f}")
+        print(
+            f"{variant:32} {row['held'] / MB:20.1f} {row['formula'] / MB:9.1f} {peak / MB:20.0f} {share:8.2f}"
+        )
         failed |= variant.startswith("LR-QAT") and row["held"] != row["formula"]
         failed |= variant in ("LR-QAT, fixed8", "LR-QAT, int") and share >= 1
     if failed:

@@ -47,17 +47,28 @@ def prepare(output: Path, average_bits: float) -> None:
     if not (output / "lora").exists():
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.bfloat16)
-        config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=16, target_modules="all-linear", init_lora_weights=False
+        )
         get_peft_model(base, config).save_pretrained(str(output / "lora"))
-        state = {name: tensor.bfloat16() for name, tensor in load_file(output / "lora" / WEIGHTS).items()}
+        state = {
+            name: tensor.bfloat16() for name, tensor in load_file(output / "lora" / WEIGHTS).items()
+        }
         save_file(state, output / "lora" / WEIGHTS, metadata={"format": "pt"})
     if not (output / "packed").exists():
         start = time.perf_counter()
-        quantize_adapter(output / "lora", output / "packed", LoRAQuantConfig(average_bits=average_bits), progress=False)
+        quantize_adapter(
+            output / "lora",
+            output / "packed",
+            LoRAQuantConfig(average_bits=average_bits),
+            progress=False,
+        )
         print(f"packed in {time.perf_counter() - start:.1f} s")
 
 
-def load(output: Path, kind: str, count: int, cache_limit: int | None = None) -> tuple[PeftModel, list[float]]:
+def load(
+    output: Path, kind: str, count: int, cache_limit: int | None = None
+) -> tuple[PeftModel, list[float]]:
     """The base model with ``count`` adapters, and the seconds that each took to load."""
     base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.bfloat16)
     seconds, model = [], None
@@ -122,7 +133,11 @@ def mixed(model: PeftModel, count: int, prompt: torch.Tensor) -> float:
     """Seconds of a forward pass over one row for each of ``count`` adapters."""
     ids = prompt.repeat(count, 1)
     start = time.perf_counter()
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=[str(i) for i in range(count)])
+    model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        adapter_names=[str(i) for i in range(count)],
+    )
     return time.perf_counter() - start
 
 
@@ -139,7 +154,9 @@ def generation(output: Path, rounds: int) -> None:
         "another adapter each time, 1 token": lambda m, i: request(m, i % count, 1, prompt),
         f"one batch of {count} adapters": lambda m, i: mixed(m, count, prompt),
     }
-    print(f"\n{'seconds of a request; ratio to LoRA':40}" + "".join(f"{name:>34}" for name in models))
+    print(
+        f"\n{'seconds of a request; ratio to LoRA':40}" + "".join(f"{name:>34}" for name in models)
+    )
     for title, case in cases.items():
         times = {name: [] for name in models}
         for index in range(rounds + 1):
@@ -149,14 +166,20 @@ def generation(output: Path, rounds: int) -> None:
                     model.base_model.set_cache_limit(2**28)
                 times[name].append(case(model, index))
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-        cells = "".join(f"{value:22.3f} ({value / medians['LoRA']:5.2f} x) " for value in medians.values())
+        cells = "".join(
+            f"{value:22.3f} ({value / medians['LoRA']:5.2f} x) " for value in medians.values()
+        )
         print(f"{title:40}{cells}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 16, 128])
-    parser.add_argument("--kinds", nargs="*", choices=["lora", "packed"], default=["lora", "packed"])
+    parser.add_argument(
+        "--kinds", nargs="*", choices=["lora", "packed"], default=["lora", "packed"]
+    )
     parser.add_argument("--average_bits", type=float, default=1.65)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="serving-benchmark")
@@ -174,12 +197,24 @@ def main() -> None:
     print(
         f"files: LoRA in bfloat16 {sizes['lora']:.2f} MB, packed {sizes['packed']:.2f} MB, {torch.get_num_threads()} threads"
     )
-    print(f"{'':8}{'adapters':>9}{'MB in all':>11}{'MB each':>9}{'load, s':>9}{'last load, s':>13}{'switch, ms':>11}")
+    print(
+        f"{'':8}{'adapters':>9}{'MB in all':>11}{'MB each':>9}{'load, s':>9}{'last load, s':>13}{'switch, ms':>11}"
+    )
     for count in args.adapters:
         for kind in args.kinds:
-            command = [sys.executable, __file__, "--output", str(output), "--child", kind, str(count)]
+            command = [
+                sys.executable,
+                __file__,
+                "--output",
+                str(output),
+                "--child",
+                kind,
+                str(count),
+            ]
             row = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True
+                ).stdout.splitlines()[-1]
             )
             print(
                 f"{kind:8}{count:9}{row['megabytes']:11.0f}{row['megabytes_each']:9.2f}{row['load_seconds']:9.2f}"

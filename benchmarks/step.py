@@ -51,7 +51,11 @@ def spread_factors(model: nn.Module) -> None:
     """B such that gamma * B @ A has a deviation of a quarter of a step, as after training: some weights are clipped then."""
     for layer in model.modules():
         if isinstance(layer, LRQATLayer):
-            deviation = 0.25 * (3 * layer.in_features / layer.r["default"]) ** 0.5 / layer.scaling["default"]
+            deviation = (
+                0.25
+                * (3 * layer.in_features / layer.r["default"]) ** 0.5
+                / layer.scaling["default"]
+            )
             nn.init.normal_(layer.lrqat_B["default"], std=deviation)
 
 
@@ -60,11 +64,16 @@ def clipped_share(model: nn.Module) -> float:
     layers = [layer for layer in model.modules() if isinstance(layer, LRQATLayer)]
     if not layers:
         return 0.0
-    found = [inspect_rows(m.low_rank_weight("default"), torch.arange(min(64, m.out_features)))[1] for m in layers]
+    found = [
+        inspect_rows(m.low_rank_weight("default"), torch.arange(min(64, m.out_features)))[1]
+        for m in layers
+    ]
     return sum(int(f.sum()) for f in found) / sum(f.numel() for f in found)
 
 
-def make_step(variant: str, case: str, tokens: int, group_size: int) -> tuple[Callable[[], None], float]:
+def make_step(
+    variant: str, case: str, tokens: int, group_size: int
+) -> tuple[Callable[[], None], float]:
     """What is measured, and the share of clipped weights in it."""
     torch.manual_seed(0)
     grid = Grid(bits=4, group_size=group_size)
@@ -98,7 +107,9 @@ def make_step(variant: str, case: str, tokens: int, group_size: int) -> tuple[Ca
     return layer_step, clipped_share(model)
 
 
-def measure_times(args: argparse.Namespace, case: str, tokens: int, group_size: int) -> dict[str, dict[str, float]]:
+def measure_times(
+    args: argparse.Namespace, case: str, tokens: int, group_size: int
+) -> dict[str, dict[str, float]]:
     """Median and quartiles of the seconds of a step, for all variants in turn."""
     steps = {name: make_step(name, case, tokens, group_size) for name in args.variants}
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -110,14 +121,28 @@ def measure_times(args: argparse.Namespace, case: str, tokens: int, group_size: 
             if round_:  # the first one warms up
                 seconds[name].append(clock() - start)
     return {
-        name: {"seconds": statistics.median(s), "least": min(s), "most": max(s), "clipped": steps[name][1]}
+        name: {
+            "seconds": statistics.median(s),
+            "least": min(s),
+            "most": max(s),
+            "clipped": steps[name][1],
+        }
         for name, s in seconds.items()
     }
 
 
 def measure_memory(case: str, tokens: int, group_size: int, variant: str) -> int:
     """Bytes of the peak of a step above the imports, in a process of its own."""
-    setting = ["--cases", case, "--tokens", str(tokens), "--groups", str(group_size), "--variants", variant]
+    setting = [
+        "--cases",
+        case,
+        "--tokens",
+        str(tokens),
+        "--groups",
+        str(group_size),
+        "--variants",
+        variant,
+    ]
     return in_own_process(__file__, *setting, "--child")
 
 
@@ -151,16 +176,22 @@ def plot(results: dict[str, dict[str, dict[str, float]]], group_size: int, path:
     sweeps = {
         f"{case}, tokens": [(k[1], r) for k, r in layers.items() if k[0] == case],
         f"{count} tokens, million weights": [
-            (int.__mul__(*map(int, k[0].split("x"))) / 1e6, r) for k, r in layers.items() if k[1] == count
+            (int.__mul__(*map(int, k[0].split("x"))) / 1e6, r)
+            for k, r in layers.items()
+            if k[1] == count
         ],
     }
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     for column, (label, points) in enumerate(sweeps.items()):
-        for row, (field, unit, name) in enumerate((("seconds", 1, "seconds a step"), ("peak", MB, "peak, MB"))):
+        for row, (field, unit, name) in enumerate(
+            (("seconds", 1, "seconds a step"), ("peak", MB, "peak, MB"))
+        ):
             ax = axes[row][column]
             for variant in PLOTTED:
-                line = sorted((x, r[variant][field] / unit) for x, r in points if field in r.get(variant, {}))
+                line = sorted(
+                    (x, r[variant][field] / unit) for x, r in points if field in r.get(variant, {})
+                )
                 if line:
                     ax.plot(*zip(*line, strict=True), marker="o", label=variant)
             ax.set(xscale="log", yscale="log", xlabel=label, ylabel=name)
@@ -170,14 +201,30 @@ def plot(results: dict[str, dict[str, dict[str, float]]], group_size: int, path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["1024x1024", "4096x4096", "11008x4096", "smollm2"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=["1024x1024", "4096x4096", "11008x4096", "smollm2"]
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 8192])
-    parser.add_argument("--groups", nargs="+", type=int, default=[-1, 128], help="group sizes; -1 is one scale per row")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        type=int,
+        default=[-1, 128],
+        help="group sizes; -1 is one scale per row",
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, on a machine that others use")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="the process's CPU time, on a machine that others use",
+    )
     parser.add_argument("--output", type=Path, default=Path("step-benchmark"))
     parser.add_argument("--plot", action="store_true", help="only plot what is in --output")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -196,8 +243,12 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else {}
     if not args.plot:
         if "torchao QAT + LoRA" not in VARIANTS:
-            print("torchao is not installed (`pip install --no-deps torchao`): its QAT + LoRA is left out")
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds")
+            print(
+                "torchao is not installed (`pip install --no-deps torchao`): its QAT + LoRA is left out"
+            )
+        print(
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds"
+        )
         settings = [(c, t, g) for c in args.cases for t in args.tokens for g in args.groups]
         for case, tokens, group_size in settings:
             rows = measure_times(args, case, tokens, group_size)

@@ -37,11 +37,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--window", type=int, default=256, help="tokens per training and evaluation window")
+    parser.add_argument(
+        "--window", type=int, default=256, help="tokens per training and evaluation window"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="windows per step")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--warmup-steps", type=int, default=50)
-    parser.add_argument("--eval-every", type=int, default=250, help="steps between two held-out evaluations")
+    parser.add_argument(
+        "--eval-every", type=int, default=250, help="steps between two held-out evaluations"
+    )
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak of the schedule")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -75,7 +79,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     """All texts in one row of token ids, each between BOS and EOS."""
     eos = tokenizer.eos_token_id
-    return torch.tensor([i for text in texts for i in [*tokenizer(text, verbose=False).input_ids, eos]])
+    return torch.tensor(
+        [i for text in texts for i in [*tokenizer(text, verbose=False).input_ids, eos]]
+    )
 
 
 def docstrings() -> Iterator[str]:
@@ -83,9 +89,10 @@ def docstrings() -> Iterator[str]:
     root, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if parts[0] in ("site-packages", "pydoc_data", "ensurepip", "idlelib", "lib2to3") or {"test", "tests"} & {
-            *parts
-        }:
+        if parts[0] in ("site-packages", "pydoc_data", "ensurepip", "idlelib", "lib2to3") or {
+            "test",
+            "tests",
+        } & {*parts}:
             continue
         found = []
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -153,8 +160,13 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, args.vocab_size, max_length=2 * args.window)
     train, heldout = token_stream(tokenizer, texts), token_stream(tokenizer, load_topics("heldout"))
     model = build_model(args, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    print(f"parameters {model.num_parameters():,}; tokens: train {len(train):,}, held-out {len(heldout):,}", flush=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
+    )
+    print(
+        f"parameters {model.num_parameters():,}; tokens: train {len(train):,}, held-out {len(heldout):,}",
+        flush=True,
+    )
 
     best, best_state, start = math.inf, {}, time.perf_counter()
     for step in range(1, args.steps + 1):
@@ -171,15 +183,20 @@ def main() -> None:
         if step % args.eval_every == 0 or step == args.steps:
             current, seconds = perplexity(model, heldout, args.window), time.perf_counter() - start
             print(
-                f"step {step}: loss {loss.item():.3f}, held-out perplexity {current:.2f}, {seconds:.0f} s", flush=True
+                f"step {step}: loss {loss.item():.3f}, held-out perplexity {current:.2f}, {seconds:.0f} s",
+                flush=True,
             )
             if current < best:
                 best, best_state = current, {k: v.clone() for k, v in model.state_dict().items()}
 
     model.load_state_dict(best_state)
-    print(f"best: train {perplexity(model, train, args.window):.2f}, held-out {best:.2f}", flush=True)
+    print(
+        f"best: train {perplexity(model, train, args.window):.2f}, held-out {best:.2f}", flush=True
+    )
     save(model, tokenizer, args.output_dir)
-    print(f"{sum(p.stat().st_size for p in args.output_dir.iterdir()):,} bytes in {args.output_dir.name}/")
+    print(
+        f"{sum(p.stat().st_size for p in args.output_dir.iterdir()):,} bytes in {args.output_dir.name}/"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class NaiveLRQAT(nn.Module):
         def linear(x: Tensor, *factors: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight(*factors))
 
-        return checkpoint(linear, x, *factors, use_reentrant=False) if self.checkpointed else linear(x, *factors)
+        return (
+            checkpoint(linear, x, *factors, use_reentrant=False)
+            if self.checkpointed
+            else linear(x, *factors)
+        )
 
 
 class FullQAT(nn.Module):
@@ -45,7 +49,9 @@ class FullQAT(nn.Module):
     def __init__(self, linear: nn.Linear, grid: Grid) -> None:
         super().__init__()
         self.weight, self.grid = linear.weight.requires_grad_(), grid
-        self.scale = nn.Parameter(grid.split(self.weight.detach().float()).abs().amax(-1) / grid.qmax)
+        self.scale = nn.Parameter(
+            grid.split(self.weight.detach().float()).abs().amax(-1) / grid.qmax
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.grid.expand(self.scale, self.weight.shape[1])
@@ -54,7 +60,9 @@ class FullQAT(nn.Module):
         return nn.functional.linear(x, (codes * step).to(x.dtype))
 
 
-def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def replace_modules(
+    model: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
     """Replaces every module of ``kind`` but the output head."""
     for name, module in list(model.named_modules()):
         if isinstance(module, kind) and not name.endswith("lm_head"):
@@ -86,7 +94,9 @@ def half_lora(model: nn.Module, grid: Grid) -> nn.Module:
 
 
 def naive(model: nn.Module, grid: Grid, checkpointed: bool) -> nn.Module:
-    return replace_modules(lrqat(model, grid, "fixed8"), LRQATLinear, lambda m: NaiveLRQAT(m, checkpointed))
+    return replace_modules(
+        lrqat(model, grid, "fixed8"), LRQATLinear, lambda m: NaiveLRQAT(m, checkpointed)
+    )
 
 
 def full_qat(model: nn.Module, grid: Grid) -> nn.Module:
@@ -98,7 +108,9 @@ def torchao_lora(model: nn.Module, grid: Grid) -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.linear import FakeQuantizedLinear
 
-    size = {"granularity": "per_channel"} if grid.group_size == -1 else {"group_size": grid.group_size}
+    size = (
+        {"granularity": "per_channel"} if grid.group_size == -1 else {"group_size": grid.group_size}
+    )
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{grid.bits}"), **size)
     model = half_lora(model, grid)
 

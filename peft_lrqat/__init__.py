@@ -1,28 +1,97 @@
-"""LR-QAT and LoRAQuant as PEFT adapter types. Importing this package registers the types ``LRQAT`` and ``LORAQUANT`` with PEFT."""
+"""LR-QAT and LoRAQuant as PEFT adapter types.
 
+Importing this package registers the types ``LRQAT`` and ``LORAQUANT`` with PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._moved import find_moved_modules
 from ._version import __version__
-from .config import LRQATConfig
-from .hub import push_folder_to_hub, push_to_hub
-from .layer import LRQATLayer, LRQATLinear
-from .loraquant import LoRAQuantConfig, LoRAQuantModel
-from .model import LRQATModel
+from .hub import override_push_to_hub, push_folder_to_hub, push_to_hub
+from .loraquant.card import describe_adapter as describe_loraquant
+from .loraquant.config import LoRAQuantConfig
+from .loraquant.model import LoRAQuantModel
+from .lrqat.card import describe_adapter as describe_lrqat
+from .lrqat.config import LRQATConfig
+from .lrqat.layer import LRQATLayer, LRQATLinear
+from .lrqat.model import LRQATModel
+from .lrqat.size import deployed_weight_bytes, target_weight_bytes
 from .registration import register
-from .size import deployed_weight_bytes, target_weight_bytes
 
+
+if TYPE_CHECKING:
+    from .activations.cache import low_bit_cache
+    from .export import export_model, load_quantized, verify_export
+    from .loraquant import dequantize_adapter, quantize_adapter
+    from .trainer import (
+        LoRAQuantCallback,
+        LRQATArguments,
+        LRQATCallback,
+        LRQATTrainer,
+        LRQATTrainerMixin,
+        LRQATTrainingArguments,
+    )
+    from .trainer.metrics import evaluate_perplexity
+
+# Imported when they are first asked for: registering the types takes none of them.
+_LAZY = {
+    "LRQATArguments": ".trainer",
+    "LRQATCallback": ".trainer",
+    "LRQATTrainer": ".trainer",
+    "LRQATTrainerMixin": ".trainer",
+    "LRQATTrainingArguments": ".trainer",
+    "LoRAQuantCallback": ".trainer",
+    "dequantize_adapter": ".loraquant",
+    "evaluate_perplexity": ".trainer.metrics",
+    "export_model": ".export",
+    "load_quantized": ".export",
+    "low_bit_cache": ".activations.cache",
+    "quantize_adapter": ".loraquant",
+    "verify_export": ".export",
+}
 
 __all__ = [
+    "LRQATArguments",
+    "LRQATCallback",
     "LRQATConfig",
     "LRQATLayer",
     "LRQATLinear",
     "LRQATModel",
+    "LRQATTrainer",
+    "LRQATTrainerMixin",
+    "LRQATTrainingArguments",
+    "LoRAQuantCallback",
     "LoRAQuantConfig",
     "LoRAQuantModel",
     "__version__",
     "deployed_weight_bytes",
+    "dequantize_adapter",
+    "evaluate_perplexity",
+    "export_model",
+    "load_quantized",
+    "low_bit_cache",
     "push_folder_to_hub",
     "push_to_hub",
+    "quantize_adapter",
     "target_weight_bytes",
+    "verify_export",
 ]
 
-register("lrqat", LRQATConfig, LRQATModel)
-register("loraquant", LoRAQuantConfig, LoRAQuantModel)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+find_moved_modules()
+register("lrqat", LRQATConfig, LRQATModel, describe_lrqat)
+register("loraquant", LoRAQuantConfig, LoRAQuantModel, describe_loraquant)
+override_push_to_hub()

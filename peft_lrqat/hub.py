@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers.utils import logging
 from yaml import YAMLError
 
 from ._version import __version__
-from .card import BEGIN, END, drop_local_base, is_hub_id
 from .registration import OWN_TYPES, has_own_adapter
+from .shared.card import BEGIN, END, drop_local_base, is_hub_id
 
 
 logger = logging.get_logger(__name__)
@@ -59,7 +65,9 @@ def push_to_hub(
             config.write_card(str(folder), subfolder=name)
 
     place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-    return _publish(write, _subfolders(model), repo_id, tags, commit_message, commit_description, **place)
+    return _publish(
+        write, _subfolders(model), repo_id, tags, commit_message, commit_description, **place
+    )
 
 
 def push_folder_to_hub(
@@ -77,7 +85,9 @@ def push_folder_to_hub(
     """As `push_to_hub`, for one adapter that is saved in ``folder``; its files are uploaded as they are, its card as there."""
     config = PeftConfig.from_pretrained(str(folder))
     if config.peft_type not in OWN_TYPES:
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can publish")
+        raise ValueError(
+            f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can publish"
+        )
     _check_tags(tags)
 
     def write(target: Path) -> None:
@@ -89,6 +99,26 @@ def push_folder_to_hub(
 
     place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     return _publish(write, [""], repo_id, tags, commit_message, commit_description, **place)
+
+
+def override_push_to_hub() -> None:
+    """Sends ``push_to_hub`` of models with adapters of this package here, and of all others where it went before.
+
+    The inherited method saves the adapter with its card and then writes a card of its own over it.
+    """
+    inherited = PeftModel.push_to_hub
+    # functools.wraps hands the mark on, so that a method which somebody put around this one is left in place, too.
+    if getattr(inherited, "knows_peft_lrqat", False):
+        return
+
+    @functools.wraps(inherited)
+    def push(self: PeftModel, *args: Any, **kwargs: Any) -> str:
+        if not has_own_adapter(self):
+            return inherited(self, *args, **kwargs)
+        return push_to_hub(self, *args, **kwargs)
+
+    push.knows_peft_lrqat = True
+    PeftModel.push_to_hub = push
 
 
 def _publish(
@@ -125,7 +155,9 @@ def _publish(
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return api.create_commit(
             repo_id,
-            operations=[CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            operations=[
+                CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files
+            ],
             commit_message=commit_message or "Upload model",
             commit_description=commit_description,
             token=token,
@@ -139,7 +171,9 @@ def _check(model: PeftModel, tags: list[str] | None) -> None:
     if not isinstance(model, PeftModel) or not has_own_adapter(model):
         known = ", ".join(sorted(peft_type.value for peft_type in OWN_TYPES))
         adapters = model.peft_config if isinstance(model, PeftModel) else {}
-        found = {name: str(config.peft_type) for name, config in adapters.items()} or type(model).__name__
+        found = {name: str(config.peft_type) for name, config in adapters.items()} or type(
+            model
+        ).__name__
         raise ValueError(
             f"`peft_lrqat.push_to_hub` needs a PeftModel with an adapter of type {known}, but has {found}; use "
             "`model.push_to_hub` for a model of another kind"
@@ -205,12 +239,19 @@ def _restore(path: Path, published: ModelCard | None, tags: list[str]) -> None:
     """Adds ``tags`` and those metadata of the published card that its readers entered and PEFT left out."""
     card = ModelCard.load(path)
     drop_local_base(card.data)
-    earlier = [] if published is None else [t for t in published.data.tags or [] if not MADE_TAG.fullmatch(t)]
+    earlier = (
+        []
+        if published is None
+        else [t for t in published.data.tags or [] if not MADE_TAG.fullmatch(t)]
+    )
     card.data["tags"] = sorted({*(card.data.tags or []), *earlier, *tags})
     if published is not None and not card.data.base_model:
         # Somebody has entered what the local directory is called on the Hub, unless our own section says it: then it is the
         # base of an earlier adapter.
-        base, section = published.data.base_model or [], published.text.partition(BEGIN)[2].partition(END)[0]
+        base, section = (
+            published.data.base_model or [],
+            published.text.partition(BEGIN)[2].partition(END)[0],
+        )
         if not any(name in section for name in ([base] if isinstance(base, str) else base)):
             card.data["base_model"] = base or None
     card.save(path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
+
+from .shared.config import CARDS, AdapterConfig
 
 
 # The types that were registered here; their adapters are published by hub.py.
@@ -42,35 +44,18 @@ def has_own_adapter(model: PeftModel) -> bool:
     return any(config.peft_type in OWN_TYPES for config in model.peft_config.values())
 
 
-def _override_push_to_hub() -> None:
-    """Sends ``push_to_hub`` of models with adapters of this package to hub.py, and of all others where it went before.
-
-    The inherited method saves the adapter with its card and then writes a card of its own over it.
-    """
-    inherited = PeftModel.push_to_hub
-    # functools.wraps hands the mark on, so that a method which somebody put around this one is left in place, too.
-    if getattr(inherited, "knows_peft_lrqat", False):
-        return
-
-    @functools.wraps(inherited)
-    def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> str:
-        if not has_own_adapter(self):
-            return inherited(self, *args, **kwargs)
-        from .hub import push_to_hub as push_own  # hub.py builds on this file
-
-        return push_own(self, *args, **kwargs)
-
-    push_to_hub.knows_peft_lrqat = True
-    PeftModel.push_to_hub = push_to_hub
-
-
-def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+def register(
+    name: str,
+    config_cls: type[AdapterConfig],
+    model_cls: type[BaseTuner],
+    card: Callable[[str, Any, str | None], None],
+) -> None:
     """Registers a tuner under ``name`` (lower case; the enum has it in upper case) with PEFT. Calling it again changes nothing.
 
-    ``config_cls`` has a method ``write_card(folder, subfolder=None)``, as `LRQATConfig` has.
+    ``card(folder, config, subfolder)`` creates or updates the model card of a saved adapter.
     """
     peft_type = _extend_peft_type(name.upper())
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     OWN_TYPES.add(peft_type)
-    _override_push_to_hub()
+    CARDS[peft_type.value] = card

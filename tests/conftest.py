@@ -31,7 +31,9 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_SPECIAL
     ),
-    "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, **NO_SPECIAL),
+    "opt": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32, **NO_SPECIAL
+    ),
     "t5": lambda: transformers.T5Config(
         vocab_size=96,
         d_model=32,
@@ -106,7 +108,9 @@ def make_peft(make_base, make_config):
     """``make_peft(architecture, dtype, seed, **fields)``: a tiny model with a fresh adapter, in eval mode."""
 
     def make(architecture="llama", dtype=torch.float32, seed=0, **fields):
-        return get_peft_model(make_base(architecture, dtype, seed), make_config(architecture, **fields)).eval()
+        return get_peft_model(
+            make_base(architecture, dtype, seed), make_config(architecture, **fields)
+        ).eval()
 
     return make
 
@@ -121,7 +125,10 @@ def batch_for():
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if _task(architecture) == "SEQ_CLS":
             return {**batch, "labels": torch.tensor([0, 2])}
-        return {**batch, "labels": ids.flip(1) if _task(architecture) == "SEQ_2_SEQ_LM" else ids.clone()}
+        return {
+            **batch,
+            "labels": ids.flip(1) if _task(architecture) == "SEQ_2_SEQ_LM" else ids.clone(),
+        }
 
     return make
 
@@ -131,7 +138,11 @@ def lrqat_layers():
     """``lrqat_layers(model)``: its LR-QAT layers by name."""
 
     def find(model):
-        return {name: module for name, module in model.named_modules() if isinstance(module, LRQATLinear)}
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, LRQATLinear)
+        }
 
     return find
 
@@ -156,7 +167,9 @@ def disturb():
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if f".lrqat_B.{adapter}" in name:
-                    parameter += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 2
+                    parameter += (
+                        torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 2
+                    )
                 elif f".lrqat_scale.{adapter}" in name:
                     factor = 1 + 0.1 * torch.rand(parameter.shape, generator=generator)
                     parameter *= factor.to(parameter.dtype)

@@ -67,7 +67,12 @@ class Repo:
     lfs: dict[str, bytes] = field(default_factory=dict)  # uploaded by PUT, whether committed or not
 
     def __post_init__(self):
-        self.commit("main", "initial commit", "", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)})
+        self.commit(
+            "main",
+            "initial commit",
+            "",
+            {".gitattributes": Blob(b"*.safetensors filter=lfs\n", lfs=False)},
+        )
 
     def commit(self, branch, title, description, files):
         oid = hashlib.sha1(f"{self.name} {branch} {len(self.commits)}".encode()).hexdigest()
@@ -116,7 +121,9 @@ class StandInHub:
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         # The default poll of half a second would be waited for at the end of every test.
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exception):
@@ -179,7 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_token()
         for pattern, method in ROUTES:
             if match := re.fullmatch(pattern, line):
-                names = {name: unquote(value) for name, value in match.groupdict(default="").items()}
+                names = {
+                    name: unquote(value) for name, value in match.groupdict(default="").items()
+                }
                 return method(self, query=query, body=body, **names)
         self.hub.unknown.append(line)
         raise HubError(404, f"the stand-in does not know {line}")
@@ -205,7 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(401, "Invalid username or password.")
         if name.split("/")[0] != self.user:
             raise HubError(
-                403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}"
+                403,
+                f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}",
             )
 
     def _commit_at(self, repo, revision):
@@ -220,7 +230,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.user:
             raise HubError(401, "Invalid username or password.")
         token = {"accessToken": {"displayName": "test", "role": "write"}}
-        return 200, {"type": "user", "name": self.user, "fullname": self.user, "orgs": [], "auth": token}
+        return 200, {
+            "type": "user",
+            "name": self.user,
+            "fullname": self.user,
+            "orgs": [],
+            "auth": token,
+        }
 
     def create(self, query, body):
         wanted = json.loads(body)
@@ -246,15 +262,21 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, query, body, repo, revision):
         commit = self._commit_at(self._repo(repo, write=True), revision)
         wanted = json.loads(body)
-        ignored = [line.strip() for line in wanted.get("gitIgnore", "").splitlines() if line.strip()]
+        ignored = [
+            line.strip() for line in wanted.get("gitIgnore", "").splitlines() if line.strip()
+        ]
 
         def describe(path):
             name = path.rsplit("/", 1)[-1]
             blob = commit.files.get(path)
             return {
                 "path": path,
-                "uploadMode": "lfs" if any(fnmatch.fnmatch(name, pattern) for pattern in LARGE) else "regular",
-                "shouldIgnore": any(fnmatch.fnmatch(path, p) or fnmatch.fnmatch(name, p) for p in ignored),
+                "uploadMode": "lfs"
+                if any(fnmatch.fnmatch(name, pattern) for pattern in LARGE)
+                else "regular",
+                "shouldIgnore": any(
+                    fnmatch.fnmatch(path, p) or fnmatch.fnmatch(name, p) for p in ignored
+                ),
                 "oid": blob.oid if blob else None,
             }
 
@@ -270,11 +292,16 @@ class _Handler(BaseHTTPRequestHandler):
             verify = {"href": f"{self.hub.endpoint}/lfs/{repo}/verify"}
             return {**file, "actions": {"upload": upload, "verify": verify}}
 
-        return 200, {"transfer": "basic", "objects": [describe(file) for file in json.loads(body)["objects"]]}
+        return 200, {
+            "transfer": "basic",
+            "objects": [describe(file) for file in json.loads(body)["objects"]],
+        }
 
     def lfs_put(self, query, body, repo, oid):
         if hashlib.sha256(body).hexdigest() != oid or str(len(body)) != query["size"][0]:
-            raise HubError(400, f"{len(body)} bytes arrived, which are not those announced as {oid}")
+            raise HubError(
+                400, f"{len(body)} bytes arrived, which are not those announced as {oid}"
+            )
         self.hub.repos[repo].lfs[oid] = body
         return 200, b""
 
@@ -299,14 +326,22 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "lfsFile":
                 content = repo.lfs.get(value["oid"])
                 if content is None:
-                    raise HubError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                    raise HubError(
+                        400, f"LFS pointer pointed to a file that does not exist: {value['path']}"
+                    )
                 files[value["path"]] = Blob(content, lfs=True)
             elif key == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
             elif key == "deletedFolder":
-                files = {p: blob for p, blob in files.items() if not p.startswith(value["path"].rstrip("/") + "/")}
-        if "README.md" in files and (errors := card_problems(files["README.md"].content.decode())[0]):
+                files = {
+                    p: blob
+                    for p, blob in files.items()
+                    if not p.startswith(value["path"].rstrip("/") + "/")
+                }
+        if "README.md" in files and (
+            errors := card_problems(files["README.md"].content.decode())[0]
+        ):
             raise HubError(400, f"Invalid metadata in README.md: {errors}")
         answer = {}
         if "create_pr" in query:
@@ -327,12 +362,16 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo, write=True)
         if branch in repo.branches:
             raise HubError(409, f"Reference {branch} already exists")
-        repo.branches[branch] = self._commit_at(repo, json.loads(body or b"{}").get("startingPoint")).oid
+        repo.branches[branch] = self._commit_at(
+            repo, json.loads(body or b"{}").get("startingPoint")
+        ).oid
         return 200, {}
 
     def refs(self, query, body, repo):
         branches = self._repo(repo).branches.items()
-        entries = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches]
+        entries = [
+            {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches
+        ]
         return 200, {"branches": entries, "converts": [], "tags": []}
 
     def info(self, query, body, repo, revision=""):
@@ -363,7 +402,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
         parents = {str(parent) for path in found for parent in Path(path).parents} - {".", folder}
         folders = sorted(path for path in parents if path.startswith(start))
-        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        entries = [
+            {"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders
+        ]
         entries += [self._entry(path, blob) for path, blob in found.items()]
         if query.get("recursive", ["false"])[0].lower() != "true":
             entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(start)]
@@ -390,7 +431,9 @@ class _Handler(BaseHTTPRequestHandler):
         blob = commit.files[path]
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "none"}
         if blob.lfs:
-            headers.update({"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": len(blob.content)})
+            headers.update(
+                {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": len(blob.content)}
+            )
         return 200, blob.content, headers
 
 
@@ -424,10 +467,15 @@ def card_problems(content):
     if not field:
         return [], []
     # One value on the line, or a list below it.
-    values = [line.strip().removeprefix("- ") for line in field[2].splitlines() if line.strip()] or [field[1]]
+    values = [
+        line.strip().removeprefix("- ") for line in field[2].splitlines() if line.strip()
+    ] or [field[1]]
     names = [value.strip().strip("'\"") for value in values]
     bad = [name for name in names if not re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", name)]
-    return [f'"base_model" with value "{n}" is not valid. Use a model id from https://hf.co/models.' for n in bad], []
+    return [
+        f'"base_model" with value "{n}" is not valid. Use a model id from https://hf.co/models.'
+        for n in bad
+    ], []
 
 
 def run_client(hub, code, tmp_path, **environment):
@@ -436,7 +484,9 @@ def run_client(hub, code, tmp_path, **environment):
     Every call starts with an empty cache, so what it loads by name has come from the stand-in. ``environment`` adds variables
     or replaces them: ``run_client(hub, code, tmp_path, HF_TOKEN="another")``.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
+    }
     env = {
         **kept,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -451,11 +501,16 @@ def run_client(hub, code, tmp_path, **environment):
         **environment,
     }
     # They would point into another cache, or to no network at all.
-    for name in {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"} - set(
-        environment
-    ):
+    for name in {
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+    } - set(environment):
         env.pop(name, None)
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

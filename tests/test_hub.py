@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file
 
 import peft_lrqat
 from peft_lrqat import LRQATConfig, LRQATModel
-from peft_lrqat.card import BEGIN, END
+from peft_lrqat.shared.card import BEGIN, END
 
 
 RECORD = {"steps": 7, "settings": {"learning_rate": 0.005}, "metrics": {"eval_perplexity": 15.37}}
@@ -100,7 +100,12 @@ def test_files_come_back_as_they_were_uploaded(client):
     assert results["revision"] is results["same"] is True
     repo = hub.repos["user/files"]
     assert titles(repo)[0] == "three files"
-    assert [blob.lfs for _, blob in sorted(repo.at("main").files.items())] == [False, False, False, True]
+    assert [blob.lfs for _, blob in sorted(repo.at("main").files.items())] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert hub.unknown == []
 
 
@@ -125,7 +130,10 @@ def test_branches_and_pull_requests(client):
         ("wrong token", "HfHubHTTPError 401"),
         ("wrong token, reading", "HfHubHTTPError 401"),
         ("no token", "HfHubHTTPError 401"),
-        ("card", 'ValueError  Invalid metadata in README.md.\n- "base_model" with value "/srv/base" is not valid'),
+        (
+            "card",
+            'ValueError  Invalid metadata in README.md.\n- "base_model" with value "/srv/base" is not valid',
+        ),
     ],
 )
 def test_refusals_are_those_of_the_hub(call, answer, client):
@@ -144,7 +152,9 @@ def test_transient_failure_is_tried_again(client):
 
 def test_damaged_upload_is_refused(client):
     _, hub = client
-    request = urllib.request.Request(f"{hub.endpoint}/lfs/user/files/{'0' * 64}?size=3", data=b"abc", method="PUT")
+    request = urllib.request.Request(
+        f"{hub.endpoint}/lfs/user/files/{'0' * 64}?size=3", data=b"abc", method="PUT"
+    )
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
     assert "0" * 64 not in hub.repos["user/files"].lfs
@@ -312,8 +322,17 @@ def test_result_and_commit_are_those_of_transformers(pushed):
     repo = hub.repos["user/adapter"]
     (commit,) = repo.commits[1:]
     assert (commit.title, commit.description) == ("Upload model", "of a test")
-    assert results["pushed"] == [True, commit.oid, f"{hub.endpoint}/user/adapter/commit/{commit.oid}"]
-    assert sorted(repo.files) == [".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert results["pushed"] == [
+        True,
+        commit.oid,
+        f"{hub.endpoint}/user/adapter/commit/{commit.oid}",
+    ]
+    assert sorted(repo.files) == [
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert not repo.private
     assert hub.unknown == []
 
@@ -323,9 +342,14 @@ def test_published_card_says_how_to_load(pushed, loaded):
     data = metadata(card)
     assert data["library_name"] == "peft"
     assert data["base_model"] == "user/base"
-    assert {"3-bit", "lr-qat", "peft_lrqat", "my-tag", "transformers", "base_model:adapter:user/base"} == set(
-        data["tags"]
-    )
+    assert {
+        "3-bit",
+        "lr-qat",
+        "peft_lrqat",
+        "my-tag",
+        "transformers",
+        "base_model:adapter:user/base",
+    } == set(data["tags"])
     assert data["pipeline_tag"] == "text-generation"
     section = card.split(BEGIN)[1].split(END)[0]
     assert "import peft_lrqat  # registers" in section
@@ -340,7 +364,10 @@ def test_published_card_says_how_to_load(pushed, loaded):
 def test_directory_as_base_is_told_to_both_sides(folder, pushed):
     results, hub = pushed
     assert results["warnings with a name"] == []
-    assert metadata(hub.repos["user/unnamed"].files["unnamed/README.md"].decode())["base_model"] == "user/base"
+    assert (
+        metadata(hub.repos["user/unnamed"].files["unnamed/README.md"].decode())["base_model"]
+        == "user/base"
+    )
     assert len(results["warnings of a directory"]) == 1
     assert "base model with the same weights" in results["warnings of a directory"][0]
     repo = hub.repos["user/of-directory"]
@@ -355,14 +382,23 @@ def test_second_push_keeps_what_a_person_wrote(pushed):
     repo = pushed[1].repos["user/of-directory"]
     assert titles(repo)[2] == "second push"
     card = repo.files["README.md"].decode()
-    assert card.count("# My Card") == card.count("## My evaluation\n\nfine") == card.count("## LR-QAT adapter") == 1
+    assert (
+        card.count("# My Card")
+        == card.count("## My evaluation\n\nfine")
+        == card.count("## LR-QAT adapter")
+        == 1
+    )
     assert "Old section" not in card
     assert "Trained for 9 steps." in card
     assert "15.37" not in card
     data = metadata(card)
     assert {"by-hand", "3-bit"} < set(data["tags"])
     assert "8-bit" not in data["tags"]
-    assert (data["library_name"], data["base_model"], data["language"]) == ("peft", "user/base", "en")
+    assert (data["library_name"], data["base_model"], data["language"]) == (
+        "peft",
+        "user/base",
+        "en",
+    )
 
 
 def test_branches_start_from_the_published_card(pushed):
@@ -399,7 +435,10 @@ def test_refusals_leave_nothing_on_the_hub(pushed):
         assert f"`{results['name']}`" in results[value]
     assert "LRQAT, but has {'default': 'PeftType.LORA'}" in results["lora refused"]
     assert "LRQAT, but has LlamaForCausalLM" in results["base refused"]
-    assert results["tags refused"] == "ValueError `tags` must be a list of strings, but is 'one'; use ['one']"
+    assert (
+        results["tags refused"]
+        == "ValueError `tags` must be a list of strings, but is 'one'; use ['one']"
+    )
     assert results["no answer"].startswith("LocalEntryNotFoundError")
     assert {"user/refused", "user/unanswered"}.isdisjoint(hub.repos)
 
@@ -430,4 +469,7 @@ def test_method_keeps_its_signature_and_is_put_in_place_once():
     ours = inspect.signature(peft_lrqat.push_to_hub)
     assert list(ours.parameters)[1:] == list(inspect.signature(inherited).parameters)[1:]
     for name, parameter in list(inspect.signature(inherited).parameters.items())[1:]:
-        assert (ours.parameters[name].default, ours.parameters[name].kind) == (parameter.default, parameter.kind)
+        assert (ours.parameters[name].default, ours.parameters[name].kind) == (
+            parameter.default,
+            parameter.kind,
+        )

@@ -14,13 +14,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["01_lrqat_quickstart.ipynb", "02_loraquant_adapters.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == [
+        "01_lrqat_quickstart.ipynb",
+        "02_loraquant_adapters.ipynb",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_not_stored(path):
     cells = nbformat.read(path, as_version=4).cells
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells if cell.cell_type == "code")
+    assert not any(
+        cell.get("outputs") or cell.get("execution_count")
+        for cell in cells
+        if cell.cell_type == "code"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

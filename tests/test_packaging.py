@@ -33,7 +33,9 @@ def setup_cfg() -> configparser.ConfigParser:
 
 def test_the_listed_packages_are_those_of_the_tree():
     listed = set(setup_cfg()["options"]["packages"].split())
-    assert listed == {Path(module).parent.as_posix().replace("/", ".") for module in modules_of_the_tree()}
+    assert listed == {
+        Path(module).parent.as_posix().replace("/", ".") for module in modules_of_the_tree()
+    }
 
 
 def test_trainer_is_a_link_and_imports_from_the_top_level():
@@ -51,7 +53,9 @@ def built(tmp_path_factory) -> Path:
     pytest.importorskip("setuptools")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     tracked = (
-        subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+        .stdout.decode()
+        .split("\0")
     )
     for name in filter(None, tracked):
         target = source / name
@@ -62,7 +66,9 @@ def built(tmp_path_factory) -> Path:
             target.write_bytes((ROOT / name).read_bytes())
     for kind in ("wheel", "sdist"):  # a process each, as pip does it
         code = f"import sys, setuptools.build_meta as b; b.build_{kind}(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, check=True
+        )
     return out
 
 
@@ -81,7 +87,9 @@ def test_the_wheel_imports_without_the_tree(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import peft_lrqat, peft_lrqat.trainer as t; print(peft_lrqat.__file__, t.__file__)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert all(Path(name).is_relative_to(tmp_path) for name in result.stdout.split())
 
 
@@ -91,7 +99,9 @@ def test_the_source_archive_builds_the_same_wheel(built, tmp_path):
         tar.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     code = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     (original,) = built.glob("*.whl")
     assert sorted(zipfile.ZipFile(wheel).namelist()) == sorted(zipfile.ZipFile(original).namelist())

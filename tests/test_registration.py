@@ -11,7 +11,11 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 
 import peft_lrqat
 from peft_lrqat import LRQATConfig, LRQATModel
@@ -177,7 +181,9 @@ def test_tables_of_peft():
 
 def test_types_of_peft_still_work(make_base, batch_for, tmp_path):
     assert all(PeftType(t.value) is t for t in PeftType)
-    model = get_peft_model(make_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model = get_peft_model(
+        make_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
     model(**batch_for()).loss.backward()
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_base(), tmp_path)

@@ -1,10 +1,10 @@
 """Training LR-QAT adapters with the transformers Trainer; and what LORAQUANT adds to the training of LoRA."""
 
-from .adapter_callback import LoRAQuantCallback
 from .arguments import LRQATArguments, LRQATTrainingArguments
-from .callback import LRQATCallback
 from .checkpoint import last_complete_checkpoint
 from .distillation import distillation_loss
+from .figures import LRQATCallback
+from .loraquant_callback import LoRAQuantCallback
 from .optimizer import LRQATOptimizerFactory, clip_by_group, parameter_groups
 from .trainer import LRQATTrainer, LRQATTrainerMixin
 

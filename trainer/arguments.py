@@ -35,23 +35,35 @@ class LRQATArguments:
     """
 
     learning_rate: float = field(
-        default=5e-3, metadata={"help": "peak learning rate of the factors A and B, and of what is trained in full"}
+        default=5e-3,
+        metadata={
+            "help": "peak learning rate of the factors A and B, and of what is trained in full"
+        },
     )
     A_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "peak learning rate of the factors A; left out: --learning_rate"}
+        default=None,
+        metadata={"help": "peak learning rate of the factors A; left out: --learning_rate"},
     )
     B_learning_rate: Optional[float] = field(
-        default=None, metadata={"help": "peak learning rate of the factors B; left out: --learning_rate"}
+        default=None,
+        metadata={"help": "peak learning rate of the factors B; left out: --learning_rate"},
     )
-    scale_learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of the scales"})
+    scale_learning_rate: float = field(
+        default=1e-4, metadata={"help": "peak learning rate of the scales"}
+    )
     scale_weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay of the scales; --weight_decay is that of all others"}
+        default=0.0,
+        metadata={"help": "weight decay of the scales; --weight_decay is that of all others"},
     )
-    adam_beta2: float = field(default=0.95, metadata={"help": "decay rate of AdamW's second moment"})
+    adam_beta2: float = field(
+        default=0.95, metadata={"help": "decay rate of AdamW's second moment"}
+    )
     warmup_steps: float = field(
         default=0.1, metadata={"help": "steps of linear warm-up; below 1: their share of all steps"}
     )
-    logging_steps: float = field(default=10, metadata={"help": "steps between two logs; below 1: share of all steps"})
+    logging_steps: float = field(
+        default=10, metadata={"help": "steps between two logs; below 1: share of all steps"}
+    )
     factor_max_grad_norm: float = field(
         default=0.01,
         metadata={
@@ -80,15 +92,21 @@ class LRQATArguments:
             }
         )
         if not 0 <= self.scale_weight_decay < math.inf:
-            raise ValueError(f"`scale_weight_decay` must be at least 0, but is {self.scale_weight_decay}")
+            raise ValueError(
+                f"`scale_weight_decay` must be at least 0, but is {self.scale_weight_decay}"
+            )
         if not self.factor_max_grad_norm > 0:
             raise ValueError(
                 f"`factor_max_grad_norm` must be above 0, but is {self.factor_max_grad_norm}; `max_grad_norm=0` clips nothing"
             )
         if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"`distillation_weight` is a share of the loss, 0 to 1, but is {self.distillation_weight}")
+            raise ValueError(
+                f"`distillation_weight` is a share of the loss, 0 to 1, but is {self.distillation_weight}"
+            )
         if not 0 < self.distillation_temperature < math.inf:
-            raise ValueError(f"`distillation_temperature` must be above 0, but is {self.distillation_temperature}")
+            raise ValueError(
+                f"`distillation_temperature` must be above 0, but is {self.distillation_temperature}"
+            )
         super().__post_init__()
         if self.optim.value.startswith(OWN_GROUPS):
             raise ValueError(

@@ -103,7 +103,9 @@ def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     kept = {checkpoint, *([Path(best)] if best else [])}
-    found = [(path.stat().st_mtime_ns, step, path) for step, path in _checkpoints(checkpoint.parent)]
+    found = [
+        (path.stat().st_mtime_ns, step, path) for step, path in _checkpoints(checkpoint.parent)
+    ]
     others = sorted(entry for entry in found if entry[-1] not in kept)
     staging = checkpoint.parent / STAGING
     for _, _, path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
@@ -170,7 +172,9 @@ def tidy_up(run_dir: str | os.PathLike[str]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_same_adapters(checkpoint: str | os.PathLike[str], configs: Mapping[str, PeftConfig]) -> None:
+def check_same_adapters(
+    checkpoint: str | os.PathLike[str], configs: Mapping[str, PeftConfig]
+) -> None:
     """ValueError where an adapter in ``checkpoint`` has other settings than its namesake in ``configs``, with both values."""
     if not any(Path(checkpoint).rglob(CONFIG_NAME)):  # shards of FSDP
         return
@@ -178,7 +182,9 @@ def check_same_adapters(checkpoint: str | os.PathLike[str], configs: Mapping[str
         # As PEFT lays them out.
         directory = Path(checkpoint) if adapter == "default" else Path(checkpoint, adapter)
         if not (directory / CONFIG_NAME).is_file():
-            raise ValueError(f"{checkpoint} holds no adapter `{adapter}`; resume with the adapters that wrote it")
+            raise ValueError(
+                f"{checkpoint} holds no adapter `{adapter}`; resume with the adapters that wrote it"
+            )
         saved, mine = _comparable(PeftConfig.from_pretrained(str(directory))), _comparable(config)
         differences = [
             f"{name} is {saved.get(name)!r} there and {mine.get(name)!r} here"
@@ -194,7 +200,9 @@ def check_same_adapters(checkpoint: str | os.PathLike[str], configs: Mapping[str
 
 def _same_settings(first: Path, second: Path) -> bool:
     try:
-        one, two = (_comparable(PeftConfig.from_pretrained(str(path.parent))) for path in (first, second))
+        one, two = (
+            _comparable(PeftConfig.from_pretrained(str(path.parent))) for path in (first, second)
+        )
         return one == two
     except (OSError, ValueError, TypeError, KeyError):  # whatever else lies there
         return False
@@ -202,7 +210,9 @@ def _same_settings(first: Path, second: Path) -> bool:
 
 def _comparable(config: PeftConfig) -> dict[str, Any]:
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPARED}
-    return {name: sorted(v) if isinstance(v, set | list | tuple) else v for name, v in fields.items()}
+    return {
+        name: sorted(v) if isinstance(v, set | list | tuple) else v for name, v in fields.items()
+    }
 
 
 def _flushed(directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
-from peft_lrqat.layer import LRQATLayer
+from peft_lrqat.lrqat.layer import LRQATLayer
 
 
 IGNORED = -100  # label of a token that is not scored, as everywhere in transformers
@@ -29,7 +29,11 @@ def load_teacher(student: PeftModel) -> PreTrainedModel:
         if not name:
             raise OSError("the adapter's config does not name it")
         teacher, loading = type(base).from_pretrained(
-            name, config=base.config, revision=config.revision, dtype=base.dtype, output_loading_info=True
+            name,
+            config=base.config,
+            revision=config.revision,
+            dtype=base.dtype,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -61,7 +65,9 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
 @torch.no_grad()
 def share_frozen_parameters(student: PeftModel, teacher: nn.Module) -> int:
     """Lets the teacher use the student's memory where both hold the same frozen values; the bytes that this saves."""
-    mine = {name: p for name, p in student.get_base_model().named_parameters() if not p.requires_grad}
+    mine = {
+        name: p for name, p in student.get_base_model().named_parameters() if not p.requires_grad
+    }
     saved = 0
     for name, parameter in teacher.named_parameters():
         other = mine.get(name)
@@ -85,7 +91,9 @@ def keep_apart(student: nn.Module, teacher: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def scored_tokens(logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, *, shift: bool) -> Tensor:
+def scored_tokens(
+    logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, *, shift: bool
+) -> Tensor:
     """Which predictions count, a mask of the shape of ``logits`` without its last dimension.
 
     Those whose label is not -100; without labels, those of tokens that are not padding. With ``shift`` (causal language
@@ -104,7 +112,12 @@ def scored_tokens(logits: Tensor, labels: Tensor | None, attention_mask: Tensor 
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, scored: Tensor, *, temperature: float, num_items: Tensor | int | None = None
+    student: Tensor,
+    teacher: Tensor,
+    scored: Tensor,
+    *,
+    temperature: float,
+    num_items: Tensor | int | None = None,
 ) -> Tensor:
     """``T^2 * KL(teacher || student)`` in nats, summed over the scored tokens and divided by their number; a float32 scalar.
 
@@ -118,8 +131,14 @@ def distillation_loss(
             f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; the teacher must "
             "have the student's vocabulary and see the same tokens"
         )
-    divisor = scored.sum() if num_items is None else torch.as_tensor(num_items, device=student.device)
-    flat = student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1]), scored.reshape(-1)
+    divisor = (
+        scored.sum() if num_items is None else torch.as_tensor(num_items, device=student.device)
+    )
+    flat = (
+        student.reshape(-1, student.shape[-1]),
+        teacher.reshape(-1, teacher.shape[-1]),
+        scored.reshape(-1),
+    )
     return _Divergence.apply(*flat, divisor.clamp(min=1), temperature)
 
 
@@ -128,7 +147,12 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, student: Tensor, teacher: Tensor, scored: Tensor, divisor: Tensor, temperature: float
+        ctx: FunctionCtx,
+        student: Tensor,
+        teacher: Tensor,
+        scored: Tensor,
+        divisor: Tensor,
+        temperature: float,
     ) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
         total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)

@@ -39,11 +39,17 @@ def parameter_groups(
     itself about 1e-2. LR-QAT, section 5: factors 1e-3, scales 1e-5, no weight decay, over 10^4 steps.
     """
     check_rates({"lr": lr, "scale_lr": scale_lr, "lr_A": lr_A, "lr_B": lr_B})
-    members: dict[str, list[nn.Parameter]] = {n: [] for n in ("A", "B", "scales", "other", "other_no_decay")}
+    members: dict[str, list[nn.Parameter]] = {
+        n: [] for n in ("A", "B", "scales", "other", "other_no_decay")
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[_group_of(name, parameter)].append(parameter)
-    rates = {"A": lr if lr_A is None else lr_A, "B": lr if lr_B is None else lr_B, "scales": scale_lr}
+    rates = {
+        "A": lr if lr_A is None else lr_A,
+        "B": lr if lr_B is None else lr_B,
+        "scales": scale_lr,
+    }
     decays = {"scales": scale_weight_decay, "other_no_decay": 0.0}
     return [
         {
@@ -101,20 +107,29 @@ def clip_by_group(
 
 def say_changed_rates(optimizer: Optimizer) -> None:
     """From here on, loading a checkpoint into ``optimizer`` says which of its settings the checkpoint overrules."""
-    if not getattr(optimizer, "says_changed_rates", False):  # made by the factory and handed to an LR-QAT trainer
+    if not getattr(
+        optimizer, "says_changed_rates", False
+    ):  # made by the factory and handed to an LR-QAT trainer
         optimizer.says_changed_rates = True
         optimizer.register_load_state_dict_pre_hook(_compare_with_checkpoint)
 
 
 def _compare_with_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    names = [[g.get("name") for g in groups] for groups in (optimizer.param_groups, state_dict["param_groups"])]
+    names = [
+        [g.get("name") for g in groups]
+        for groups in (optimizer.param_groups, state_dict["param_groups"])
+    ]
     if names[0] != names[1]:
         raise ValueError(
             f"the checkpoint's optimizer has the parameter groups {names[1]}, but this one has {names[0]}; resume with the trainer "
             "and with the trainable parameters that wrote the checkpoint"
         )
     for mine, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        changed = [key for key in WATCHED if key in mine and key in saved and not _equal(mine[key], saved[key])]
+        changed = [
+            key
+            for key in WATCHED
+            if key in mine and key in saved and not _equal(mine[key], saved[key])
+        ]
         for key in changed:
             logger.warning(
                 f"`{'learning rate' if key == 'initial_lr' else key}` of the group `{mine.get('name')}` is {saved[key]} in the "

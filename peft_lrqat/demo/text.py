@@ -55,7 +55,9 @@ def load_topics(split: Split) -> list[str]:
     The wording of a topic differs a little between Python versions; its side does not.
     """
     if split not in get_args(Split):
-        raise ValueError(f"`split` must be one of {', '.join(get_args(Split))}, but it is {split!r}")
+        raise ValueError(
+            f"`split` must be one of {', '.join(get_args(Split))}, but it is {split!r}"
+        )
     distinct = sorted(set(topics) - set(SECTIONS_OF_OTHERS))
     train = [topics[name].strip() for name in distinct if split_of(name) == "train"]
     if split == "train":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..card import activation_text, base_in_words, is_hub_id, scheme_tags, table, training_text
+from ..lrqat.card import activation_text, scheme_tags
+from ..lrqat.config import LRQATConfig
+from ..shared.card import base_in_words, is_hub_id, table, training_text
 
-
-if TYPE_CHECKING:
-    from ..config import LRQATConfig
 
 LOADING = {
     "compressed-tensors": """from transformers import AutoModelForCausalLM
@@ -35,7 +34,11 @@ model = AutoModelForCausalLM.from_pretrained("this repository or folder")""",
 
 
 def write_card(
-    directory: Path, config: LRQATConfig, format: str, summary: dict[str, Any], activations: str = "write"
+    directory: Path,
+    config: LRQATConfig,
+    format: str,
+    summary: dict[str, Any],
+    activations: str = "write",
 ) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``."""
     place, _, base = base_in_words(config.base_model_name_or_path)
@@ -45,14 +48,26 @@ def write_card(
         license_name="same-as-base-model",
         library_name="gguf" if format == "gguf" else "transformers",
         tags=sorted(
-            {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *([format] if format != "dequantized" else []), *tags}
+            {
+                "peft_lrqat",
+                "lr-qat",
+                f"{config.bits}-bit",
+                *([format] if format != "dequantized" else []),
+                *tags,
+            }
         ),
         base_model=base if is_hub_id(config.base_model_name_or_path) else None,
     )
-    groups = "one scale per output channel" if config.group_size == -1 else f"one scale per {config.group_size} weights"
+    groups = (
+        "one scale per output channel"
+        if config.group_size == -1
+        else f"one scale per {config.group_size} weights"
+    )
     mixed = ""
     if config.bits_pattern or config.group_size_pattern:
-        mixed = f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
+        mixed = (
+            f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
+        )
     text = f"""---
 {data.to_yaml()}
 ---

@@ -27,7 +27,10 @@ def tensors_of(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
         raise ImportError(INSTALL) from error
     bits = linear.grid.bits
     middle = 0 if linear.grid.symmetric else 2 ** (bits - 1)
-    yield "weight_packed", pack_to_int32((linear.codes.to(torch.int16) - middle).to(torch.int8), bits)
+    yield (
+        "weight_packed",
+        pack_to_int32((linear.codes.to(torch.int16) - middle).to(torch.int8), bits),
+    )
     yield "weight_scale", exact_scale(linear, linear.dtype)
     if linear.zero_point is not None:
         zero_point = (linear.zero_point.to(torch.int16) - middle).to(torch.int8)
@@ -59,7 +62,11 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The entry of config.json. ``linears``: by module name, what `describe` says; ``ignore``: the other linear layers."""
     try:
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+        from compressed_tensors.quantization import (
+            QuantizationArgs,
+            QuantizationConfig,
+            QuantizationScheme,
+        )
     except ImportError as error:
         raise ImportError(INSTALL) from error
 
@@ -67,7 +74,11 @@ def quantization_config(
     if activations is not None:
         format = "int-quantized"
         inputs = QuantizationArgs(
-            num_bits=activations.bits, type="int", symmetric=activations.symmetric, strategy="token", dynamic=True
+            num_bits=activations.bits,
+            type="int",
+            symmetric=activations.symmetric,
+            strategy="token",
+            dynamic=True,
         )
 
     groups: dict[tuple, list[str]] = {}
@@ -90,7 +101,9 @@ def quantization_config(
             input_activations=inputs,
             format=format,
         )
-    config = QuantizationConfig(config_groups=schemes, format=format, quantization_status="compressed", ignore=ignore)
+    config = QuantizationConfig(
+        config_groups=schemes, format=format, quantization_status="compressed", ignore=ignore
+    )
     return config.model_dump(mode="json", exclude_none=True)
 
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
+from ..formats.capabilities import FORMATS, why_not, why_not_activations
 from ..quant import Grid
-from ..staging import check_target, whole_directory
+from ..shared.staging import check_target, whole_directory
 from . import compressed_tensors, gguf, gptq, packed
-from .capabilities import FORMATS, why_not, why_not_activations
 from .card import write_card
 from .linears import QuantizedLinear, lrqat_layers, model_tensors, quantized_linear, widened
 from .stream import ShardWriter
@@ -67,7 +67,9 @@ def export_model(
     layers, adapter_name = _check(model, format, adapter_name, container_bits, activations)
     shard_size = convert_file_size_to_int(max_shard_size)
     with whole_directory(path) as directory:
-        bar = tqdm(total=len(layers), desc=f"exporting {format}", unit="layer", disable=not progress)
+        bar = tqdm(
+            total=len(layers), desc=f"exporting {format}", unit="layer", disable=not progress
+        )
         with bar:
             if format == "gguf":
                 summary = gguf.write(model, adapter_name, tokenizer, directory, bar.update)
@@ -75,7 +77,14 @@ def export_model(
                 _write_config(model, adapter_name, format, {}, None, directory)
             else:
                 summary = _write_safetensors(
-                    model, adapter_name, format, directory, shard_size, container_bits, activations, bar.update
+                    model,
+                    adapter_name,
+                    format,
+                    directory,
+                    shard_size,
+                    container_bits,
+                    activations,
+                    bar.update,
                 )
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(directory))
@@ -94,11 +103,17 @@ def is_untrained(model: PeftModel, adapter_name: str) -> bool:
 
 
 def _check(
-    model: PeftModel, format: str, adapter_name: str | None, container_bits: int | None, activations: str
+    model: PeftModel,
+    format: str,
+    adapter_name: str | None,
+    container_bits: int | None,
+    activations: str,
 ) -> tuple[dict[str, Any], str]:
     """The target layers and the adapter's name; ValueError for what can be refused before anything is computed."""
     if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, but is {format!r}")
+        raise ValueError(
+            f"`format` must be one of {', '.join(map(repr, FORMATS))}, but is {format!r}"
+        )
     if activations not in ("write", "ignore"):
         raise ValueError(f"`activations` must be one of 'write', 'ignore', but is {activations!r}")
     layers = lrqat_layers(model) if isinstance(model, PeftModel) else {}
@@ -122,15 +137,21 @@ def _check(
         if reason is not None:
             raise ValueError(f"`{name}`: {reason}")
         if activations == "write":
-            reason = why_not_activations(format, grid, layer.activations[adapter_name], layer.kv_cache[adapter_name])
+            reason = why_not_activations(
+                format, grid, layer.activations[adapter_name], layer.kv_cache[adapter_name]
+            )
             if reason is not None:
-                raise ValueError(f"`{name}`: {reason}. To export the weights alone, use activations='ignore'")
+                raise ValueError(
+                    f"`{name}`: {reason}. To export the weights alone, use activations='ignore'"
+                )
     if format == "gguf" and container_bits is not None:
         raise ValueError(
             "`container_bits` is not for gguf, whose blocks are chosen by the integers they must hold; leave it out"
         )
     if is_untrained(model, adapter_name):
-        logger.warning(f"the adapter `{adapter_name}` is untrained: what is exported equals round-to-nearest")
+        logger.warning(
+            f"the adapter `{adapter_name}` is untrained: what is exported equals round-to-nearest"
+        )
     return layers, adapter_name
 
 
@@ -149,16 +170,24 @@ def _write_safetensors(
     inputs = model.peft_config[adapter_name].activation_grid if activations == "write" else None
     tensors_of = {
         "compressed-tensors": (
-            compressed_tensors.tensors_of if inputs is None else compressed_tensors.integer_tensors_of
+            compressed_tensors.tensors_of
+            if inputs is None
+            else compressed_tensors.integer_tensors_of
         ),
         "gptq": gptq.tensors_of,
         "packed": packed.tensors_of,
         "dequantized": _dequantized,
     }[format]
     modules: dict[str, dict[str, Any]] = {}
-    names = [name for name, _ in base.named_parameters(remove_duplicate=False)] + [n for n, _ in base.named_buffers()]
+    names = [name for name, _ in base.named_parameters(remove_duplicate=False)] + [
+        n for n, _ in base.named_buffers()
+    ]
     # A tensor's entry: its name, the longest ending, and some numbers; a target has up to four.
-    header_bytes = 4096 + sum(len(name) + 200 for name in names) + sum(4 * (len(n) + 220) for n in lrqat_layers(model))
+    header_bytes = (
+        4096
+        + sum(len(name) + 200 for name in names)
+        + sum(4 * (len(n) + 220) for n in lrqat_layers(model))
+    )
     weights = 0
     with ShardWriter(directory, shard_size, header_bytes) as writer:
         for name, value in model_tensors(model, adapter_name):
@@ -169,7 +198,11 @@ def _write_safetensors(
             linear = quantized_linear(name, value, adapter_name)
             # The packed integers are counted from the lowest of the wider grid.
             linear = replace(linear, grid=widened(linear.grid, container_bits))
-            modules[name] = packed.describe(linear) if format == "packed" else compressed_tensors.describe(linear)
+            modules[name] = (
+                packed.describe(linear)
+                if format == "packed"
+                else compressed_tensors.describe(linear)
+            )
             for kind, tensor in tensors_of(linear):
                 writer.write(f"{name}.{kind}", tensor)
             weights += writer.total - before
@@ -201,7 +234,9 @@ def _write_config(
         config = gguf.config_for_transformers(config)
     config.dtype = base.dtype
     others = [
-        name for name, module in base.named_modules() if isinstance(module, nn.Linear) and not _is_inside(name, modules)
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not _is_inside(name, modules)
     ]
     quantization = None
     if format == "compressed-tensors":
@@ -216,7 +251,10 @@ def _write_config(
     elif format == "packed":
         quantization = packed.quantization_config(modules)
     elif format == "gptq":
-        kinds = {(fields["bits"], fields["group_size"], fields["symmetric"]) for fields in modules.values()}
+        kinds = {
+            (fields["bits"], fields["group_size"], fields["symmetric"])
+            for fields in modules.values()
+        }
         if len(kinds) > 1:
             raise ValueError(
                 f"gptq has one width and group size for the whole model, but this one has {sorted(kind[:2] for kind in kinds)}"
@@ -235,7 +273,9 @@ def _write_config(
 def _has_own_head(base: nn.Module, written: set[str]) -> bool:
     """Whether the head has a weight in the files, be the model a tied one whose head was trained. Some loaders go by the config."""
     head = base.get_output_embeddings()
-    return any(f"{name}.weight" in written for name, module in base.named_modules() if module is head)
+    return any(
+        f"{name}.weight" in written for name, module in base.named_modules() if module is head
+    )
 
 
 def _is_inside(name: str, modules: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..layer import LRQATLayer
+from ..lrqat.layer import LRQATLayer
 from . import ggml, vocabulary
 from .compressed_tensors import exact_scale
 from .linears import model_tensors, quantized_linear
@@ -69,7 +69,9 @@ def write(
         kind = "weight" if isinstance(value, LRQATLayer) else key.rpartition(".")[2]
         mapped = names.get_name(module)
         if mapped is None:
-            raise ValueError(f"GGUF has no place for `{key}` of a {config.model_type}; export another format")
+            raise ValueError(
+                f"GGUF has no place for `{key}` of a {config.model_type}; export another format"
+            )
         heads = _heads(module, config) if paired else None
         if isinstance(value, LRQATLayer):
             grid = value.base_layer.format.grid
@@ -93,7 +95,10 @@ def write(
             writer.write_tensor_data(data)
     finally:
         writer.close()
-    return {"bytes of the quantised weights": weights, "bytes of the file": (directory / FILE).stat().st_size}
+    return {
+        "bytes of the quantised weights": weights,
+        "bytes of the file": (directory / FILE).stat().st_size,
+    }
 
 
 def _data(plan: list[tuple], adapter_name: str, done: Callable[[int], Any]) -> Iterator[np.ndarray]:
@@ -112,7 +117,11 @@ def _data(plan: list[tuple], adapter_name: str, done: Callable[[int], Any]) -> I
 
 def _plain_type(tensor: Tensor) -> str:
     # llama.cpp adds and multiplies with vectors in float32 alone.
-    return "F32" if tensor.ndim == 1 else {torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensor.dtype, "F32")
+    return (
+        "F32"
+        if tensor.ndim == 1
+        else {torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensor.dtype, "F32")
+    )
 
 
 def _plain(tensor: Tensor) -> np.ndarray:

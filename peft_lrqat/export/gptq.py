@@ -44,7 +44,9 @@ def _words(values: Tensor, bits: int) -> Tensor:
     return pack(values.to(torch.uint8), bits).view(torch.int32)
 
 
-def quantization_config(bits: int, group_size: int, symmetric: bool, skipped: list[str]) -> dict[str, Any]:
+def quantization_config(
+    bits: int, group_size: int, symmetric: bool, skipped: list[str]
+) -> dict[str, Any]:
     """The entry of config.json; of one width and group size for the whole model, as the layout has it."""
     return {
         "quant_method": "gptq",
@@ -63,7 +65,9 @@ def read_weight(path: Path, name: str, dtype: torch.dtype) -> Tensor:
     tensors: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for key in set(stored.keys()) & {f"{name}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")}:
+            for key in set(stored.keys()) & {
+                f"{name}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx")
+            }:
                 tensors[key.removeprefix(f"{name}.")] = stored.get_tensor(key)
     scale, groups = tensors["scales"].float(), tensors["g_idx"].long()
     bits = 32 * len(tensors["qweight"]) // len(groups)
@@ -74,4 +78,6 @@ def read_weight(path: Path, name: str, dtype: torch.dtype) -> Tensor:
 
 def _unworded(words: Tensor, bits: int) -> Tensor:
     """The inverse of `_words`, int16."""
-    return unpack(words.contiguous().view(torch.uint8), bits, 32 * words.shape[1] // bits).to(torch.int16)
+    return unpack(words.contiguous().view(torch.uint8), bits, 32 * words.shape[1] // bits).to(
+        torch.int16
+    )

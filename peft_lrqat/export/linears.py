@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..layer import LRQATLayer
+from ..lrqat.layer import LRQATLayer
 from ..quant import quantized_codes, quantized_weight
 from ..quant.grid import SCALE_DTYPES, Grid, effective_scale
 
@@ -48,7 +48,9 @@ def widened(grid: Grid, bits: int | None) -> Grid:
     if bits is None:
         return grid
     if not grid.bits <= bits <= 8:
-        raise ValueError(f"`container_bits` must be {grid.bits}, the bits of the weights, to 8, but is {bits!r}")
+        raise ValueError(
+            f"`container_bits` must be {grid.bits}, the bits of the weights, to 8, but is {bits!r}"
+        )
     return replace(grid, bits=bits)
 
 
@@ -67,7 +69,9 @@ def quantized_linear(name: str, layer: LRQATLayer, adapter_name: str) -> Quantiz
         name=name,
         grid=format.grid,
         codes=quantized_codes(weight),
-        scale=effective_scale(weight.scale.detach().float(), format.scale_dtype).to(SCALE_DTYPES[format.scale_dtype]),
+        scale=effective_scale(weight.scale.detach().float(), format.scale_dtype).to(
+            SCALE_DTYPES[format.scale_dtype]
+        ),
         zero_point=weight.zero_point,
         weight=quantized_weight(weight),
         is_conv1d=layer.base_layer.is_conv1d,
@@ -92,7 +96,10 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
         inside = any(isinstance(parent, LRQATLayer) for parent in _parents(base, name))
         if inside or _is_other_copy(base, name, adapter_name):
             continue
-        tensors = {**module._parameters, **{n: b for n, b in module._buffers.items() if n not in _not_saved(module)}}
+        tensors = {
+            **module._parameters,
+            **{n: b for n, b in module._buffers.items() if n not in _not_saved(module)},
+        }
         for kind, tensor in tensors.items():
             if tensor is None or id(tensor) in seen:
                 continue

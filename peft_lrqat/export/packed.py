@@ -30,7 +30,11 @@ from .linears import QuantizedLinear
 
 
 METHOD, FORMAT_VERSION = "lrqat", 1
-CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 def tensors_of(linear: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +63,9 @@ def quantization_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
 
 
-def load_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_quantized(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that `export_model(..., format="packed")` wrote, with plain weights ``scale * (codes - zero_point)``.
 
     ``dtype`` left out: that of the export, in which the weights are bit for bit what was trained; another one is rounded to.
@@ -72,7 +78,9 @@ def load_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype | None = 
     state = {}
     stored = _Stored(path)
     for name, fields in modules.items():
-        tensors = {kind: stored.take(f"{name}.{kind}") for kind in ("codes", "scale", "zero_points")}
+        tensors = {
+            kind: stored.take(f"{name}.{kind}") for kind in ("codes", "scale", "zero_points")
+        }
         try:
             weight = _weight(fields, tensors, config.dtype)
         except (ValueError, KeyError, TypeError) as error:
@@ -86,8 +94,15 @@ def load_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype | None = 
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-        wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
-        raise ValueError(f"the weights in {path} do not fit its {CONFIG_NAME}: {', '.join(wrong[:3])}")
+        wrong = sorted(
+            map(
+                str,
+                {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]},
+            )
+        )
+        raise ValueError(
+            f"the weights in {path} do not fit its {CONFIG_NAME}: {', '.join(wrong[:3])}"
+        )
     return model.eval()
 
 
@@ -95,7 +110,9 @@ def _read_config(path: Path) -> tuple[PretrainedConfig, dict[str, dict[str, Any]
     try:
         written = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         quantization = written["quantization_config"]
-        method, version, modules = (quantization[key] for key in ("quant_method", "format_version", "modules"))
+        method, version, modules = (
+            quantization[key] for key in ("quant_method", "format_version", "modules")
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no model that `export_model(..., format='packed')` wrote ({error!r})"
@@ -120,7 +137,9 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    raise ValueError(f"this transformers has no model class {config.architectures}; install the version of the export")
+    raise ValueError(
+        f"this transformers has no model class {config.architectures}; install the version of the export"
+    )
 
 
 class _Stored:
@@ -130,7 +149,13 @@ class _Stored:
         names = [WEIGHTS_NAME]
         try:
             if (path / INDEX_NAME).exists():
-                names = sorted(set(json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(
+                    set(
+                        json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))[
+                            "weight_map"
+                        ].values()
+                    )
+                )
             self._files = [safe_open(path / name, framework="pt") for name in names]
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {path} are not whole ({error})") from error
@@ -145,7 +170,9 @@ class _Stored:
         return sorted(self._where)
 
 
-def _weight(fields: dict[str, Any], tensors: dict[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+def _weight(
+    fields: dict[str, Any], tensors: dict[str, Tensor | None], dtype: torch.dtype
+) -> Tensor:
     grid = Grid(bits=fields["bits"], symmetric=fields["symmetric"], group_size=fields["group_size"])
     rows, columns = fields["shape"]
     groups = grid.num_groups(columns)

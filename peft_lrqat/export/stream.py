@@ -39,7 +39,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self._finish()
@@ -73,9 +76,13 @@ class ShardWriter:
     def _close(self) -> None:
         if self._file is None:
             return
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1][1]}, separators=(",", ":")).encode()
+        header = json.dumps(
+            {"__metadata__": {"format": "pt"}, **self._shards[-1][1]}, separators=(",", ":")
+        ).encode()
         if len(header) > self.header_bytes:
-            raise AssertionError(f"the header takes {len(header)} bytes, but {self.header_bytes} were left for it")
+            raise AssertionError(
+                f"the header takes {len(header)} bytes, but {self.header_bytes} were left for it"
+            )
         self._file.seek(0)
         self._file.write(self.header_bytes.to_bytes(8, "little"))
         self._file.write(header.ljust(self.header_bytes))
@@ -92,7 +99,9 @@ class ShardWriter:
             names = ["model.safetensors"]
         else:
             index = {n: names[i] for i, (_, tensors) in enumerate(self._shards) for n in tensors}
-            text = json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2)
+            text = json.dumps(
+                {"metadata": {"total_size": self.total}, "weight_map": index}, indent=2
+            )
             (self.directory / "model.safetensors.index.json").write_text(text + "\n")
         for (path, _), name in zip(self._shards, names, strict=True):
             path.rename(self.directory / name)

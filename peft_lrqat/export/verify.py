@@ -25,7 +25,9 @@ class Verification:
     layers: int
     different_layers: tuple[str, ...]
     different_tensors: tuple[str, ...]  # of all else
-    logits_difference: float | None  # largest, on one row of tokens; None where nothing here runs the format
+    logits_difference: (
+        float | None
+    )  # largest, on one row of tokens; None where nothing here runs the format
     bytes: int  # of the directory
 
     @property
@@ -46,27 +48,36 @@ def verify_export(
     if format == "gptq":
         loaded, loader = None, "this package"
         weights = {
-            name: gptq.read_weight(path, name, layer.base_layer.dtype) for name, layer in lrqat_layers(model).items()
+            name: gptq.read_weight(path, name, layer.base_layer.dtype)
+            for name, layer in lrqat_layers(model).items()
         }
         others: dict[str, Tensor] = {}
     else:
         loaded, loader = _load(path, format, model, adapter_name)
         # compressed-tensors makes weights of its integers in the first forward pass.
         ids = torch.arange(32)[None] % loaded.config.vocab_size
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if loaded.config.is_encoder_decoder else {})
+        inputs = {"input_ids": ids} | (
+            {"decoder_input_ids": ids} if loaded.config.is_encoder_decoder else {}
+        )
         logits = loaded(**inputs).logits.float()
         weights = {name: _weight_of(loaded.get_submodule(name)) for name in lrqat_layers(model)}
         others = dict(loaded.state_dict())
     different, other = [], []
     for name, value in model_tensors(model, adapter_name):
         if not isinstance(value, Tensor):
-            if not torch.equal(quantized_linear(name, value, adapter_name).weight.cpu(), weights[name]):
+            if not torch.equal(
+                quantized_linear(name, value, adapter_name).weight.cpu(), weights[name]
+            ):
                 different.append(name)
         elif name in others and not torch.equal(value.cpu(), others[name]):
             other.append(name)
     difference = None
     if loaded is not None:
-        mine = model(**{name: ids.to(model.device) for name, ids in inputs.items()}).logits.float().cpu()
+        mine = (
+            model(**{name: ids.to(model.device) for name, ids in inputs.items()})
+            .logits.float()
+            .cpu()
+        )
         difference = float((mine - logits).abs().max())
     return Verification(
         loader=loader,
@@ -78,16 +89,26 @@ def verify_export(
     )
 
 
-def _load(path: Path, format: str, model: PeftModel, adapter_name: str) -> tuple[PreTrainedModel, str]:
+def _load(
+    path: Path, format: str, model: PeftModel, adapter_name: str
+) -> tuple[PreTrainedModel, str]:
     if format == "packed":
         return load_quantized(path), "peft_lrqat.export.load_quantized"
     options = {}
     if format == "gguf":
         # Plain weights, whether kernels for the blocks are installed or not.
         unpack = GgufConfig(dequantize=True)
-        options = {"gguf_file": gguf.FILE, "config": AutoConfig.from_pretrained(path), "quantization_config": unpack}
+        options = {
+            "gguf_file": gguf.FILE,
+            "config": AutoConfig.from_pretrained(path),
+            "quantization_config": unpack,
+        }
     config = model.peft_config[adapter_name]
-    written = json.loads((path / "config.json").read_text(encoding="utf-8")) if format == "compressed-tensors" else {}
+    written = (
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if format == "compressed-tensors"
+        else {}
+    )
     packs = written.get("quantization_config", {}).get("format") == "pack-quantized"
     if packs and not (config.bits_pattern or config.group_size_pattern):
         from transformers import CompressedTensorsConfig
@@ -97,7 +118,10 @@ def _load(path: Path, format: str, model: PeftModel, adapter_name: str) -> tuple
     base = model.get_base_model()
     model_class = AutoModelForCausalLM if format == "gguf" else type(base)
     loaded = model_class.from_pretrained(path, dtype=base.dtype, **options)
-    return loaded.eval(), f"transformers ({format})" if format in ("gguf", "compressed-tensors") else "transformers"
+    return loaded.eval(), f"transformers ({format})" if format in (
+        "gguf",
+        "compressed-tensors",
+    ) else "transformers"
 
 
 def _weight_of(module: nn.Module) -> Tensor:

@@ -22,7 +22,9 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     parts = json.loads(backend.to_str()) if backend is not None else {}
     model = parts.get("model", {})
     if model.get("type") != "BPE":
-        raise ValueError(f"GGUF is written with BPE tokenizers, but this is a {type(tokenizer).__name__}; {OTHERWISE}")
+        raise ValueError(
+            f"GGUF is written with BPE tokenizers, but this is a {type(tokenizer).__name__}; {OTHERWISE}"
+        )
     added = {token["id"]: token for token in parts["added_tokens"]}
     by_id = {index: token for token, index in model["vocab"].items()}
     last = max([*added, *by_id])
@@ -38,7 +40,10 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         else:
             tokens.append(by_id.get(index, f"[PAD{index}]"))
             kinds.append(NORMAL if index in by_id else UNUSED)
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, parts, tokens, kinds, merges, tokenizer.unk_token_id)
     else:
@@ -68,11 +73,18 @@ def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and (pattern := steps[0]["pattern"].get("Regex")) in SPLITS:
         return SPLITS[pattern]
-    raise ValueError(f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp; {OTHERWISE}")
+    raise ValueError(
+        f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp; {OTHERWISE}"
+    )
 
 
 def _add_sentencepiece(
-    writer: Any, parts: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple], unknown: int | None
+    writer: Any,
+    parts: dict[str, Any],
+    tokens: list[str],
+    kinds: list[int],
+    merges: list[tuple],
+    unknown: int | None,
 ) -> None:
     """llama.cpp joins the two neighbours whose joint token has the highest score, where `tokenizers` goes by a list of merges."""
     for index, token in enumerate(tokens):
@@ -83,7 +95,9 @@ def _add_sentencepiece(
     plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
     merges = [merge for merge in merges if "".join(merge) in plain]
     order = [token for token, _ in groupby(map("".join, merges))]
-    pairs = {(t[:i], t[i:]) for t in plain for i in range(1, len(t)) if t[:i] in plain and t[i:] in plain}
+    pairs = {
+        (t[:i], t[i:]) for t in plain for i in range(1, len(t)) if t[:i] in plain and t[i:] in plain
+    }
     if len(order) != len(set(order)) or pairs != set(merges):
         raise ValueError(
             f"the merges of this tokenizer are not those that scores of its tokens give, which llama.cpp goes by; {OTHERWISE}"
@@ -105,4 +119,6 @@ def _has_space_prefix(parts: dict[str, Any]) -> bool:
     if not steps and cutter and cutter["type"] == "Metaspace" and not cutter["split"]:
         return cutter["prepend_scheme"] != "never"
     cutter = cutter["type"] if cutter else None
-    raise ValueError(f"this tokenizer prepares text by {kinds} and {cutter}, which GGUF has no place for; {OTHERWISE}")
+    raise ValueError(
+        f"this tokenizer prepares text by {kinds} and {cutter}, which GGUF has no place for; {OTHERWISE}"
+    )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from peft import TaskType
 
-from ..card import base_in_words, table, write_section
+from ..shared.card import base_in_words, table, write_section
+from .config import LoRAQuantConfig
 
-
-if TYPE_CHECKING:
-    from .config import LoRAQuantConfig
 
 AUTO_MODELS = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -21,12 +17,19 @@ AUTO_MODELS = {
 }
 
 
-def describe_adapter(save_directory: str, config: LoRAQuantConfig, subfolder: str | None = None) -> None:
+def describe_adapter(
+    save_directory: str, config: LoRAQuantConfig, subfolder: str | None = None
+) -> None:
     """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install and load it.
 
     ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
     """
-    write_section(save_directory, _section(config, subfolder), {"loraquant", "lora"}, config.base_model_name_or_path)
+    write_section(
+        save_directory,
+        _section(config, subfolder),
+        {"loraquant", "lora"},
+        config.base_model_name_or_path,
+    )
 
 
 def _section(config: LoRAQuantConfig, subfolder: str | None) -> str:
@@ -37,7 +40,9 @@ def _section(config: LoRAQuantConfig, subfolder: str | None) -> str:
     grid = "integer zero points above 1 bit" if config.zero_points else "no zero points"
     kind = ", DoRA" * config.use_dora + ", rank-stabilised" * config.use_rslora
     # Only what fits into a line: the rest of the report is in `adapter_config.json`.
-    report = {name: value for name, value in config.report.items() if not isinstance(value, dict | list)}
+    report = {
+        name: value for name, value in config.report.items() if not isinstance(value, dict | list)
+    }
     return f"""## LORAQUANT adapter
 
 A LoRA adapter whose factors are stored at a few bits (LoRAQuant, arXiv 2510.26690). PEFT alone does not know this adapter type:
@@ -65,9 +70,7 @@ model = PeftModel.from_pretrained(base, "this repository or folder"{folder})
 
 
 def _recipe(config: LoRAQuantConfig) -> str:
-    published = (
-        f"{config.bits_high} bits up to a share of {config.ratio} of the squared singular values and 1 bit beyond"
-    )
+    published = f"{config.bits_high} bits up to a share of {config.ratio} of the squared singular values and 1 bit beyond"
     if config.method == "paper":
         return published
     if config.average_bits is None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..config import _check_integer, _check_names, _check_regex
+from ..quant.factors.groups import MAX_BITS
+from ..quant.factors.storage import FORMAT_VERSION, PackedFormat, check_bits, check_rank
 from ..quant.grid import SCALE_DTYPES
-from .card import describe_adapter
-from .groups import MAX_BITS
-from .packed import FORMAT_VERSION, PackedFormat, check_bits, check_rank
+from ..shared.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_items,
+    check_json,
+    check_names,
+    check_number,
+    check_regex,
+)
+from ..shared.config import AdapterConfig
 
 
 METHODS = ("residual", "paper")
@@ -25,7 +30,7 @@ BIASES = ("none", "all", "lora_only")
 
 
 @dataclass
-class LoRAQuantConfig(PeftConfig):
+class LoRAQuantConfig(AdapterConfig):
     """Configuration of LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits (LoRAQuant, arXiv 2510.26690).
 
     Such an adapter is made from a saved LoRA adapter and is for inference; ``bits_high``, ``ratio`` and the other fields of the
@@ -40,6 +45,8 @@ class LoRAQuantConfig(PeftConfig):
         model = PeftModel.from_pretrained(base, "my-lora-2bit")
         ```
     """
+
+    newest_format: ClassVar[int] = FORMAT_VERSION
 
     method: Literal["residual", "paper"] = field(
         default="residual",
@@ -71,34 +78,49 @@ class LoRAQuantConfig(PeftConfig):
         },
     )
     group_size: int = field(
-        default=128, metadata={"help": "Entries of a component that share a scale; the last group may be shorter."}
+        default=128,
+        metadata={
+            "help": "Entries of a component that share a scale; the last group may be shorter."
+        },
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "How scales are stored."}
     )
     r: int = field(default=8, metadata={"help": "Rank of the LoRA adapter; taken over from it."})
     lora_alpha: float = field(
-        default=8, metadata={"help": "The product of the factors is multiplied by lora_alpha / r; taken over."}
+        default=8,
+        metadata={
+            "help": "The product of the factors is multiplied by lora_alpha / r; taken over."
+        },
     )
     use_rslora: bool = field(
         default=False, metadata={"help": "Multiplied by lora_alpha / sqrt(r) instead; taken over."}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks of single modules, by name or regular expression; taken over."}
+        default_factory=dict,
+        metadata={"help": "Ranks of single modules, by name or regular expression; taken over."},
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "lora_alpha of single modules, by name or regular expression; taken over."},
+        metadata={
+            "help": "lora_alpha of single modules, by name or regular expression; taken over."
+        },
     )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
-        metadata={"help": "The modules that the LoRA adapter changes, as names or a regular expression; taken over."},
+        metadata={
+            "help": "The modules that the LoRA adapter changes, as names or a regular expression; taken over."
+        },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Modules that target_modules names and that are left alone; taken over."}
+        default=None,
+        metadata={"help": "Modules that target_modules names and that are left alone; taken over."},
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Index or indices of the layers that target_modules holds for; taken over."}
+        default=None,
+        metadata={
+            "help": "Index or indices of the layers that target_modules holds for; taken over."
+        },
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None,
@@ -106,20 +128,31 @@ class LoRAQuantConfig(PeftConfig):
     )
     modules_to_save: Optional[list[str]] = field(
         default=None,
-        metadata={"help": "Further modules that were trained in full and are stored with the adapter; taken over."},
+        metadata={
+            "help": "Further modules that were trained in full and are stored with the adapter; taken over."
+        },
     )
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
-        default=None, metadata={"help": "Tokens whose embeddings were trained and are stored with it; taken over."}
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings were trained and are stored with it; taken over."
+        },
     )
     bias: Literal["none", "all", "lora_only"] = field(
-        default="none", metadata={"help": "Which biases were trained and are stored with the adapter; taken over."}
+        default="none",
+        metadata={"help": "Which biases were trained and are stored with the adapter; taken over."},
     )
     use_dora: bool = field(
         default=False,
-        metadata={"help": "The adapter has DoRA's magnitudes, which are stored as they are; taken over."},
+        metadata={
+            "help": "The adapter has DoRA's magnitudes, which are stored as they are; taken over."
+        },
     )
     fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "As in the LoRA configuration; the layers themselves say which way they lie."}
+        default=False,
+        metadata={
+            "help": "As in the LoRA configuration; the layers themselves say which way they lie."
+        },
     )
     component_bits: dict[str, str] = field(
         default_factory=dict,
@@ -130,14 +163,19 @@ class LoRAQuantConfig(PeftConfig):
     )
     shapes: dict[str, list[int]] = field(
         default_factory=dict,
-        metadata={"help": "Outputs and inputs of each module in component_bits; filled in by the conversion."},
+        metadata={
+            "help": "Outputs and inputs of each module in component_bits; filled in by the conversion."
+        },
     )
     embeddings: list[str] = field(
-        default_factory=list, metadata={"help": "Which of them are embeddings; filled in by the conversion."}
+        default_factory=list,
+        metadata={"help": "Which of them are embeddings; filled in by the conversion."},
     )
     zero_points: bool = field(
         default=False,
-        metadata={"help": "Groups above 1 bit have an integer zero point of their own; filled in by the conversion."},
+        metadata={
+            "help": "Groups above 1 bit have an integer zero point of their own; filled in by the conversion."
+        },
     )
     report: dict[str, Any] = field(
         default_factory=dict,
@@ -145,56 +183,52 @@ class LoRAQuantConfig(PeftConfig):
             "help": "Errors and sizes of the conversion, for the model card; filled in, and changes nothing else."
         },
     )
-    format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Version of the stored format; leave it to the library."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORAQUANT
         # Codes cannot be trained; PEFT unsets this for `is_trainable=True`, which LoRAQuantModel then refuses.
         self.inference_mode = True
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        _check_version(self.format_version)
         self._check_recipe()
         self._check_lora()
         self._check_filled_in()
 
     def _check_recipe(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        _check_integer("bits_high", self.bits_high, 2)
+        check_choice("method", self.method, METHODS)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_integer("bits_high", self.bits_high, 2)
         if self.bits_high > MAX_BITS:
-            raise ValueError(f"`bits_high` must be an integer from 2 to {MAX_BITS}, but is {self.bits_high!r}")
-        _check_integer("group_size", self.group_size, 1)
-        _check_number("ratio", self.ratio, 1)
+            raise ValueError(
+                f"`bits_high` must be an integer from 2 to {MAX_BITS}, but is {self.bits_high!r}"
+            )
+        check_integer("group_size", self.group_size, 1)
+        check_number("ratio", self.ratio, 1)
         if self.average_bits is not None:
-            _check_number("average_bits", self.average_bits, MAX_BITS)
+            check_number("average_bits", self.average_bits, MAX_BITS)
             if self.method != "residual":
-                raise ValueError(f"`average_bits` needs method='residual', but `method` is {self.method!r}")
+                raise ValueError(
+                    f"`average_bits` needs method='residual', but `method` is {self.method!r}"
+                )
 
     def _check_lora(self) -> None:
-        _check_integer("r", self.r, 1)
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_choice("bias", self.bias, BIASES)
+        check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha)
+        check_choice("bias", self.bias, BIASES)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_names(name, getattr(self, name), one_string=True)
-        _check_names("modules_to_save", self.modules_to_save, one_string=False)
+            check_names(name, getattr(self, name), one_string=True)
+        check_names("modules_to_save", self.modules_to_save, one_string=False)
         for name in ("use_rslora", "use_dora", "fan_in_fan_out", "zero_points"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         for name in ("rank_pattern", "alpha_pattern"):
-            for key, value in _items(name, getattr(self, name), "numbers"):
-                _check_regex(name, key)
+            for key, value in check_items(name, getattr(self, name), "numbers"):
+                check_regex(name, key)
                 if name == "rank_pattern":
-                    _check_integer(f"{name}[{key!r}]", value, 1)
+                    check_integer(f"{name}[{key!r}]", value, 1)
                 else:
-                    _check_number(f"{name}[{key!r}]", value)
+                    check_number(f"{name}[{key!r}]", value)
 
     def _check_filled_in(self) -> None:
-        for module, bits in _items("component_bits", self.component_bits, "strings of digits"):
+        for module, bits in check_items("component_bits", self.component_bits, "strings of digits"):
             try:
                 check_bits(bits)
             except ValueError as error:
@@ -204,24 +238,25 @@ class LoRAQuantConfig(PeftConfig):
                     f"`component_bits` of `{module}` has {len(bits)} components, but its rank is {self.rank_of(module)}; the "
                     "configuration is damaged"
                 )
-        for module, shape in _items("shapes", self.shapes, "[outputs, inputs]"):
+        for module, shape in check_items("shapes", self.shapes, "[outputs, inputs]"):
             if (
                 not isinstance(shape, list | tuple)
                 or len(shape) != 2
                 or any(type(n) is not int or n < 1 for n in shape)
             ):
-                raise ValueError(f"`shapes` of `{module}` must be [outputs, inputs], but is {shape!r}")
+                raise ValueError(
+                    f"`shapes` of `{module}` must be [outputs, inputs], but is {shape!r}"
+                )
             if module in self.component_bits:
                 try:
                     check_rank(self.packed_format(module, *shape), self.rank_of(module))
                 except ValueError as error:
-                    raise ValueError(f"`shapes` of `{module}`: {error}; the configuration is damaged") from None
-        _check_names("embeddings", self.embeddings, one_string=False)
-        _items("report", self.report, "values")
-        try:
-            json.dumps(self.report, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`report` must fit into a JSON file, but is {self.report!r} ({error})") from error
+                    raise ValueError(
+                        f"`shapes` of `{module}`: {error}; the configuration is damaged"
+                    ) from None
+        check_names("embeddings", self.embeddings, one_string=False)
+        check_items("report", self.report, "values")
+        check_json("report", self.report)
 
     def rank_of(self, module: str) -> int:
         """The rank that the LoRA adapter has there."""
@@ -246,43 +281,6 @@ class LoRAQuantConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; sets become sorted lists, so that equal configurations are saved as equal bytes."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; where an adapter is saved beside it, its model card gets what a reader of the files must know."""
-        super().save_pretrained(save_directory, **kwargs)
-        if any(os.path.exists(os.path.join(save_directory, n)) for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            self.write_card(save_directory)
-
-    def write_card(self, folder: str, subfolder: str | None = None) -> None:
-        """Creates or updates the model card in ``folder`` for an adapter that lies there, or in its ``subfolder``."""
-        describe_adapter(folder, self, subfolder)
-
-
-def _check_version(version: object) -> None:
-    _check_integer("format_version", version, 1)
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"`format_version` is {version}, but this peft_lrqat reads up to {FORMAT_VERSION}: the adapter was saved by a newer "
-            "release; run `pip install -U peft-lrqat`"
-        )
-
-
-def _check_choice(name: str, value: object, known: object) -> None:
-    if value not in tuple(known):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}, but is {value!r}")
-
-
-def _check_number(name: str, value: object, maximum: float | None = None) -> None:
-    """A finite number; with ``maximum``, above 0 and not above that."""
-    # NaN compares as False; integers may be too large to become a float.
-    fits = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    if not fits or (maximum is not None and not 0 < value <= maximum):
-        range_ = "finite" if maximum is None else f"above 0 and at most {maximum}"
-        raise ValueError(f"`{name}` must be a number, {range_}, but is {value!r}")
-
-
-def _items(name: str, value: object, of: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"`{name}` must be a dict from names to {of}, but is {value!r}")
-    return list(value.items())
+        return {
+            name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()
+        }

@@ -13,13 +13,15 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 
-from ..config import LRQATConfig
-from ..staging import check_target
+from ..lrqat.config import LRQATConfig
+from ..quant.factors.storage import check_packed, expand
+from ..shared.names import PREFIX
+from ..shared.staging import check_target
+from ..shared.words import some
 from .config import LoRAQuantConfig
-from .files import PREFIX, from_files, from_model, some, write_adapter, write_packed
+from .files import from_files, from_model, write_adapter, write_packed
 from .layer import _check_magnitude
 from .lrqat import dequantize_lrqat, quantize_lrqat
-from .packed import check_packed, expand
 from .quantize import check_factors, quantize_factors, report, stored_zero_points
 
 
@@ -81,13 +83,17 @@ def quantize_adapter(
         raise TypeError(f"`config` must be a LoRAQuantConfig, but is a {type(config).__name__}")
     recipe = LoRAQuantConfig() if config is None else config
     if recipe.component_bits:
-        raise ValueError("`config` is that of an adapter that is quantised already; give a fresh LoRAQuantConfig")
+        raise ValueError(
+            "`config` is that of an adapter that is quantised already; give a fresh LoRAQuantConfig"
+        )
     if isinstance(source, PeftModel):
         adapter, state = from_model(source, adapter_name)
         place = "the model"
     else:
         check = partial(_check_written, place=str(source))
-        adapter, state = from_files(str(source), check, revision=revision, subfolder=subfolder, token=token)
+        adapter, state = from_files(
+            str(source), check, revision=revision, subfolder=subfolder, token=token
+        )
         place = str(source)
     if adapter.peft_type == PeftType.LRQAT:
         layers = (source, adapter_name) if isinstance(source, PeftModel) else None
@@ -97,7 +103,9 @@ def quantize_adapter(
     made = _taken_over(adapter, recipe)
     check_factors(factors, made.rank_of, made.scale_dtype)
     _check_rest(rest, factors, made)
-    found = quantize_factors(factors, made, {name: made.scaling_of(name) for name in factors}, progress=progress)
+    found = quantize_factors(
+        factors, made, {name: made.scaling_of(name) for name in factors}, progress=progress
+    )
     made.component_bits = {name: quantized.format.bits for name, quantized in found.items()}
     made.shapes = {name: [len(B), A.shape[1]] for name, (B, A) in factors.items()}
     made.embeddings, made.zero_points = embeddings, stored_zero_points(found)
@@ -106,7 +114,9 @@ def quantize_adapter(
         made.report = report(factors, found, stored_bytes)
         return made
 
-    return write_packed(target, {name: quantized.tensors for name, quantized in found.items()}, rest, finished)
+    return write_packed(
+        target, {name: quantized.tensors for name, quantized in found.items()}, rest, finished
+    )
 
 
 def dequantize_adapter(
@@ -126,7 +136,9 @@ def dequantize_adapter(
     """
     check_target(target)
     check = partial(_check_packed_type, place=str(source))
-    config, state = from_files(str(source), check, revision=revision, subfolder=subfolder, token=token)
+    config, state = from_files(
+        str(source), check, revision=revision, subfolder=subfolder, token=token
+    )
     if config.peft_type == PeftType.LRQAT:
         if dtype not in (None, torch.float32):
             raise ValueError(
@@ -143,11 +155,18 @@ def dequantize_adapter(
     tensors: dict[str, Tensor] = {}
     for module, packed in stored.items():
         try:
-            tensors |= {f"{PREFIX}{module}.{name}": t for name, t in _as_lora(module, packed, config, dtype).items()}
+            tensors |= {
+                f"{PREFIX}{module}.{name}": t
+                for name, t in _as_lora(module, packed, config, dtype).items()
+            }
         except ValueError as error:
             raise ValueError(f"`{module}` in {source}: {error}") from None
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    fields = {name: value for name, value in config.to_dict().items() if name in known and name != "peft_type"}
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in known and name != "peft_type"
+    }
     lora = LoraConfig(**fields)
     write_adapter(target, {**tensors, **rest}, lora)
     return lora
@@ -162,7 +181,9 @@ def _check_written(written: dict[str, Any], place: str) -> None:
 
 def _check_packed_type(written: dict[str, Any], place: str) -> None:
     found = written.get("peft_type")
-    if found != PeftType.LORAQUANT and not (found == PeftType.LRQAT and written.get("packed_factors")):
+    if found != PeftType.LORAQUANT and not (
+        found == PeftType.LRQAT and written.get("packed_factors")
+    ):
         raise ValueError(
             f"the adapter in {place} is of type {found}, but must be LORAQUANT, or LRQAT with packed factors: there is nothing to "
             "dequantise"
@@ -189,11 +210,15 @@ def check_lora(config: PeftConfig, place: str) -> None:
     """ValueError for anything but a LoRA adapter whose products alone say what it does; ``place`` is where it comes from."""
     if config.peft_type != PeftType.LORA:
         _check_type(config.peft_type, place)
-        raise ValueError(f"the adapter in {place} is of type LRQAT, but a LoRA adapter is needed here")
+        raise ValueError(
+            f"the adapter in {place} is of type LRQAT, but a LoRA adapter is needed here"
+        )
     _check_initialisation(config.init_lora_weights)
     supported = {field.name for field in dataclasses.fields(LoRAQuantConfig)} | WITHOUT_EFFECT
     for field in dataclasses.fields(LoraConfig):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )
         value = getattr(config, field.name)
         if field.name not in supported and value != default:
             raise ValueError(
@@ -204,18 +229,27 @@ def check_lora(config: PeftConfig, place: str) -> None:
 def _taken_over(lora: LoraConfig, recipe: LoRAQuantConfig) -> LoRAQuantConfig:
     """``recipe`` with what ``lora`` says of the adapter; the two share nothing that can change."""
     own = {"peft_type", "inference_mode", "peft_version"}
-    shared = {field.name for field in dataclasses.fields(LoRAQuantConfig) if hasattr(lora, field.name)} - own
+    shared = {
+        field.name for field in dataclasses.fields(LoRAQuantConfig) if hasattr(lora, field.name)
+    } - own
     values = {name: copy.deepcopy(getattr(lora, name)) for name in shared}
     for name in ("rank_pattern", "alpha_pattern"):
         values[name] = values[name] or {}  # PEFT allows None
     return dataclasses.replace(recipe, **values)
 
 
-def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], dict[str, Tensor]]:
+def _split(
+    state: dict[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], dict[str, Tensor]]:
     """B (m, r) and A (r, n) by module; which modules are embeddings; and what is stored as it is."""
     rest, factors, embeddings = dict(state), {}, []
     for kind, names in enumerate(PAIRS):
-        modules = {key.removesuffix(f".{name}") for name in names for key in state if key.endswith(f".{name}")}
+        modules = {
+            key.removesuffix(f".{name}")
+            for name in names
+            for key in state
+            if key.endswith(f".{name}")
+        }
         for module in sorted(modules):
             found = [rest.pop(f"{module}.{name}", None) for name in names]
             if any(tensor is None for tensor in found):
@@ -232,15 +266,25 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     return factors, embeddings, rest
 
 
-def _check_rest(rest: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor]], config: LoRAQuantConfig) -> None:
+def _check_rest(
+    rest: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor]], config: LoRAQuantConfig
+) -> None:
     """ValueError unless what is stored as it is, is known and whole."""
     for key, tensor in rest.items():
         if ".lora_" in key:
-            raise ValueError(f"the adapter has `{key}`, which LORAQUANT does not know and cannot store")
+            raise ValueError(
+                f"the adapter has `{key}`, which LORAQUANT does not know and cannot store"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor.double()).all():
             raise ValueError(f"`{key}` has NaN or infinite entries; nothing was written")
-    magnitudes = {key: tensor for key, tensor in rest.items() if key.endswith(f".{MAGNITUDE_STORED}")}
-    wanted = {f"{PREFIX}{name}.{MAGNITUDE_STORED}": len(B) for name, (B, _) in factors.items() if config.use_dora}
+    magnitudes = {
+        key: tensor for key, tensor in rest.items() if key.endswith(f".{MAGNITUDE_STORED}")
+    }
+    wanted = {
+        f"{PREFIX}{name}.{MAGNITUDE_STORED}": len(B)
+        for name, (B, _) in factors.items()
+        if config.use_dora
+    }
     if wanted.keys() != magnitudes.keys():
         raise ValueError(
             f"with `use_dora={config.use_dora}` the adapter must have {len(wanted)} magnitudes, but has {len(magnitudes)} (not in "
@@ -248,7 +292,9 @@ def _check_rest(rest: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor
         )
     for key, tensor in magnitudes.items():
         if tensor.shape != (wanted[key],):
-            raise ValueError(f"`{key}` must have shape ({wanted[key]},), but has {tuple(tensor.shape)}")
+            raise ValueError(
+                f"`{key}` must have shape ({wanted[key]},), but has {tuple(tensor.shape)}"
+            )
 
 
 def _stored(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -264,7 +310,9 @@ def _stored(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dic
     return stored, rest
 
 
-def _as_lora(module: str, packed: dict[str, Tensor], config: LoRAQuantConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def _as_lora(
+    module: str, packed: dict[str, Tensor], config: LoRAQuantConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tensors of one module by LoRA's names; ValueError where what is packed is not what ``config`` describes."""
     if module not in config.shapes:
         raise ValueError(f"{CONFIG_NAME} has no `shapes` of it; quantise the LoRA adapter again")
@@ -281,5 +329,7 @@ def _as_lora(module: str, packed: dict[str, Tensor], config: LoRAQuantConfig, dt
     for name, tensor in zip(PAIRS[module in config.embeddings], (B, A), strict=True):
         found[name] = tensor.to(dtype).contiguous()
         if not torch.isfinite(found[name]).all():
-            raise ValueError(f"{name} has entries of up to {float(tensor.abs().max()):.3g}, too large for {dtype}")
+            raise ValueError(
+                f"{name} has entries of up to {float(tensor.abs().max()):.3g}, too large for {dtype}"
+            )
     return found

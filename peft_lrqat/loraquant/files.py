@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..staging import whole_directory
+from ..shared.names import PREFIX
+from ..shared.staging import whole_directory
 
 
-PREFIX = "base_model.model."
 Config = TypeVar("Config", bound=PeftConfig)
 
 
@@ -28,10 +28,14 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
     try:
         save_file(dict(tensors), directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     except SafetensorError as error:  # of a full disk, say
-        raise OSError(f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); nothing of it is left") from error
+        raise OSError(
+            f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); nothing of it is left"
+        ) from error
 
 
-def write_adapter(target: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+def write_adapter(
+    target: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig
+) -> None:
     """An adapter's directory, with its card where the config writes one; OSError, and nothing left, where that fails."""
     with whole_directory(target) as directory:
         save_tensors(tensors, directory)
@@ -56,7 +60,9 @@ def write_packed(
     with whole_directory(target) as directory:
         save_tensors({**tensors, **rest}, directory)
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-        config = finished(size - sum(tensor.numel() * tensor.element_size() for tensor in rest.values()))
+        config = finished(
+            size - sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+        )
         config.save_pretrained(str(directory))
     return config
 
@@ -69,7 +75,9 @@ def from_model(model: PeftModel, adapter_name: str) -> tuple[PeftConfig, dict[st
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     # Copies: tied weights share their memory, which safetensors refuses, and training goes on in them.
-    return model.peft_config[adapter_name], {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    return model.peft_config[adapter_name], {
+        name: tensor.detach().cpu().clone() for name, tensor in state.items()
+    }
 
 
 def from_files(
@@ -87,13 +95,17 @@ def from_files(
     place = {"revision": revision, "subfolder": subfolder, "token": token}
     config_path = _locate(source, CONFIG_NAME, **place)
     if config_path is None:
-        raise ValueError(f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved adapter")
+        raise ValueError(
+            f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved adapter"
+        )
     try:
         written = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{CONFIG_NAME} in {source} cannot be read ({error})") from error
     if not isinstance(written, dict):
-        raise ValueError(f"{CONFIG_NAME} in {source} must hold an object of JSON, but holds a {type(written).__name__}")
+        raise ValueError(
+            f"{CONFIG_NAME} in {source} must hold an object of JSON, but holds a {type(written).__name__}"
+        )
     check(written)
     try:
         config = PeftConfig.from_pretrained(str(config_path.parent))
@@ -108,7 +120,9 @@ def from_files(
     try:
         return config, load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} in {source} is not whole ({error})") from error
+        raise ValueError(
+            f"{SAFETENSORS_WEIGHTS_NAME} in {source} is not whole ({error})"
+        ) from error
 
 
 def _locate(
@@ -119,16 +133,12 @@ def _locate(
         path = Path(source, subfolder or "", name)
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(source, name, revision=revision, subfolder=subfolder, token=token))
+        return Path(
+            hf_hub_download(source, name, revision=revision, subfolder=subfolder, token=token)
+        )
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError, EntryNotFoundError) as error:
-        raise ValueError(f"{source} is no directory, and no repository that can be reached ({error})") from error
-
-
-def some(names: Any, count: int = 3) -> str:
-    """The first of the sorted ``names`` for a message, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(f"`{name}`" for name in names[:count]) + (
-        f" and {len(names) - count} more" if len(names) > count else ""
-    )
+        raise ValueError(
+            f"{source} is no directory, and no repository that can be reached ({error})"
+        ) from error

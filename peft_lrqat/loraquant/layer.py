@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..cache import TensorCache, Tensors
-from ..downcast import keep_values
-from .packed import PackedFormat, check_packed, expand
+from ..quant.factors.storage import PackedFormat, check_packed, expand
+from ..shared.casts import keep_values
+from ..shared.tensor_cache import TensorCache, Tensors
 
 
 if TYPE_CHECKING:
@@ -36,17 +36,28 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     """What is common to the layers: the adapters' tensors, which of them run, and merging."""
 
     adapter_layer_names: tuple[str, ...] = ()  # what is named here, PEFT would set to be trained
-    tensor_names = ("loraquant_codes", "loraquant_scales", "loraquant_zero_points", "loraquant_magnitude")
+    tensor_names = (
+        "loraquant_codes",
+        "loraquant_scales",
+        "loraquant_zero_points",
+        "loraquant_magnitude",
+    )
     other_param_names: tuple[str, ...] = ("format", "scaling", *tensor_names)
 
     def __init__(
-        self, base_layer: nn.Module, name: str, cache: TensorCache, quantization: Mapping[str, Any] | None = None
+        self,
+        base_layer: nn.Module,
+        name: str,
+        cache: TensorCache,
+        quantization: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name  # in the model; for the cache and for messages
         self.quantization_backend = resolve_quantization_backend(base_layer, **(quantization or {}))
-        self.in_features, self.out_features = _get_in_out_features(base_layer)  # an embedding maps from tokens
+        self.in_features, self.out_features = _get_in_out_features(
+            base_layer
+        )  # an embedding maps from tokens
         self.format: dict[str, PackedFormat] = {}
         self.scaling: dict[str, float] = {}  # gamma
         self.loraquant_codes = BufferDict(persistent=True)
@@ -68,7 +79,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = config.scaling_of(self.name)
         for kind, size in format.sizes.items():
             fill = torch.nan if kind == "scales" else 0
-            getattr(self, f"loraquant_{kind}")[adapter_name] = torch.full((size,), fill, dtype=format.dtype(kind))
+            getattr(self, f"loraquant_{kind}")[adapter_name] = torch.full(
+                (size,), fill, dtype=format.dtype(kind)
+            )
         if config.use_dora:
             self.loraquant_magnitude[adapter_name] = torch.full((self.out_features,), torch.nan)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -77,7 +90,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors of an adapter by their names on the layer."""
         return {
-            name: getattr(self, name)[adapter_name] for name in self.tensor_names if adapter_name in getattr(self, name)
+            name: getattr(self, name)[adapter_name]
+            for name in self.tensor_names
+            if adapter_name in getattr(self, name)
         }
 
     def check(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -104,7 +119,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                     # PEFT's loader is checked before anything is loaded (LoRAQuantModel); transformers' own only passes here.
                     self.check(adapter_name, tensors)
                     self._checked.add(adapter_name)
-                packed = {name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()}
+                packed = {
+                    name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()
+                }
                 factors = expand(self.format[adapter_name], packed, dtype)
             self._cache.put(self.name, adapter_name, factors)
         return factors
@@ -114,7 +131,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         B, A = self.factors(adapter_name, dtype)
         return (B @ A) * self.scaling[adapter_name]
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         """As LoRA's. ``adapter_names`` gives the adapter of each row of the batch, "__base__" for none."""
         if adapter_names is not None:
             self._check_mixed(x, adapter_names)
@@ -169,7 +188,11 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds gamma B A to the base weight, as LoRA does; computed in float32 and rounded once to the weight's dtype."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraquant_codes]
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.loraquant_codes
+        ]
         if not names:
             return
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
@@ -181,7 +204,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
             weight = self._base_weight() + self.get_delta_weight(name)
             if name in self.loraquant_magnitude:
                 # The norm is that of the weight without any adapter, as in the forward pass.
-                factor = self._dora_factor(name, self._unmerged_weight(), self.get_delta_weight(name))
+                factor = self._dora_factor(
+                    name, self._unmerged_weight(), self.get_delta_weight(name)
+                )
                 self._dora_factors[name] = factor
                 weight *= factor[:, None]
             if safe_merge and not torch.isfinite(weight).all():
@@ -235,7 +260,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.loraquant_codes)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """To the device only: PEFT's own method would round the scales to the base's dtype."""
         device = device or self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if device is None or device.type == "meta":
@@ -252,7 +279,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAQuantLayer:
         """``.half()`` and ``.to(dtype)`` change the base layer and leave the stored tensors as they are."""
-        own = {id(tensor) for name in self.loraquant_codes for tensor in self.tensors(name).values()}
+        own = {
+            id(tensor) for name in self.loraquant_codes for tensor in self.tensors(name).values()
+        }
         keep = keep_values(fn)
         super()._apply(lambda tensor: keep(tensor) if id(tensor) in own else fn(tensor), recurse)
         for name in self.loraquant_codes:
@@ -289,7 +318,11 @@ class LoRAQuantEmbedding(LoRAQuantLayer):
 def _check_magnitude(magnitude: Tensor | None, length: int) -> None:
     if magnitude is None:
         raise ValueError("the magnitude is missing")
-    if magnitude.shape != (length,) or not magnitude.is_floating_point() or not torch.isfinite(magnitude).all():
+    if (
+        magnitude.shape != (length,)
+        or not magnitude.is_floating_point()
+        or not torch.isfinite(magnitude).all()
+    ):
         raise ValueError(
             f"the magnitude must be {length} finite numbers, but is {tuple(magnitude.shape)}, {magnitude.dtype}"
         )

@@ -10,26 +10,20 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from ..config import LRQATConfig
-from ..layer import LRQATLayer
+from ..lrqat.config import LRQATConfig
+from ..lrqat.layer import LRQATLayer
+from ..lrqat.packed_factors import FINGERPRINT, PACKED_FINGERPRINT, unpack_factors
 from ..quant import quantized_codes
-from ..quant.grid import SCALE_DTYPES
+from ..quant.factors.storage import expand
+from ..shared.names import PREFIX
 from .config import LoRAQuantConfig
-from .files import PREFIX, write_adapter, write_packed
-from .packed import PackedFormat, check_packed, check_rank, expand
+from .files import write_adapter, write_packed
 from .quantize import QuantizedFactors, check_factors, quantize_factors, report, stored_zero_points
-
-
-KINDS = ("codes", "scales", "zero_points")
-# Under another name: a loader that does not unpack finds no fingerprint, and the layer refuses to run.
-FINGERPRINT, PACKED_FINGERPRINT = "lrqat_fingerprint", "loraquant_fingerprint"
 
 
 def quantize_lrqat(
@@ -53,9 +47,14 @@ def quantize_lrqat(
         )
     factors, rest = _split(state)
     check_factors(factors, lambda name: config.r, recipe.scale_dtype)
-    steps = {name: float(rest[f"{PREFIX}{name}.lrqat_scale"].float().square().mean().sqrt()) for name in factors}
+    steps = {
+        name: float(rest[f"{PREFIX}{name}.lrqat_scale"].float().square().mean().sqrt())
+        for name in factors
+    }
     gamma = config.lora_alpha / config.r
-    found = quantize_factors(factors, recipe, {name: gamma * step for name, step in steps.items()}, progress=progress)
+    found = quantize_factors(
+        factors, recipe, {name: gamma * step for name, step in steps.items()}, progress=progress
+    )
     made = copy.deepcopy(config)
     fields = {
         name: getattr(recipe, name)
@@ -64,13 +63,17 @@ def quantize_lrqat(
     fields["zero_points"] = stored_zero_points(found)
     fields["component_bits"] = {name: quantized.format.bits for name, quantized in found.items()}
     fields["shapes"] = {name: [len(B), A.shape[1]] for name, (B, A) in factors.items()}
-    flips = {} if layers is None else {"flipped_integers": round(flipped_integers(*layers, found), 6)}
+    flips = (
+        {} if layers is None else {"flipped_integers": round(flipped_integers(*layers, found), 6)}
+    )
 
     def finished(stored_bytes: int) -> LRQATConfig:
         made.packed_factors = {**fields, "report": report(factors, found, stored_bytes) | flips}
         return made
 
-    return write_packed(target, {name: quantized.tensors for name, quantized in found.items()}, rest, finished)
+    return write_packed(
+        target, {name: quantized.tensors for name, quantized in found.items()}, rest, finished
+    )
 
 
 def dequantize_lrqat(
@@ -87,7 +90,9 @@ def dequantize_lrqat(
 
 
 @torch.no_grad()
-def flipped_integers(model: PeftModel, adapter_name: str, found: dict[str, QuantizedFactors]) -> float:
+def flipped_integers(
+    model: PeftModel, adapter_name: str, found: dict[str, QuantizedFactors]
+) -> float:
     """Share of the integers of the targets' quantised weights that change with the factors ``found``."""
     changed = total = 0
     for name, layer in model.base_model.model.named_modules():
@@ -99,60 +104,6 @@ def flipped_integers(model: PeftModel, adapter_name: str, found: dict[str, Quant
         changed += int((quantized_codes(before) != quantized_codes(after)).sum())
         total += layer.out_features * layer.in_features
     return changed / total
-
-
-def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file with plain factors, ``lrqat_A`` (r, in) and ``lrqat_B`` (out, r), float32.
-
-    ValueError where ``state`` is not what ``config.packed_factors`` describes.
-    """
-    fields = config.packed_factors
-    plain = {key: tensor for key, tensor in state.items() if ".loraquant_" not in key}
-    try:
-        formats = _formats(fields)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`packed_factors` in {CONFIG_NAME} does not describe packed factors ({error}); the configuration is damaged"
-        ) from None
-    for name, format in formats.items():
-        stored = {kind: key for kind in KINDS if (key := f"{PREFIX}{name}.loraquant_{kind}") in state}
-        packed = {kind: state[key] for kind, key in stored.items()}
-        fingerprint = state.get(f"{PREFIX}{name}.{PACKED_FINGERPRINT}")
-        try:
-            check_packed(format, packed)
-            if fingerprint is None:
-                raise ValueError("the fingerprint of the base weight is missing")
-            check_rank(format, config.r)
-        except ValueError as error:
-            raise ValueError(
-                f"the stored adapter does not fit `{name}`: {error}. Its files are not whole, or were changed"
-            ) from None
-        B, A = expand(format, packed, torch.float32)
-        missing = config.r - len(format.bits)
-        plain[f"{PREFIX}{name}.lrqat_B"] = torch.nn.functional.pad(B, (0, missing)).contiguous()
-        plain[f"{PREFIX}{name}.lrqat_A"] = torch.nn.functional.pad(A, (0, 0, 0, missing)).contiguous()
-        plain[f"{PREFIX}{name}.{FINGERPRINT}"] = fingerprint
-    known = {f"{PREFIX}{name}" for name in formats}
-    if extra := sorted(key for key in state if ".loraquant_" in key and key.rpartition(".")[0] not in known):
-        raise ValueError(f"the file has `{extra[0]}`, which {CONFIG_NAME} does not name; its files were changed")
-    return plain
-
-
-def _formats(fields: dict[str, Any]) -> dict[str, PackedFormat]:
-    formats = {}
-    for name, bits in fields["component_bits"].items():
-        rows, columns = fields["shapes"][name]
-        if not all(type(n) is int and n > 0 for n in (rows, columns, fields["group_size"])):
-            raise ValueError(f"`{name}` has the shape {fields['shapes'][name]!r}")
-        formats[name] = PackedFormat(
-            bits=bits,
-            rows=rows,
-            columns=columns,
-            group_size=fields["group_size"],
-            scale_dtype=SCALE_DTYPES[fields["scale_dtype"]],
-            zero_points=bool(fields["zero_points"]),
-        )
-    return formats
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:

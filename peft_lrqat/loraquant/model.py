@@ -23,9 +23,9 @@ from peft.utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..cache import TensorCache
+from ..quant.factors.storage import check_rank
+from ..shared.tensor_cache import TensorCache
 from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
-from .packed import check_rank
 
 
 if TYPE_CHECKING:
@@ -61,11 +61,17 @@ class LoRAQuantModel(BaseTuner):
     def _prepare_model(self, peft_config: LoRAQuantConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal must leave the model as it was."""
         _maybe_include_all_linear_layers(peft_config, model)
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        inside = tuple(
+            f"{name}."
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        )
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name)
+            if name
+            and not name.startswith(inside)
+            and self._check_target_module_exists(peft_config, name)
         }
         _compare(set(targets), set(peft_config.component_bits))
         for name, module in targets.items():
@@ -93,7 +99,9 @@ class LoRAQuantModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         """PEFT's method hands the weight on as well, which a wrapper of trained tokens only computes: merging would fail."""
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
@@ -117,7 +125,9 @@ class LoRAQuantModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if unknown := set(names) - set(self.peft_config) - {BASE}:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+            )
         beams = kwargs.get("num_beams")
         beams = beams if isinstance(beams, int) else 1
         # Beams are further rows of the batch, except in the encoder of an encoder-decoder model.
@@ -127,7 +137,10 @@ class LoRAQuantModel(BaseTuner):
         for module in self.modules():
             if isinstance(module, LoRAQuantLayer | AuxiliaryTrainingWrapper):
                 repeat = 1 if module in in_encoder else beams
-                hook = partial(_adapter_names_pre_forward_hook, adapter_names=[n for n in names for _ in range(repeat)])
+                hook = partial(
+                    _adapter_names_pre_forward_hook,
+                    adapter_names=[n for n in names for _ in range(repeat)],
+                )
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
@@ -137,10 +150,16 @@ class LoRAQuantModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoRAQuantConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls,
+        model: nn.Module,
+        config: LoRAQuantConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or not for this base model."""
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         _check_saved_adapter(model, config, adapter_name, state_dict)
         return state_dict
 
@@ -161,7 +180,9 @@ def _compare(targets: set[str], stored: set[str]) -> None:
 def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
     """Raises ValueError where the components are for another shape: sizes of files alone would let (m, n) pass for (n, m)."""
     layer = module if isinstance(module, LoRAQuantLayer) else None
-    columns, rows = (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
+    columns, rows = (
+        (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
+    )
     stored = config.shapes.get(name, [rows, columns])
     if list(stored) != [rows, columns]:
         raise ValueError(
@@ -213,7 +234,9 @@ def _check_saved_adapter(
         known |= {keys[kind] for kind in found}
         has_bias = getattr(layer.base_layer, "bias", None) is not None
         if config.bias != "none" and has_bias and f"{name}.base_layer.bias" not in state_dict:
-            raise ValueError(f"the stored adapter has no bias for `{layer.name}`, but `bias` is {config.bias!r}")
+            raise ValueError(
+                f"the stored adapter has no bias for `{layer.name}`, but `bias` is {config.bias!r}"
+            )
     for key in state_dict:
         if ".loraquant_" in key and key not in known:
             raise ValueError(

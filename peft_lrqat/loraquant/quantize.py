@@ -12,14 +12,14 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..quant.factors.allocation import Layer, allocate
+from ..quant.factors.groups import GroupCodes
+from ..quant.factors.paper import high_components, quantize_paper
+from ..quant.factors.residual import quantize_residual
+from ..quant.factors.storage import PackedFormat, pack_components
+from ..quant.factors.svd import product_svd, squared_error, squared_norm
 from ..quant.grid import SCALE_DTYPES
-from .allocation import Layer, allocate
 from .config import LoRAQuantConfig
-from .groups import GroupCodes
-from .packed import PackedFormat, pack_components
-from .paper import high_components, quantize_paper
-from .residual import quantize_residual
-from .svd import product_svd, squared_error, squared_norm
 
 
 SMALL = 1 << 20  # parameters of an adapter that both procedures are tried on
@@ -57,17 +57,28 @@ def check_factors(
                 f"`{name}` is a convolution, with factors of shapes {tuple(B.shape)} and {tuple(A.shape)}; LORAQUANT works on "
                 "linear layers and embeddings. Train the adapter without it"
             )
-        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or len(A) != rank or not B.numel() or not A.numel():
+        if (
+            B.ndim != 2
+            or A.ndim != 2
+            or B.shape[1] != A.shape[0]
+            or len(A) != rank
+            or not B.numel()
+            or not A.numel()
+        ):
             raise ValueError(
                 f"the factors of `{name}` have shapes {tuple(B.shape)} and {tuple(A.shape)}, which make no product of rank {rank}; "
                 f"the weights and {CONFIG_NAME} do not belong together"
             )
         for side, tensor in (("B", B), ("A", A)):
             if not tensor.is_floating_point():
-                raise ValueError(f"`{side}` of `{name}` must hold floating-point numbers, but holds {tensor.dtype}")
+                raise ValueError(
+                    f"`{side}` of `{name}` must hold floating-point numbers, but holds {tensor.dtype}"
+                )
             largest = float(tensor.double().abs().max())
             if not math.isfinite(largest):
-                raise ValueError(f"`{side}` of `{name}` has NaN or infinite entries; nothing was written")
+                raise ValueError(
+                    f"`{side}` of `{name}` has NaN or infinite entries; nothing was written"
+                )
             if largest > LARGEST:
                 raise ValueError(
                     f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of {scale_dtype} "
@@ -93,7 +104,9 @@ def quantize_factors(
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     little = parameters <= SMALL or max(len(A) for _, A in factors.values()) <= FEW
     if config.method == "residual" and config.average_bits is None and little:
-        published = _by_one_method(factors, replace(config, method="paper"), scaling, progress=progress)
+        published = _by_one_method(
+            factors, replace(config, method="paper"), scaling, progress=progress
+        )
         errors = [
             sum(scaling[name] ** 2 * quantized.squared_error for name, quantized in result.items())
             for result in (published, found)
@@ -118,11 +131,15 @@ def _by_one_method(
             B = torch.stack([factors[name][0].float() for name in names])
             A = torch.stack([factors[name][1].float() for name in names])
             if config.method == "paper":
-                components = quantize_paper(B, A, bits_high=config.bits_high, ratio=config.ratio, **options)
+                components = quantize_paper(
+                    B, A, bits_high=config.bits_high, ratio=config.ratio, **options
+                )
             else:
                 width = torch.tensor([bits[name] for name in names])
                 # What no module of the batch has bits for need not be gone through.
-                components = quantize_residual(B, A, width[:, : int((width > 0).sum(-1).max())], **options)
+                components = quantize_residual(
+                    B, A, width[:, : int((width > 0).sum(-1).max())], **options
+                )
             norms = squared_norm(B, A)
             for row, name in enumerate(names):
                 found[name] = _packed(components[row], B[row], A[row], float(norms[row]), config)
@@ -130,7 +147,9 @@ def _by_one_method(
     return {name: found[name] for name in factors}
 
 
-def _packed(components: Components, B: Tensor, A: Tensor, norm: float, config: LoRAQuantConfig) -> QuantizedFactors:
+def _packed(
+    components: Components, B: Tensor, A: Tensor, norm: float, config: LoRAQuantConfig
+) -> QuantizedFactors:
     q_B, q_A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
     if components:
         q_B = torch.cat([b.values() for b, _ in components]).T
@@ -148,23 +167,32 @@ def _packed(components: Components, B: Tensor, A: Tensor, norm: float, config: L
 
 
 def _allocated(
-    factors: Mapping[str, tuple[Tensor, Tensor]], config: LoRAQuantConfig, scaling: Mapping[str, float]
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: LoRAQuantConfig,
+    scaling: Mapping[str, float],
 ) -> dict[str, list[int]]:
     layers = {}
     for names in _batches(factors):
         B, A = (torch.stack([factors[name][side].float() for name in names]) for side in (0, 1))
         _, values, _ = product_svd(B, A)
         for name, s in zip(names, values, strict=True):
-            layers[name] = Layer(singular_values=s * scaling[name], rows=B.shape[1], columns=A.shape[2])
+            layers[name] = Layer(
+                singular_values=s * scaling[name], rows=B.shape[1], columns=A.shape[2]
+            )
     scale_bits = 8 * SCALE_DTYPES[config.scale_dtype].itemsize
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     if config.average_bits is None:
         budget = sum(_published_cost(layer, config, scale_bits) for layer in layers.values())
     else:
         budget = int(config.average_bits * parameters)
-    widths = allocate(list(layers.values()), budget, group_size=config.group_size, scale_bits=scale_bits)
+    widths = allocate(
+        list(layers.values()), budget, group_size=config.group_size, scale_bits=scale_bits
+    )
     if not any(map(any, widths)) and any(layer.singular_values.any() for layer in layers.values()):
-        least = min(layer.cost(1, config.group_size, scale_bits) for layer in layers.values()) / parameters
+        least = (
+            min(layer.cost(1, config.group_size, scale_bits) for layer in layers.values())
+            / parameters
+        )
         raise ValueError(
             f"`average_bits` is {config.average_bits}, which has no room for a single component; give at least "
             f"{math.ceil(1000 * least) / 1000}, or a larger `group_size`"
@@ -179,9 +207,9 @@ def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> i
         return 0
     groups = layer.groups(config.group_size)
     low = len(layer.singular_values) - high
-    return high * (layer.cost(config.bits_high, config.group_size, scale_bits) + config.bits_high * groups) + low * (
-        layer.cost(1, config.group_size, scale_bits)
-    )
+    return high * (
+        layer.cost(config.bits_high, config.group_size, scale_bits) + config.bits_high * groups
+    ) + low * (layer.cost(1, config.group_size, scale_bits))
 
 
 def stored_zero_points(found: Mapping[str, QuantizedFactors]) -> bool:
@@ -189,7 +217,9 @@ def stored_zero_points(found: Mapping[str, QuantizedFactors]) -> bool:
     return any(quantized.format.zero_points for quantized in found.values())
 
 
-def nominal_bits(factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors]) -> float:
+def nominal_bits(
+    factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors]
+) -> float:
     """Bits per parameter as papers count them: of the codes alone."""
     codes = sum(
         sum(map(int, quantized.format.bits)) * (quantized.format.rows + quantized.format.columns)
@@ -209,17 +239,23 @@ def _batches(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]
 
 
 def report(
-    factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors], stored_bytes: int
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    found: Mapping[str, QuantizedFactors],
+    stored_bytes: int,
 ) -> dict[str, Any]:
     """What the conversion did, for the saved configuration: errors of the products, bits and bytes of the factors."""
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
-    error, norm = (sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm"))
+    error, norm = (
+        sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm")
+    )
     return {
         "relative_error": round((error / norm) ** 0.5, 6) if norm else 0.0,
         "bits_per_parameter": round(8 * stored_bytes / parameters, 4),
         "nominal_bits_per_parameter": round(nominal_bits(factors, found), 4),
         "bytes": stored_bytes,
-        "bytes_before": sum(t.numel() * t.element_size() for pair in factors.values() for t in pair),
+        "bytes_before": sum(
+            t.numel() * t.element_size() for pair in factors.values() for t in pair
+        ),
         "relative_error_of_modules": {
             name: round((q.squared_error / q.squared_norm) ** 0.5, 4) if q.squared_norm else 0.0
             for name, q in found.items()

@@ -38,7 +38,9 @@ def encode_tokens(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]
     return codes.to(torch.uint8), step, zero_point.to(torch.uint8)
 
 
-def decode_tokens(codes: Tensor, step: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+def decode_tokens(
+    codes: Tensor, step: Tensor, zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """``x_hat`` from what `encode_tokens` gave: bit for bit that of `quantized_tokens`."""
     values = codes.to(step.dtype)
     if zero_point is not None:

@@ -28,7 +28,11 @@ def row_blocks(rows: int, width: int, device: torch.device | None = None) -> Ite
         # It would unroll the loop, and it finds blocks of its own.
         return _slices(rows, max(1, rows))
     on_cpu = device is None or device.type == "cpu"
-    elements = min(BLOCK_ELEMENTS * torch.get_num_threads(), MAX_BLOCK_ELEMENTS) if on_cpu else MAX_BLOCK_ELEMENTS
+    elements = (
+        min(BLOCK_ELEMENTS * torch.get_num_threads(), MAX_BLOCK_ELEMENTS)
+        if on_cpu
+        else MAX_BLOCK_ELEMENTS
+    )
     return _slices(rows, max(1, elements // width))
 
 

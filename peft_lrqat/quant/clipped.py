@@ -38,12 +38,16 @@ def sampled_product(grad_y: Tensor, x: Tensor, row: Tensor, column: Tensor) -> T
         right = some_x[:, columns].T.contiguous().to(dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-            places = torch.sparse_csr_tensor(starts, column, values, (len(rows), len(columns)), check_invariants=False)
+            places = torch.sparse_csr_tensor(
+                starts, column, values, (len(rows), len(columns)), check_invariants=False
+            )
             values = torch.sparse.sampled_addmm(places, left, right.T).values()
     return values
 
 
-def add_sparse_product(to: Tensor, values: Tensor, row: Tensor, column: Tensor, other: Tensor) -> None:
+def add_sparse_product(
+    to: Tensor, values: Tensor, row: Tensor, column: Tensor, other: Tensor
+) -> None:
     """``to += S @ other``, S being ``values`` (n,) at the places (row, column); to (rows, r), other (columns, r)."""
     part = max(1, PART_BYTES // (other.shape[1] * values.dtype.itemsize))
     for some, i, j in zip(values.split(part), row.split(part), column.split(part), strict=True):

@@ -39,7 +39,9 @@ def _multiply(x: Tensor, w: LowRankWeight, bias: Tensor | None) -> Tensor:
         return linear(x, low_rank.dense(w, x.dtype), bias)
     y = x.new_empty(*x.shape[:-1], out)
     for rows in chunks:
-        y[..., rows] = linear(x, low_rank.dense(w, x.dtype, rows), None if bias is None else bias[rows])
+        y[..., rows] = linear(
+            x, low_rank.dense(w, x.dtype, rows), None if bias is None else bias[rows]
+        )
     return y
 
 
@@ -69,7 +71,12 @@ class _FakeQuantLinear(torch.autograd.Function):
         # In half precision, a large bias would leave little of y0 in y.
         rounded_into = bias is not None and x.dtype.itemsize < 4
         kept = None
-        if ctx.needs_input_grad[5] and scale.shape[1] == 1 and not rounded_into and not torch.compiler.is_compiling():
+        if (
+            ctx.needs_input_grad[5]
+            and scale.shape[1] == 1
+            and not rounded_into
+            and not torch.compiler.is_compiling()
+        ):
             # Kept so that a caller may write into y as he may after a plain linear layer: without autograd's check.
             writes, kept = _write_counter(y), y.data
             ctx.writes = writes, writes._version
@@ -91,14 +98,19 @@ class _FakeQuantLinear(torch.autograd.Function):
         need_x, _, _, *need_parameters, need_bias = ctx.needs_input_grad[:7]
         tokens_y, tokens_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         totals = [
-            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if needed else None
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            if needed
+            else None
             for p, needed in zip((A, B, scale), need_parameters, strict=True)
         ]
         sums = Sums(torch.empty_like(tokens_x) if need_x else None, *totals)
         with torch.autocast(x.device.type, enabled=False):
-            add_gradients(sums, w, tokens_y, tokens_x, None if y is None else y.reshape(tokens_y.shape), bias)
+            add_gradients(
+                sums, w, tokens_y, tokens_x, None if y is None else y.reshape(tokens_y.shape), bias
+            )
         grad_A, grad_B, grad_scale = (
-            None if total is None else total.to(p.dtype) for total, p in zip(totals, (A, B, scale), strict=True)
+            None if total is None else total.to(p.dtype)
+            for total, p in zip(totals, (A, B, scale), strict=True)
         )
         grad_x = None if sums.x is None else sums.x.view(x.shape)
         grad_bias = tokens_y.sum(0) if need_bias else None
@@ -113,6 +125,13 @@ def fake_quant_linear(
     With ``activations``, each token of ``x`` is rounded to that grid first, straight-through (`quantized_tokens`).
     """
     w = weight
-    constants = {"format": w.format, "gamma": w.gamma, "dtype": w.dtype, "pass_through": w.pass_through}
+    constants = {
+        "format": w.format,
+        "gamma": w.gamma,
+        "dtype": w.dtype,
+        "pass_through": w.pass_through,
+    }
     with torch.autocast(x.device.type, enabled=False):
-        return _FakeQuantLinear.apply(x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants, activations)
+        return _FakeQuantLinear.apply(
+            x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants, activations
+        )

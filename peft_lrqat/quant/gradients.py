@@ -61,7 +61,9 @@ def add_gradients(
     # A graph of torch.compile cannot branch on the number of clipped weights.
     rank_allowed = groups == 1 and not scale_by_weight and not torch.compiler.is_compiling()
     chunks_by_rank, clipped, room = [], [], MAX_COUNT
-    for columns in column_chunks(out, width, tokens_x.dtype, unit=width // groups if groups > 1 else 1):
+    for columns in column_chunks(
+        out, width, tokens_x.dtype, unit=width // groups if groups > 1 else 1
+    ):
         weight, places = None, None
         if rank_allowed and sums.with_factors:
             most = min(int(MAX_SHARE * out * (columns.stop - columns.start)), room)
@@ -193,7 +195,9 @@ def effective_step(w: LowRankWeight) -> Tensor:
     return effective_scale(w.scale.to(dtype), w.format.scale_dtype)
 
 
-def scale_gradient(w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+def scale_gradient(
+    w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor, bias: Tensor | None
+) -> Tensor:
     """Returns ``sum_n gy * y0 / s`` for one scale per row, (out, 1).
 
     Rows whose output keeps too little of it get the gradient from their rows of G instead.

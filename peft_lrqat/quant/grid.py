@@ -26,7 +26,9 @@ class Grid:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"`bits` must be 2 to 8, but is {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"`group_size` must be -1 (one group per row) or at least 1, but is {self.group_size}")
+            raise ValueError(
+                f"`group_size` must be -1 (one group per row) or at least 1, but is {self.group_size}"
+            )
 
     @property
     def qmin(self) -> int:
@@ -41,8 +43,14 @@ class Grid:
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
-            smaller = [g for g in (16, 32, 64, 128, 256) if g < self.group_size and in_features % g == 0]
-            hint = f"use {smaller[-1]}, or -1 for one scale per row" if smaller else "use -1, one scale per row"
+            smaller = [
+                g for g in (16, 32, 64, 128, 256) if g < self.group_size and in_features % g == 0
+            ]
+            hint = (
+                f"use {smaller[-1]}, or -1 for one scale per row"
+                if smaller
+                else "use -1, one scale per row"
+            )
             raise ValueError(
                 f"`group_size` must divide `in_features`, but {self.group_size} does not divide {in_features}; {hint}"
             )

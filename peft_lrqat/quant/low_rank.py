@@ -33,7 +33,9 @@ class LowRankWeight:
     scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
     gamma: float  # lora_alpha / r
     dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
-    pass_through: bool = False  # clipped weights, too, hand their gradient on to Z; of no effect on any value
+    pass_through: bool = (
+        False  # clipped weights, too, hand their gradient on to Z; of no effect on any value
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,7 +51,9 @@ def _ieee_matmul(device: torch.device) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)
+    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(
+        device.type
+    )
     precision = backend.fp32_precision if backend is not None else "ieee"
     if precision in ("ieee", "none"):
         yield
@@ -69,7 +73,9 @@ def groups_of(w: LowRankWeight, columns: slice) -> slice:
     return slice(0, 1) if groups == 1 else slice(columns.start // size, columns.stop // size)
 
 
-def tile(w: LowRankWeight, rows: slice | Tensor, columns: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def tile(
+    w: LowRankWeight, rows: slice | Tensor, columns: slice | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of some rows and columns: round(Z) before the clip, Q - zero_point, and the step; each fresh, (rows, columns) or
     broadcastable to it. ``columns`` start at a multiple of 8 and part none of several groups.
     """
@@ -82,7 +88,9 @@ def tile(w: LowRankWeight, rows: slice | Tensor, columns: slice | None = None) -
         rounded = phi.addmm_(w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma).round_()
     zero_point = None if w.zero_point is None else w.zero_point[rows, groups]
     codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
-    step = grid.expand(effective_scale(w.scale[rows, groups].to(dtype), w.format.scale_dtype), width)
+    step = grid.expand(
+        effective_scale(w.scale[rows, groups].to(dtype), w.format.scale_dtype), width
+    )
     return rounded, codes, step
 
 
@@ -126,4 +134,6 @@ def inspect_rows(weight: LowRankWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
     grid = weight.format.grid
     rounded, _, _ = tile(weight, rows)
     clipped = (rounded < grid.qmin).logical_or_(rounded > grid.qmax)
-    return rounded.clamp_(grid.qmin, grid.qmax).to(torch.int8 if grid.symmetric else torch.uint8), clipped
+    return rounded.clamp_(grid.qmin, grid.qmax).to(
+        torch.int8 if grid.symmetric else torch.uint8
+    ), clipped

@@ -41,7 +41,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         words = packed.to(word)
     else:
         num_octets = -(-n // 8)
-        octets = torch.nn.functional.pad(packed, (0, num_octets * bits - packed.shape[1])).view(rows, num_octets, bits)
+        octets = torch.nn.functional.pad(packed, (0, num_octets * bits - packed.shape[1])).view(
+            rows, num_octets, bits
+        )
         words = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
         steps = [(4 * bits, 32), (2 * bits, 16), (bits, 8)]
     # Each step parts every field of a word in two halves, of `half` bits, and moves the upper one up to `place`.

@@ -32,7 +32,11 @@ def _scale_and_zero_point(
     # By a tensor: division by a Python number is, on GPUs, a product with its rounded inverse.
     span = span / torch.full_like(span, steps)
     scale = effective_scale(span * share, scale_dtype)
-    zero_point = torch.zeros_like(low) if grid.symmetric else (-low * share / scale).round_().clamp_(0, grid.qmax)
+    zero_point = (
+        torch.zeros_like(low)
+        if grid.symmetric
+        else (-low * share / scale).round_().clamp_(0, grid.qmax)
+    )
     return scale, zero_point.to(torch.uint8)
 
 
@@ -54,7 +58,9 @@ def _power(error: Tensor, p: float) -> Tensor:
     return error.abs_().double().pow_(p)
 
 
-def _clipping_loss(extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float) -> Tensor:
+def _clipping_loss(
+    extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float
+) -> Tensor:
     """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows, groups), float64."""
     largest, least = extremes
     excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1)
@@ -75,13 +81,18 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
         scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
         step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
         # It only grows as the share shrinks; the margin is far above any rounding.
-        if grid.symmetric and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all():
+        if (
+            grid.symmetric
+            and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all()
+        ):
             break
         torch.div(groups, step, out=coordinate)
         if grid.symmetric:
             torch.round(coordinate, out=rounded).clamp_(grid.qmin, grid.qmax)
         else:
-            torch.add(coordinate, offset, out=rounded).round_().clamp_(grid.qmin, grid.qmax).sub_(offset)
+            torch.add(coordinate, offset, out=rounded).round_().clamp_(grid.qmin, grid.qmax).sub_(
+                offset
+            )
         error = coordinate.sub_(rounded).mul_(step / unit)
         loss = _power(error, p).sum(-1, dtype=torch.float64)
         better = loss < best_loss
@@ -97,7 +108,9 @@ RANGES: dict[str, Callable[[Tensor, Grid, str, float], tuple[Tensor, Tensor]]] =
 }
 
 
-def estimate_range(weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
+def estimate_range(
+    weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: str, p: float
+) -> tuple[Tensor, Tensor]:
     """First scale and zero point of ``weight``: (out, in) float -> (out, groups) float32 and (out, groups) uint8.
 
     The scale is already rounded to ``scale_dtype``. Zero points of a symmetric grid are all zero. Works on blocks of

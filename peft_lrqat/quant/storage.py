@@ -31,19 +31,29 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if self.downcast not in DOWNCASTS:
-            raise ValueError(f"`downcast` must be one of {', '.join(DOWNCASTS)}, but is {self.downcast!r}")
+            raise ValueError(
+                f"`downcast` must be one of {', '.join(DOWNCASTS)}, but is {self.downcast!r}"
+            )
         if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is {self.scale_dtype!r}")
+            raise ValueError(
+                f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is {self.scale_dtype!r}"
+            )
         self.grid.num_groups(self.in_features)
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        return FLOAT_DOWNCASTS.get(self.downcast, torch.int8 if self.downcast == "fixed8" else torch.uint8)
+        return FLOAT_DOWNCASTS.get(
+            self.downcast, torch.int8 if self.downcast == "fixed8" else torch.uint8
+        )
 
     @property
     def row_elements(self) -> int:
         """Elements of the stored tensor in one row."""
-        return packed_bytes(self.in_features, self.grid.bits) if self.downcast == "int" else self.in_features
+        return (
+            packed_bytes(self.in_features, self.grid.bits)
+            if self.downcast == "int"
+            else self.in_features
+        )
 
     @property
     def _fixed_point(self) -> tuple[int, int]:
@@ -71,8 +81,16 @@ class WeightFormat:
         width = self.in_features
         if columns is not None:
             width = columns.stop - columns.start
-            first = packed_bytes(columns.start, self.grid.bits) if self.downcast == "int" else columns.start
-            last = packed_bytes(columns.stop, self.grid.bits) if self.downcast == "int" else columns.stop
+            first = (
+                packed_bytes(columns.start, self.grid.bits)
+                if self.downcast == "int"
+                else columns.start
+            )
+            last = (
+                packed_bytes(columns.stop, self.grid.bits)
+                if self.downcast == "int"
+                else columns.stop
+            )
             stored = stored[:, first:last]
         if self.downcast in FLOAT_DOWNCASTS:
             return stored.to(torch.float32, copy=True)

@@ -9,7 +9,12 @@ import transformers
 
 
 SIZE = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {**SIZE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+DECODER = {
+    **SIZE,
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 ENCODER = {**SIZE, "intermediate_size": 64, "max_position_embeddings": 128}
 T5 = {
     "vocab_size": 100,
@@ -29,7 +34,11 @@ BART = {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 128} | {
 # Folder: (class, config, its settings). PEFT's tests skip a "gpt2" for types without Conv1D, hence the name of that folder.
 MODELS: dict[str, tuple[str, str, dict[str, int | str]]] = {
     "tiny-opt": ("OPTForCausalLM", "OPTConfig", {**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 32}),
-    "tiny-conv1d": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "tiny-conv1d": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    ),
     "tiny-llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "tiny-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
     "tiny-t5": ("T5ForConditionalGeneration", "T5Config", T5),
@@ -37,7 +46,11 @@ MODELS: dict[str, tuple[str, str, dict[str, int | str]]] = {
     "tiny-bert": ("BertModel", "BertConfig", ENCODER),
     "tiny-deberta-v2": ("DebertaV2Model", "DebertaV2Config", ENCODER),
     "tiny-bert-classifier": ("BertForSequenceClassification", "BertConfig", ENCODER),
-    "tiny-llama-classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**DECODER, "pad_token_id": 0}),
+    "tiny-llama-classifier": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        {**DECODER, "pad_token_id": 0},
+    ),
 }
 
 

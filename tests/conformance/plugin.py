@@ -20,7 +20,8 @@ import torch
 import yaml
 from models import make_models
 
-from peft_lrqat import LRQATConfig, downcast
+from peft_lrqat import LRQATConfig
+from peft_lrqat.lrqat import downcast
 from peft_lrqat.quant import Grid, estimate_range, low_rank
 
 
@@ -35,7 +36,11 @@ CUSTOM_CASES = [
     ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
 ]
 TWO_ADAPTERS = [
-    ("Same", {"target_modules": ["lin0"], "init_weights": False}, {"target_modules": ["lin0"], "init_weights": False}),
+    (
+        "Same",
+        {"target_modules": ["lin0"], "init_weights": False},
+        {"target_modules": ["lin0"], "init_weights": False},
+    ),
     (
         "Different",
         {"target_modules": ["lin0"], "init_weights": False},
@@ -55,9 +60,13 @@ def _task(task_type: str) -> list[tuple[type, dict[str, Any]]]:
 # Test module: {name of a list in it: our cases}.
 CASES: dict[str, dict[str, list]] = {
     "test_custom_models": {
-        "TEST_CASES": [(name, model, LRQATConfig, settings) for name, model, settings in CUSTOM_CASES],
+        "TEST_CASES": [
+            (name, model, LRQATConfig, settings) for name, model, settings in CUSTOM_CASES
+        ],
         "ALL_PEFT_CONFIG_CLASSES": [LRQATConfig],
-        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [(name, "lrqat", LRQATConfig, *pair) for name, *pair in TWO_ADAPTERS],
+        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
+            (name, "lrqat", LRQATConfig, *pair) for name, *pair in TWO_ADAPTERS
+        ],
     },
     "test_decoder_models": {
         "ALL_CONFIGS": _task("CAUSAL_LM"),
@@ -103,7 +112,12 @@ STORAGE: dict[str, dict[str, str]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--storage", choices=sorted(STORAGE), default="int", help="how LR-QAT keeps its frozen weights")
+    parser.addoption(
+        "--storage",
+        choices=sorted(STORAGE),
+        default="int",
+        help="how LR-QAT keeps its frozen weights",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,10 +144,14 @@ def _set_defaults(cls: type, values: dict[str, Any]) -> None:
     """Other defaults for a dataclass: many tests make a config without arguments."""
     init = cls.__init__
     names = inspect.getfullargspec(init).args[-len(init.__defaults__) :]
-    init.__defaults__ = tuple(values.get(name, old) for name, old in zip(names, init.__defaults__, strict=True))
+    init.__defaults__ = tuple(
+        values.get(name, old) for name, old in zip(names, init.__defaults__, strict=True)
+    )
 
 
-def _range_of_a_power_of_two(weight: torch.Tensor, grid: Grid, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _range_of_a_power_of_two(
+    weight: torch.Tensor, grid: Grid, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """In the place of ``estimate_range``: steps by which a weight is divided and multiplied without rounding."""
     scale, zero_point = estimate_range(weight, grid, **options)
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent), zero_point
@@ -166,7 +184,11 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: objec
         if mark.name != "parametrize":
             continue
         names, values = mark.args[:2]
-        ours = [LRQATConfig] if name in OF_A_FEW_TYPES and names == "config_cls" else lists.get(id(values))
+        ours = (
+            [LRQATConfig]
+            if name in OF_A_FEW_TYPES and names == "config_cls"
+            else lists.get(id(values))
+        )
         if ours is not None:
             marks[i] = pytest.mark.parametrize(names, ours, **mark.kwargs).mark
 
@@ -179,7 +201,9 @@ class UnusedDeviation(pytest.Item):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
     ours = [item for item in items if _is_ours(item)]
     config.hook.pytest_deselected(items=[item for item in items if not _is_ours(item)])
     unused = _expect_deviations(ours, config.getoption("storage"))

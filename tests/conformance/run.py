@@ -29,7 +29,15 @@ def fetch_tests(version: str) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         (CACHE / ".gitignore").write_text("*\n")  # ruff reads it, too
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", folder]
+            command = [
+                "download",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--no-build-isolation",
+                "--dest",
+                folder,
+            ]
             subprocess.run([sys.executable, "-m", "pip", *command, f"peft=={version}"], check=True)
             (archive,) = Path(folder).glob("*.tar.gz")
             with tarfile.open(archive) as tar:

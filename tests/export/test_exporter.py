@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_lrqat import LRQATLayer
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.export.capabilities import FORMATS, why_not
 from peft_lrqat.export.exporter import is_untrained
 from peft_lrqat.export.linears import quantized_linear
+from peft_lrqat.formats.capabilities import FORMATS, why_not
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.quant.packing import packed_bytes
 
@@ -41,17 +41,29 @@ def layers_of(model):
 def merged_weights(model):
     """By the path that was there before any export."""
     plain = model.merge_and_unload()
-    return {name: module.weight for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        name: module.weight
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("fields", SETTINGS, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()))
+@pytest.mark.parametrize(
+    "fields", SETTINGS, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items())
+)
 def test_not_one_weight_changes(format, fields, make_model, tokenizer, tmp_path):
     model = make_model(**fields)
-    grid = Grid(bits=fields["bits"], symmetric=fields.get("symmetric", True), group_size=fields.get("group_size", -1))
+    grid = Grid(
+        bits=fields["bits"],
+        symmetric=fields.get("symmetric", True),
+        group_size=fields.get("group_size", -1),
+    )
     if reason := why_not(format, grid, "bfloat16", 64):
         with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_proj`: ") as error:
-            export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+            export_model(
+                model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False
+            )
         assert reason in str(error.value)
         assert not (tmp_path / "out").exists()
         return
@@ -74,12 +86,18 @@ def test_other_dtypes_of_the_model(format, dtype, make_model, tokenizer, tmp_pat
     assert not found.logits_difference
 
 
-@pytest.mark.parametrize("fields", [{"bits": 4, "group_size": 32}, {"bits": 3}, {"bits": 8}], ids=str)
-def test_compressed_tensors_as_transformers_loads_it_by_default(fields, make_model, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "fields", [{"bits": 4, "group_size": 32}, {"bits": 3}, {"bits": 8}], ids=str
+)
+def test_compressed_tensors_as_transformers_loads_it_by_default(
+    fields, make_model, tokenizer, tmp_path
+):
     model = make_model(**fields)
     export_model(model, tmp_path / "out", tokenizer=tokenizer, progress=False)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("The for statement", return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("The for statement", return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(input_ids=ids).logits)
     assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
@@ -98,9 +116,14 @@ def test_three_bits_in_a_container_of_four(format, symmetric, make_model, tmp_pa
     if format == "compressed-tensors":
         config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 4
-    for bits, message in ((2, "must be 3, the bits of the weights, to 8, but is 2"), (9, "but is 9")):
+    for bits, message in (
+        (2, "must be 3, the bits of the weights, to 8, but is 2"),
+        (9, "but is 9"),
+    ):
         with pytest.raises(ValueError, match=message):
-            export_model(model, tmp_path / "other", format=format, container_bits=bits, progress=False)
+            export_model(
+                model, tmp_path / "other", format=format, container_bits=bits, progress=False
+            )
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "packed", "gptq", "dequantized"])
@@ -115,7 +138,10 @@ def test_bytes_on_disk_are_those_of_the_formula(format, make_model, tmp_path):
         expected += {
             "compressed-tensors": rows * -(-columns * bits // 32) * 4 + 2 * rows * groups + 16,
             "packed": rows * packed_bytes(columns, bits) + 2 * rows * groups,
-            "gptq": rows * columns * bits // 8 + 2 * rows * groups + groups * rows * bits // 8 + 4 * columns,
+            "gptq": rows * columns * bits // 8
+            + 2 * rows * groups
+            + groups * rows * bits // 8
+            + 4 * columns,
             "dequantized": 2 * rows * columns,
         }[format]
     stored, others = 0, 0
@@ -135,7 +161,9 @@ def test_widths_that_differ_by_module(make_model, tokenizer, tmp_path):
         model = make_model(**fields)
         export_model(model, tmp_path / format, format=format, tokenizer=tokenizer, progress=False)
         assert verify_export(model, tmp_path / format, format=format).exact
-    with pytest.raises(ValueError, match="transformers loads asymmetric compressed-tensors of one width"):
+    with pytest.raises(
+        ValueError, match="transformers loads asymmetric compressed-tensors of one width"
+    ):
         export_model(make_model(symmetric=False, **fields), tmp_path / "asymmetric", progress=False)
     model = make_model(bits=4, group_size_pattern={"q_proj": 32})
     with pytest.raises(ValueError, match="gptq has one width and group size for the whole model"):
@@ -177,10 +205,15 @@ def test_other_architectures(format, architecture, make_peft, disturb, tmp_path)
     torch.manual_seed(0)
     model = disturb(make_peft(architecture, torch.bfloat16, bits=3))
     if architecture == "gpt2" and format == "compressed-tensors":
-        with pytest.raises(ValueError, match="no place for transformers' Conv1D; use format='packed' or 'dequantized'"):
+        with pytest.raises(
+            ValueError,
+            match="no place for transformers' Conv1D; use format='packed' or 'dequantized'",
+        ):
             export_model(model, tmp_path / "out", format=format, progress=False)
         return
-    expected = {name: weight.clone() for name, weight in model.merge_and_unload().state_dict().items()}
+    expected = {
+        name: weight.clone() for name, weight in model.merge_and_unload().state_dict().items()
+    }
     torch.manual_seed(0)
     model = disturb(make_peft(architecture, torch.bfloat16, bits=3))
     export_model(model, tmp_path / "out", format=format, progress=False)
@@ -206,7 +239,9 @@ def load(model, path, format):
 
 
 def test_a_trained_head_ships_as_it_was_trained(make_peft, tmp_path):
-    model = make_peft("llama", torch.bfloat16, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    model = make_peft(
+        "llama", torch.bfloat16, modules_to_save=["lm_head"], target_modules=["q_proj"]
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
@@ -219,7 +254,9 @@ def test_a_trained_head_ships_as_it_was_trained(make_peft, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
-def test_a_head_that_training_parted_from_the_embeddings(saved, format, make_model, tokenizer, tmp_path):
+def test_a_head_that_training_parted_from_the_embeddings(
+    saved, format, make_model, tokenizer, tmp_path
+):
     model = make_model(bits=4, group_size=32, modules_to_save=[saved])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -228,14 +265,20 @@ def test_a_head_that_training_parted_from_the_embeddings(saved, format, make_mod
     export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
     assert verify_export(model, tmp_path / "out", format=format).exact
     assert model.get_base_model().config.tie_word_embeddings is True
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
     export_model(make_model(bits=3), tmp_path / "tied", format="packed", progress=False)
-    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert (
+        json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
+    )
 
 
 def test_gptq_with_zero_points(make_model, tmp_path):
     model = make_model(bits=2, symmetric=False, group_size=32)
-    zero_points = [layer.low_rank_weight("default").zero_point for layer in layers_of(model).values()]
+    zero_points = [
+        layer.low_rank_weight("default").zero_point for layer in layers_of(model).values()
+    ]
     assert all(zero_point.all() for zero_point in zero_points)
     export_model(model, tmp_path / "out", format="gptq", progress=False)
     assert verify_export(model, tmp_path / "out", format="gptq").exact
@@ -243,7 +286,8 @@ def test_gptq_with_zero_points(make_model, tmp_path):
     assert (written["sym"], written["bits"], written["checkpoint_format"]) == (False, 2, "gptq")
     zero_points[0][0, 0] = 0
     with pytest.raises(
-        ValueError, match=r"1 groups of `.*` have the zero point 0, for which GPTQ v1 has no place; use"
+        ValueError,
+        match=r"1 groups of `.*` have the zero point 0, for which GPTQ v1 has no place; use",
     ):
         export_model(model, tmp_path / "other", format="gptq", progress=False)
     assert not (tmp_path / "other").exists()
@@ -266,7 +310,9 @@ def test_a_merged_model_exports_the_same(make_model, tmp_path):
     export_model(model, tmp_path / "before", format="packed", progress=False)
     model.merge_adapter()
     export_model(model, tmp_path / "after", format="packed", progress=False)
-    assert (tmp_path / "before/model.safetensors").read_bytes() == (tmp_path / "after/model.safetensors").read_bytes()
+    assert (tmp_path / "before/model.safetensors").read_bytes() == (
+        tmp_path / "after/model.safetensors"
+    ).read_bytes()
 
 
 def test_one_of_several_adapters(make_model, tmp_path):
@@ -274,9 +320,19 @@ def test_one_of_several_adapters(make_model, tmp_path):
     model.add_adapter("second", model.peft_config["default"])
     export_model(model, tmp_path / "first", format="packed", progress=False)
     export_model(model, tmp_path / "second", format="packed", adapter_name="second", progress=False)
-    assert verify_export(model, tmp_path / "second", format="packed", adapter_name="second").different_layers == ()
     assert (
-        len(verify_export(model, tmp_path / "second", format="packed", adapter_name="default").different_layers) == 42
+        verify_export(
+            model, tmp_path / "second", format="packed", adapter_name="second"
+        ).different_layers
+        == ()
+    )
+    assert (
+        len(
+            verify_export(
+                model, tmp_path / "second", format="packed", adapter_name="default"
+            ).different_layers
+        )
+        == 42
     )
 
 
@@ -284,7 +340,9 @@ def test_an_untrained_adapter_is_said_to_be_round_to_nearest(make_model, tmp_pat
     logger = logging.getLogger("peft_lrqat.export.exporter")
     logger.addHandler(caplog.handler)
     try:
-        export_model(make_model(trained=False, bits=3), tmp_path / "out", format="packed", progress=False)
+        export_model(
+            make_model(trained=False, bits=3), tmp_path / "out", format="packed", progress=False
+        )
         assert "is untrained: what is exported equals round-to-nearest" in caplog.text
         caplog.clear()
         export_model(make_model(bits=3), tmp_path / "other", format="packed", progress=False)
@@ -297,11 +355,21 @@ def test_an_untrained_adapter_is_said_to_be_round_to_nearest(make_model, tmp_pat
 def test_the_directory_is_complete_and_its_card_says_how_to_load(make_model, tokenizer, tmp_path):
     for format in FORMATS:
         export_model(
-            make_model(bits=4, group_size=32), tmp_path / format, format=format, tokenizer=tokenizer, progress=False
+            make_model(bits=4, group_size=32),
+            tmp_path / format,
+            format=format,
+            tokenizer=tokenizer,
+            progress=False,
         )
         names = {path.name for path in (tmp_path / format).iterdir()}
         weights = "model.gguf" if format == "gguf" else "model.safetensors"
-        assert {"config.json", "generation_config.json", weights, "tokenizer.json", "README.md"} <= names
+        assert {
+            "config.json",
+            "generation_config.json",
+            weights,
+            "tokenizer.json",
+            "README.md",
+        } <= names
         assert json.loads((tmp_path / format / "config.json").read_text())["dtype"] == "bfloat16"
         card = (tmp_path / format / "README.md").read_text()
         assert "A 4-bit model trained with LR-QAT" in card
@@ -325,7 +393,13 @@ def test_a_full_disk_leaves_nothing(format, make_model, tokenizer, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"File too large|\d+ requested and \d+ written"):
-            export_model(make_model(bits=4), tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+            export_model(
+                make_model(bits=4),
+                tmp_path / "out",
+                format=format,
+                tokenizer=tokenizer,
+                progress=False,
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
@@ -342,18 +416,27 @@ def test_what_is_no_lrqat_model(make_base, tmp_path):
 def test_other_refusals(make_model, tokenizer, tmp_path):
     model = make_model(bits=4, scale_dtype="float32")
     for format in ("compressed-tensors", "gguf", "gptq"):
-        with pytest.raises(ValueError, match="cannot hold scales in float32; train with scale_dtype='bfloat16'"):
-            export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+        with pytest.raises(
+            ValueError, match="cannot hold scales in float32; train with scale_dtype='bfloat16'"
+        ):
+            export_model(
+                model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False
+            )
     with pytest.raises(ValueError, match="`format` must be one of 'compressed-tensors'"):
         export_model(model, tmp_path / "out", format="onnx")
     with pytest.raises(ValueError, match="size"):
         export_model(make_model(bits=4), tmp_path / "out", max_shard_size="five")
-    with pytest.raises(ValueError, match="'other' has no factors for 42 of the model's low-bit layers"):
+    with pytest.raises(
+        ValueError, match="'other' has no factors for 42 of the model's low-bit layers"
+    ):
         export_model(model, tmp_path / "out", adapter_name="other")
     model = make_model(bits=4)
     with torch.no_grad():
         next(iter(layers_of(model).values())).lrqat_scale["default"][0] = 1e-7
-    with pytest.raises(ValueError, match=r"1 of 64 scales of `.*` \(such as 1e-07\) are no numbers of torch.float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 64 scales of `.*` \(such as 1e-07\) are no numbers of torch.float16",
+    ):
         export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     assert list(tmp_path.iterdir()) == []
 

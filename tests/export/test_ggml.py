@@ -16,7 +16,12 @@ RANGES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127), "TQ2_0": (-2,
 
 @pytest.mark.parametrize("kind", RANGES)
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 3), blocks=st.integers(1, 3), per_channel=st.booleans(), seed=st.integers(0, 2**20))
+@given(
+    rows=st.integers(1, 3),
+    blocks=st.integers(1, 3),
+    per_channel=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
 def test_blocks_decode_to_scale_times_integer(kind, rows, blocks, per_channel, seed):
     generator = torch.Generator().manual_seed(seed)
     low, high = RANGES[kind]
@@ -26,7 +31,9 @@ def test_blocks_decode_to_scale_times_integer(kind, rows, blocks, per_channel, s
     data = encode(kind, codes, scale)
     assert data.shape == (rows, blocks * BLOCK_BYTES[kind])
     decoded = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
-    assert torch.equal(decoded, codes * scale.float().repeat_interleave(columns // scale.shape[1], dim=1))
+    assert torch.equal(
+        decoded, codes * scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
+    )
 
 
 def test_both_ends_of_every_grid_fit_its_blocks():

@@ -15,7 +15,9 @@ from peft_lrqat.export.gguf import _paired
 
 pytest.importorskip("gguf")
 
-needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the xllamacpp wheel")
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("xllamacpp") is None, reason="needs the xllamacpp wheel"
+)
 
 
 @needs_llama_cpp
@@ -29,7 +31,9 @@ needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="nee
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_llama_cpp_says_what_the_model_says(fields, blocks, make_model, tokenizer, run_llama_cpp, tmp_path):
+def test_llama_cpp_says_what_the_model_says(
+    fields, blocks, make_model, tokenizer, run_llama_cpp, tmp_path
+):
     model = make_model(trained=False, **fields)  # whose likeliest token is clear
     export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     assert blocks_of(tmp_path / "out" / "model.gguf") == {blocks}
@@ -94,7 +98,12 @@ def make_small():
         for parameter in base.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, std=0.3)
-        fields = {"target_modules": "all-linear", "bits": bits, "group_size": group_size, "init_weights": False}
+        fields = {
+            "target_modules": "all-linear",
+            "bits": bits,
+            "group_size": group_size,
+            "init_weights": False,
+        }
         return get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", **fields)).eval()
 
     return make
@@ -133,7 +142,9 @@ def test_transformers_loads_the_file_alone(name, make_small, tokenizer, tmp_path
 
 @needs_llama_cpp
 def test_two_bits_in_llama_cpp(make_small, tokenizer, run_llama_cpp, tmp_path):
-    model = make_small("Llama", bits=2, group_size=-1, hidden_size=256, intermediate_size=256, head_dim=64)
+    model = make_small(
+        "Llama", bits=2, group_size=-1, hidden_size=256, intermediate_size=256, head_dim=64
+    )
     export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     assert blocks_of(tmp_path / "out" / "model.gguf") == {"TQ2_0"}
     assert verify_export(model, tmp_path / "out", format="gguf").exact
@@ -143,22 +154,46 @@ def test_two_bits_in_llama_cpp(make_small, tokenizer, run_llama_cpp, tmp_path):
 def test_a_model_that_gguf_is_not_written_for(make_peft, make_model, tokenizer, tmp_path):
     model = make_peft("gemma", torch.bfloat16, bits=4, target_modules=["q_proj"])
     with pytest.raises(
-        ValueError, match="GGUF is written for llama, mistral, phi3, qwen2, qwen3, but this model is a gemma"
+        ValueError,
+        match="GGUF is written for llama, mistral, phi3, qwen2, qwen3, but this model is a gemma",
     ):
         export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     with pytest.raises(ValueError, match="a GGUF file holds the tokenizer, too; give `tokenizer`"):
         export_model(make_model(bits=4), tmp_path / "out", format="gguf", progress=False)
     for field, value, message in (
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "stretches its rotary embeddings"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e4},
+            "stretches its rotary embeddings",
+        ),
         ("sliding_window", 8, "attends to windows of 8 tokens"),
     ):
         model = make_model(bits=4)
         setattr(model.get_base_model().config, field, value)
         with pytest.raises(ValueError, match=message):
-            export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
+            export_model(
+                model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False
+            )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_a_head_are_paired():
     rows = torch.arange(16).view(16, 1)
-    assert _paired(rows, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert _paired(rows, 2).flatten().tolist() == [
+        0,
+        4,
+        1,
+        5,
+        2,
+        6,
+        3,
+        7,
+        8,
+        12,
+        9,
+        13,
+        10,
+        14,
+        11,
+        15,
+    ]

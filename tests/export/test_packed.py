@@ -13,13 +13,18 @@ from peft_lrqat.export import export_model, load_quantized
 @pytest.fixture(scope="module")
 def exported(make_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "out"
-    export_model(make_model(bits=3, symmetric=False, group_size=16), folder, format="packed", progress=False)
+    export_model(
+        make_model(bits=3, symmetric=False, group_size=16), folder, format="packed", progress=False
+    )
     return folder
 
 
 def edited(source, target, change):
     shutil.copytree(source, target)
-    state, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    state, config = (
+        load_file(source / "model.safetensors"),
+        json.loads((source / "config.json").read_text()),
+    )
     change(state, config)
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
@@ -54,10 +59,19 @@ def spoiled(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state, config: state.pop(f"{NAME}.codes"), f"`{NAME}` in .* is damaged: the codes are missing"),
+        (
+            lambda state, config: state.pop(f"{NAME}.codes"),
+            f"`{NAME}` in .* is damaged: the codes are missing",
+        ),
         (lambda state, config: state.pop(f"{NAME}.zero_points"), "the zero_points are missing"),
-        (tensor("codes", lambda t: t[:, 1:].contiguous()), r"the codes must be \(192, 24\) of torch.uint8"),
-        (tensor("scale", lambda t: t.float()), "the scale must be .* of torch.bfloat16, but are .* of torch.float32"),
+        (
+            tensor("codes", lambda t: t[:, 1:].contiguous()),
+            r"the codes must be \(192, 24\) of torch.uint8",
+        ),
+        (
+            tensor("scale", lambda t: t.float()),
+            "the scale must be .* of torch.bfloat16, but are .* of torch.float32",
+        ),
         (tensor("scale", spoiled(torch.nan)), "scales must be finite and above 0"),
         (tensor("scale", spoiled(-1.0)), "scales must be finite and above 0"),
         (module("bits", 4), r"the codes must be \(192, 32\)"),
@@ -66,11 +80,26 @@ def spoiled(value):
         (module("symmetric", True), "zero_points are stored, but a symmetric grid has none"),
         (module("shape", [10**9, 10**9]), "the codes must be"),
         (module("shape", "none"), "is damaged"),
-        (lambda state, config: state.pop("model.norm.weight"), "do not fit its config.json: model.norm.weight"),
-        (lambda state, config: state.update(extra=torch.ones(1)), "do not fit its config.json: extra"),
-        (lambda state, config: config["quantization_config"].update(format_version=2), "is of version 2 of the format"),
-        (lambda state, config: config["quantization_config"].update(quant_method="gptq"), "is quantised by gptq; load"),
-        (lambda state, config: config.pop("quantization_config"), "holds no model that `export_model"),
+        (
+            lambda state, config: state.pop("model.norm.weight"),
+            "do not fit its config.json: model.norm.weight",
+        ),
+        (
+            lambda state, config: state.update(extra=torch.ones(1)),
+            "do not fit its config.json: extra",
+        ),
+        (
+            lambda state, config: config["quantization_config"].update(format_version=2),
+            "is of version 2 of the format",
+        ),
+        (
+            lambda state, config: config["quantization_config"].update(quant_method="gptq"),
+            "is quantised by gptq; load",
+        ),
+        (
+            lambda state, config: config.pop("quantization_config"),
+            "holds no model that `export_model",
+        ),
         (lambda state, config: config.update(architectures=["AutoConfig"]), "has no model class"),
     ],
 )

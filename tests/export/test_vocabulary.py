@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from peft import get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model
@@ -39,8 +45,15 @@ def export_with():
             num_hidden_layers=1,
             num_attention_heads=2,
         )
-        fields = {"target_modules": "all-linear", "bits": 4, "group_size": 32, "init_weights": False}
-        model = get_peft_model(LlamaForCausalLM(config), LRQATConfig(task_type="CAUSAL_LM", **fields))
+        fields = {
+            "target_modules": "all-linear",
+            "bits": 4,
+            "group_size": 32,
+            "init_weights": False,
+        }
+        model = get_peft_model(
+            LlamaForCausalLM(config), LRQATConfig(task_type="CAUSAL_LM", **fields)
+        )
         export_model(model, path, format="gguf", tokenizer=tokenizer, progress=False)
         return path / "model.gguf"
 
@@ -50,7 +63,11 @@ def export_with():
 def sentencepiece_model():
     """Byte pairs with byte fallback, as Llama 2's and Mistral's, learned from this package."""
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    lines = [line for file in Path(__file__).parent.glob("*.py") for line in file.read_text().splitlines()]
+    lines = [
+        line
+        for file in Path(__file__).parent.glob("*.py")
+        for line in file.read_text().splitlines()
+    ]
     out = io.BytesIO()
     trainer.train(
         sentence_iterator=iter(lines),
@@ -73,7 +90,10 @@ def sentencepiece(tmp_path_factory):
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     parts = json.loads(LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    parts["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    parts["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace],
+    }
     parts["pre_tokenizer"] = None
     return parts
 
@@ -84,15 +104,26 @@ def fast(parts):
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "metaspace"])
-def test_the_file_cuts_text_alike(kind, tokenizer, sentencepiece, export_with, llama_cpp_tokens, tmp_path):
+def test_the_file_cuts_text_alike(
+    kind, tokenizer, sentencepiece, export_with, llama_cpp_tokens, tmp_path
+):
     if kind == "sentencepiece":
         tokenizer = fast(sentencepiece)
     elif kind == "metaspace":
-        cutter = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        cutter = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        }
         tokenizer = fast({**sentencepiece, "normalizer": None, "pre_tokenizer": cutter})
     expected = {text: tokenizer(text)["input_ids"] for text in TEXTS}
     # Metaspace, of which transformers makes all it reads, puts no space before one that is there; sentencepiece and llama.cpp do.
-    some = {text: ids for text, ids in expected.items() if kind == "byte-level" or not text.startswith(" ")}
+    some = {
+        text: ids
+        for text, ids in expected.items()
+        if kind == "byte-level" or not text.startswith(" ")
+    }
     file = export_with(tokenizer, tmp_path / "out")
     whole = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert {text: whole(text)["input_ids"] for text in some} == some
@@ -103,11 +134,16 @@ def test_the_file_cuts_text_alike(kind, tokenizer, sentencepiece, export_with, l
     file.rename(tmp_path / "alone" / file.name)
     back = AutoTokenizer.from_pretrained(tmp_path / "alone", gguf_file=file.name)
     assert {text: back(text)["input_ids"] for text in some} == some
-    assert (back.bos_token_id, back.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert (back.bos_token_id, back.eos_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
 
 
 def test_what_llama_cpp_would_read_otherwise(sentencepiece, tokenizer, export_with, tmp_path):
-    word_level = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    word_level = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    )
     model = sentencepiece["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     joint = ["".join(merge) for merge in merges]
@@ -120,12 +156,20 @@ def test_what_llama_cpp_would_read_otherwise(sentencepiece, tokenizer, export_wi
             fast({**sentencepiece, "model": {**model, "merges": merges[1:]}}),
             "the merges of this tokenizer are not those",
         ),
-        (fast({**sentencepiece, "model": {**model, "merges": moved}}), "the merges of this tokenizer are not those"),
-        (fast({**sentencepiece, "normalizer": {"type": "Lowercase"}}), r"prepares text by \['Lowercase'\] and None"),
+        (
+            fast({**sentencepiece, "model": {**model, "merges": moved}}),
+            "the merges of this tokenizer are not those",
+        ),
+        (
+            fast({**sentencepiece, "normalizer": {"type": "Lowercase"}}),
+            r"prepares text by \['Lowercase'\] and None",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             export_with(other, tmp_path / "out")
-    with pytest.raises(ValueError, match="has a token 511, but the model embeds 500 tokens; give the model's own"):
+    with pytest.raises(
+        ValueError, match="has a token 511, but the model embeds 500 tokens; give the model's own"
+    ):
         export_with(tokenizer, tmp_path / "out", vocab_size=500)
     assert list(tmp_path.iterdir()) == []
 

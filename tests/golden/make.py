@@ -26,7 +26,12 @@ from peft_lrqat.loraquant import LoRAQuantConfig, LoRAQuantLayer, quantize_adapt
 LRQAT = {
     "lrqat-fixed8": {"bits": 4},
     "lrqat-fixed8-asymmetric-groups": {"bits": 3, "symmetric": False, "group_size": 8},
-    "lrqat-int-groups": {"bits": 3, "downcast": "int", "group_size": 8, "range_estimator": "minmax"},
+    "lrqat-int-groups": {
+        "bits": 3,
+        "downcast": "int",
+        "group_size": 8,
+        "range_estimator": "minmax",
+    },
     "lrqat-int-asymmetric": {"bits": 2, "downcast": "int", "symmetric": False},
     "lrqat-patterns": {
         "bits": 4,
@@ -78,7 +83,9 @@ def move_factors(model: PeftModel, spread: float) -> None:
         if isinstance(layer, LRQATLayer):
             w = layer.low_rank_weight("default")
             z = w.format.decode(w.phi).double() + w.gamma * w.B.double() @ w.A.double()
-            assert ((z - z.floor() - 0.5).abs() > 1e-5).all(), "another seed: an integer is in doubt"
+            assert ((z - z.floor() - 0.5).abs() > 1e-5).all(), (
+                "another seed: an integer is in doubt"
+            )
 
 
 @torch.no_grad()
@@ -113,7 +120,9 @@ def main() -> None:
         model.save_pretrained(root / name)
         finish(root / name, model)
         if name == "lrqat-int-groups":
-            quantize_adapter(root / name, root / "lrqat-packed-factors", LoRAQuantConfig(bits_high=3))
+            quantize_adapter(
+                root / name, root / "lrqat-packed-factors", LoRAQuantConfig(bits_high=3)
+            )
             packed = PeftModel.from_pretrained(copy.deepcopy(base), root / "lrqat-packed-factors")
             finish(root / "lrqat-packed-factors", packed.eval())
         if name == "lrqat-int-asymmetric":

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat.loraquant import LoRAQuantConfig
-from peft_lrqat.loraquant.groups import quantize_midrise, quantize_rtn
-from peft_lrqat.loraquant.packed import pack_components
+from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
+from peft_lrqat.quant.factors.storage import pack_components
 from peft_lrqat.quant.grid import SCALE_DTYPES
 
 
@@ -32,7 +32,10 @@ def make_components():
 
     def make(bits, rows, columns, group_size=7, scale_dtype=torch.bfloat16, zero_points=False):
         return [
-            tuple(quantize(n, int(digit), group_size, scale_dtype, zero_points) for n in (rows, columns))
+            tuple(
+                quantize(n, int(digit), group_size, scale_dtype, zero_points)
+                for n in (rows, columns)
+            )
             for digit in bits
         ]
 
@@ -64,7 +67,11 @@ def make_adapter(make_components):
 
     def make(base, bits, targets, **fields):
         config = LoRAQuantConfig(target_modules=targets, group_size=7, **fields)
-        recipe = {"group_size": 7, "scale_dtype": SCALE_DTYPES[config.scale_dtype], "zero_points": config.zero_points}
+        recipe = {
+            "group_size": 7,
+            "scale_dtype": SCALE_DTYPES[config.scale_dtype],
+            "zero_points": config.zero_points,
+        }
         modules = {n: m for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in targets}
         choices = [bits] if isinstance(bits, str) else bits
         state, twin, ranks, alphas = {}, {}, {}, {}
@@ -82,11 +89,17 @@ def make_adapter(make_components):
             key = f"base_model.model.{name}"
             state |= {f"{key}.loraquant_{kind}": tensor for kind, tensor in tensors.items()}
             embedding = isinstance(module, nn.Embedding)
-            names = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B.weight", "lora_A.weight")
+            names = (
+                ("lora_embedding_B", "lora_embedding_A")
+                if embedding
+                else ("lora_B.weight", "lora_A.weight")
+            )
             twin |= {f"{key}.{n}": t for n, t in zip(names, (B, A))}
             if config.use_dora:
                 magnitude = torch.rand(rows) + 0.5
-                state[f"{key}.loraquant_magnitude"] = twin[f"{key}.lora_magnitude_vector"] = magnitude
+                state[f"{key}.loraquant_magnitude"] = twin[f"{key}.lora_magnitude_vector"] = (
+                    magnitude
+                )
         shared = {"target_modules": targets, "use_dora": config.use_dora, "bias": config.bias}
         shared |= {"modules_to_save": config.modules_to_save, "task_type": config.task_type}
         shared |= {"trainable_token_indices": config.trainable_token_indices}
@@ -112,7 +125,9 @@ def write_adapter(make_adapter):
         for name, kind, tensors in (("packed", config, state), ("lora", lora, twin)):
             (folder / name).mkdir(parents=True)
             tensors = {k: t.contiguous() for k, t in {**tensors, **(extra or {})}.items()}
-            save_file(tensors, folder / name / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(
+                tensors, folder / name / "adapter_model.safetensors", metadata={"format": "pt"}
+            )
             kind.save_pretrained(str(folder / name))
         return folder / "packed", folder / "lora"
 

@@ -4,11 +4,16 @@ import pytest
 import yaml
 
 from peft_lrqat import LoRAQuantConfig
-from peft_lrqat.card import BEGIN, END
 from peft_lrqat.loraquant.card import describe_adapter
+from peft_lrqat.shared.card import BEGIN, END
 
 
-FIELDS = {"task_type": "SEQ_CLS", "r": 16, "lora_alpha": 32, "component_bits": {"q": "3311", "k": ""}}
+FIELDS = {
+    "task_type": "SEQ_CLS",
+    "r": 16,
+    "lora_alpha": 32,
+    "component_bits": {"q": "3311", "k": ""},
+}
 
 
 def write(folder, **fields):
@@ -44,7 +49,10 @@ def test_local_base_is_told_in_words(tmp_path):
         ({"zero_points": True}, "integer zero points above 1 bit"),
         ({"use_dora": True, "use_rslora": True}, "rank 16, lora_alpha 32, DoRA, rank-stabilised"),
         ({"component_bits": {"q": ""}}, "components of no bits"),
-        ({"component_bits": {"q": "3311", "k": "42"}}, "components of 4, 3, 2, 1 bits, one scale in bfloat16 per 128"),
+        (
+            {"component_bits": {"q": "3311", "k": "42"}},
+            "components of 4, 3, 2, 1 bits, one scale in bfloat16 per 128",
+        ),
     ],
 )
 def test_recipe_in_words(fields, words, tmp_path):
@@ -54,7 +62,9 @@ def test_recipe_in_words(fields, words, tmp_path):
 def test_report(tmp_path):
     report = {"relative_error": 0.25, "note|": "<b>", "modules": {"q": {"relative_error": 0.5}}}
     section = write(tmp_path, report=report)[1]
-    table = "| measure | value |\n|---|---|\n| relative_error | 0.25 |\n| note&#124; | &lt;b&gt; |\n"
+    table = (
+        "| measure | value |\n|---|---|\n| relative_error | 0.25 |\n| note&#124; | &lt;b&gt; |\n"
+    )
     assert section.endswith(table)
     assert "| measure |" not in write(tmp_path)[1]
 

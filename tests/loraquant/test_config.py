@@ -116,7 +116,11 @@ REFUSED = [
     ("component_bits", {"q_proj": "12"}, "`component_bits` of `q_proj`: .* do not increase"),
     ("component_bits", {"q_proj": 2}, "`component_bits` of `q_proj`"),
     ("component_bits", "22", "`component_bits` must be a dict"),
-    ("component_bits", {"q_proj": "2" * 9}, "`component_bits` of `q_proj` has 9 components, but its rank is 8"),
+    (
+        "component_bits",
+        {"q_proj": "2" * 9},
+        "`component_bits` of `q_proj` has 9 components, but its rank is 8",
+    ),
     ("lora_alpha", 10**400, "`lora_alpha` must be a number, finite"),
     ("shapes", {"q_proj": [4]}, r"`shapes` of `q_proj` must be \[outputs, inputs\]"),
     ("shapes", {"q_proj": [4, -4]}, "`shapes` of `q_proj` must be"),
@@ -127,7 +131,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=[f"{n}={v!r:.20}" for n, v, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "value", "message"), REFUSED, ids=[f"{n}={v!r:.20}" for n, v, _ in REFUSED]
+)
 def test_values_that_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         LoRAQuantConfig(**{name: value})
@@ -136,10 +142,20 @@ def test_values_that_are_refused(name, value, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [2**40, 2**40]}}, "larger than any adapter's"),
-        ({"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [64, 64]}, "r": 2**40}, "larger than any adapter's"),
         (
-            {"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [64, 64]}, "rank_pattern": {"q_proj": 10**400}},
+            {"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [2**40, 2**40]}},
+            "larger than any adapter's",
+        ),
+        (
+            {"component_bits": {"q_proj": ""}, "shapes": {"q_proj": [64, 64]}, "r": 2**40},
+            "larger than any adapter's",
+        ),
+        (
+            {
+                "component_bits": {"q_proj": ""},
+                "shapes": {"q_proj": [64, 64]},
+                "rank_pattern": {"q_proj": 10**400},
+            },
             "larger than any adapter's",
         ),
     ],
@@ -147,7 +163,9 @@ def test_values_that_are_refused(name, value, message):
 )
 def test_sizes_that_cannot_be(fields, message):
     """Refused here, where nothing is allocated by them."""
-    with pytest.raises(ValueError, match=f"`shapes` of `q_proj`: .*{message}; the configuration is damaged"):
+    with pytest.raises(
+        ValueError, match=f"`shapes` of `q_proj`: .*{message}; the configuration is damaged"
+    ):
         LoRAQuantConfig(**fields)
 
 
@@ -161,5 +179,7 @@ def test_a_newer_file_is_refused(tmp_path):
     LoRAQuantConfig(**FILLED_IN).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-    with pytest.raises(ValueError, match="saved by a newer release; run `pip install -U peft-lrqat`"):
+    with pytest.raises(
+        ValueError, match="saved by a newer release; run `pip install -U peft-lrqat`"
+    ):
         PeftConfig.from_pretrained(tmp_path)

@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import StandInHub, run_client
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
-from peft_lrqat.card import BEGIN
-from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, groups, paper, quantize_adapter, residual
-from peft_lrqat.loraquant.allocation import relative_errors
-from peft_lrqat.loraquant.packed import expand
+from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
+from peft_lrqat.quant.factors import groups, paper, residual
+from peft_lrqat.quant.factors.allocation import relative_errors
+from peft_lrqat.quant.factors.storage import expand
+from peft_lrqat.shared.card import BEGIN
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +49,14 @@ CASES = {
     "conv1d-embedding": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
     "dora-conv1d-embedding": ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True}),
     "classifier": ("classifier", {}),
-    "modules-to-save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
-    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}}),
+    "modules-to-save": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    ),
+    "tokens": (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+    ),
     "seq2seq": ("t5", {"target_modules": ["q", "v", "wo"]}),
 }
 TASKS = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
@@ -79,9 +92,15 @@ def make_lora(make_base):
     """``make_lora(architecture, dtype, adapter_name, **fields)``: a model with a LoRA adapter that looks trained."""
 
     def make(architecture="llama", dtype=torch.float32, adapter_name="default", **fields):
-        defaults = {"r": 4, "target_modules": TARGETS, "task_type": TASKS.get(architecture, "CAUSAL_LM")}
+        defaults = {
+            "r": 4,
+            "target_modules": TARGETS,
+            "task_type": TASKS.get(architecture, "CAUSAL_LM"),
+        }
         config = LoraConfig(**{**defaults, **fields})
-        return train(get_peft_model(make_base(architecture, dtype), config, adapter_name=adapter_name)).eval()
+        return train(
+            get_peft_model(make_base(architecture, dtype), config, adapter_name=adapter_name)
+        ).eval()
 
     return make
 
@@ -111,7 +130,9 @@ def changed(lora, tmp_path):
 
 
 def quantize(source, target, config=None, **options):
-    return quantize_adapter(source, target, config or LoRAQuantConfig(**RECIPE), progress=False, **options)
+    return quantize_adapter(
+        source, target, config or LoRAQuantConfig(**RECIPE), progress=False, **options
+    )
 
 
 def key_of(state, end):
@@ -126,7 +147,9 @@ def stored_factors(folder):
         kinds = ("codes", "scales", "zero_points")
         keys = {kind: f"base_model.model.{name}.loraquant_{kind}" for kind in kinds}
         tensors = {kind: state[key] for kind, key in keys.items() if key in state}
-        factors[name] = expand(config.packed_format(name, *config.shapes[name]), tensors, torch.float64)
+        factors[name] = expand(
+            config.packed_format(name, *config.shapes[name]), tensors, torch.float64
+        )
     return factors
 
 
@@ -136,7 +159,9 @@ def as_twin(state, factors):
     for name, (B, A) in factors.items():
         keys = [f"base_model.model.{name}.{end}" for end in ("lora_B.weight", "lora_A.weight")]
         if keys[0] not in state:
-            keys = [f"base_model.model.{name}.{end}" for end in ("lora_embedding_B", "lora_embedding_A")]
+            keys = [
+                f"base_model.model.{name}.{end}" for end in ("lora_embedding_B", "lora_embedding_A")
+            ]
         padded = [torch.zeros_like(state[key], dtype=torch.float32) for key in keys]
         padded[0][:, : len(A)], padded[1][: len(A)] = B, A
         state |= dict(zip(keys, padded))
@@ -148,7 +173,10 @@ def as_twin(state, factors):
 
 @pytest.mark.parametrize(
     ("case", "method"),
-    [*((case, "residual") for case in CASES), *((case, "paper") for case in ("patterns", "dora-conv1d-embedding"))],
+    [
+        *((case, "residual") for case in CASES),
+        *((case, "paper") for case in ("patterns", "dora-conv1d-embedding")),
+    ],
 )
 def test_it_acts_as_lora_with_the_stored_factors_and_so_does_what_is_dequantised(
     case, method, make_lora, make_base, logits_of, tmp_path
@@ -173,22 +201,44 @@ def test_it_acts_as_lora_with_the_stored_factors_and_so_does_what_is_dequantised
     # Ranks and all that is no factor are those of the adapter at the start.
     source, result = load_file(tmp_path / "lora" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
     assert {k: t.shape for k, t in source.items()} == {k: t.shape for k, t in result.items()}
-    others = [k for k in source if not k.endswith(("_A.weight", "_B.weight", "_embedding_A", "_embedding_B"))]
+    others = [
+        k
+        for k in source
+        if not k.endswith(("_A.weight", "_B.weight", "_embedding_A", "_embedding_B"))
+    ]
     assert all(torch.equal(source[k], result[k]) for k in others)
-    kept = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "task_type")
-    kept += ("modules_to_save", "target_modules", "base_model_name_or_path", "trainable_token_indices")
+    kept = (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "use_dora",
+        "task_type",
+    )
+    kept += (
+        "modules_to_save",
+        "target_modules",
+        "base_model_name_or_path",
+        "trainable_token_indices",
+    )
     before = LoraConfig.from_pretrained(tmp_path / "lora")
     assert {n: getattr(before, n) for n in kept} == {n: getattr(back, n) for n in kept}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+)
 def test_files_in_any_dtype(dtype, lora, changed, tmp_path):
     tensors = {k: t.to(dtype) for k, t in load_file(lora / WEIGHTS).items()}
     of_dtype, of_float = changed(tensors), tmp_path / "float"
     shutil.copytree(of_dtype, of_float)
     save_file({k: t.float() for k, t in tensors.items()}, of_float / WEIGHTS)
     first, second = (quantize(f, tmp_path / f"{f.name}-packed") for f in (of_dtype, of_float))
-    files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("changed-packed", "float-packed")]
+    files = [
+        (tmp_path / name / WEIGHTS).read_bytes() for name in ("changed-packed", "float-packed")
+    ]
     assert files[0] == files[1]
     assert first.report["bytes_before"] * 4 == second.report["bytes_before"] * dtype.itemsize
 
@@ -216,12 +266,16 @@ def test_a_live_model_and_its_files_give_the_same(lora, make_lora, tmp_path):
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         name for name in before if ".lora_" in name and ".default" in name
     ]
-    with pytest.raises(ValueError, match=r"no adapter `none`, but \['default', 'other'\]; give `adapter_name`"):
+    with pytest.raises(
+        ValueError, match=r"no adapter `none`, but \['default', 'other'\]; give `adapter_name`"
+    ):
         quantize(model, tmp_path / "none", adapter_name="none")
 
 
 def test_zero_products_act_as_the_base_model(make_base, logits_of, tmp_path):
-    fresh = get_peft_model(make_base(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    fresh = get_peft_model(
+        make_base(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     made = quantize(fresh, tmp_path / "packed")
     assert set(made.component_bits.values()) == {""}
     assert (made.report["relative_error"], made.report["nominal_bits_per_parameter"]) == (0, 0)
@@ -229,12 +283,17 @@ def test_zero_products_act_as_the_base_model(make_base, logits_of, tmp_path):
     assert torch.equal(logits_of(packed), logits_of(make_base()))
     dequantize_adapter(tmp_path / "packed", tmp_path / "back")
     assert torch.equal(
-        logits_of(PeftModel.from_pretrained(make_base(), tmp_path / "back").eval()), logits_of(make_base())
+        logits_of(PeftModel.from_pretrained(make_base(), tmp_path / "back").eval()),
+        logits_of(make_base()),
     )
 
 
 def test_ratio_1_gives_every_component_the_high_bits(lora, tmp_path):
-    made = quantize(lora, tmp_path / "packed", LoRAQuantConfig(method="paper", ratio=1.0, bits_high=3, group_size=7))
+    made = quantize(
+        lora,
+        tmp_path / "packed",
+        LoRAQuantConfig(method="paper", ratio=1.0, bits_high=3, group_size=7),
+    )
     assert set(made.component_bits.values()) == {"3333"}
     assert made.report["nominal_bits_per_parameter"] == 3
 
@@ -247,7 +306,9 @@ def test_ratio_1_gives_every_component_the_high_bits(lora, tmp_path):
 def test_the_report_is_what_can_be_measured(case, method, make_lora, tmp_path):
     architecture, fields = CASES[case]
     make_lora(architecture, **fields).save_pretrained(tmp_path / "lora")
-    made = quantize(tmp_path / "lora", tmp_path / "packed", LoRAQuantConfig(method=method, **RECIPE))
+    made = quantize(
+        tmp_path / "lora", tmp_path / "packed", LoRAQuantConfig(method=method, **RECIPE)
+    )
     report = LoRAQuantConfig.from_pretrained(tmp_path / "packed").report
     assert report == made.report
     source, result = (load_file(tmp_path / name / WEIGHTS) for name in ("lora", "packed"))
@@ -259,13 +320,17 @@ def test_the_report_is_what_can_be_measured(case, method, make_lora, tmp_path):
             if k.startswith(f"base_model.model.{name}.lora_") and t.ndim == 2
         )
         one_error, one_norm = ((B @ A) - (q_B @ q_A)).norm(), (B @ A).norm()
-        assert report["relative_error_of_modules"][name] == pytest.approx(float(one_error / one_norm), abs=1e-4)
+        assert report["relative_error_of_modules"][name] == pytest.approx(
+            float(one_error / one_norm), abs=1e-4
+        )
         error, norm = error + one_error**2, norm + one_norm**2
         parameters += B.numel() + A.numel()
         codes += sum(map(int, made.component_bits[name])) * (len(B) + A.shape[1])
     assert report["relative_error"] == pytest.approx(float((error / norm) ** 0.5), abs=1e-5)
     other = sum(
-        t.numel() * t.element_size() for k, t in result.items() if not k.endswith(("codes", "scales", "points"))
+        t.numel() * t.element_size()
+        for k, t in result.items()
+        if not k.endswith(("codes", "scales", "points"))
     )
     assert report["bytes"] == (tmp_path / "packed" / WEIGHTS).stat().st_size - other
     assert report["bits_per_parameter"] == pytest.approx(8 * report["bytes"] / parameters, abs=1e-4)
@@ -276,9 +341,13 @@ def test_the_report_is_what_can_be_measured(case, method, make_lora, tmp_path):
 
 @pytest.mark.parametrize("average_bits", [0.5, 1.5, 3.0])
 def test_average_bits_hold_codes_and_scales(average_bits, lora, tmp_path):
-    made = quantize(lora, tmp_path / "packed", LoRAQuantConfig(average_bits=average_bits, group_size=16))
+    made = quantize(
+        lora, tmp_path / "packed", LoRAQuantConfig(average_bits=average_bits, group_size=16)
+    )
     parameters = made.report["bytes_before"] / 4
-    stored = 8 * sum(t.numel() * t.element_size() for t in load_file(tmp_path / "packed" / WEIGHTS).values())
+    stored = 8 * sum(
+        t.numel() * t.element_size() for t in load_file(tmp_path / "packed" / WEIGHTS).values()
+    )
     assert 0.95 * average_bits < stored / parameters <= average_bits
 
 
@@ -337,7 +406,9 @@ def test_peft_alone_loads_what_is_dequantised(make_lora, make_base, tmp_path):
         make_base(architecture).save_pretrained(tmp_path / f"base-{case}")
         quantize(make_lora(architecture, **fields), tmp_path / f"packed-{case}")
         dequantize_adapter(tmp_path / f"packed-{case}", tmp_path / f"back-{case}")
-        packed = PeftModel.from_pretrained(make_base(architecture), tmp_path / f"packed-{case}").eval()
+        packed = PeftModel.from_pretrained(
+            make_base(architecture), tmp_path / f"packed-{case}"
+        ).eval()
         with torch.no_grad():
             expected.append(packed(torch.arange(3, 15)[None]).logits)
     run_python(LOAD, tmp_path, json.dumps(cases), PYTHONPATH="")
@@ -377,13 +448,20 @@ def test_the_hub(lora, tmp_path, monkeypatch):
         (tmp_path / name / "adapter_model.bin").write_bytes(b"anything")
     shutil.copy(lora / CONFIG, tmp_path / "pickle")
     with StandInHub() as hub:
-        refused = json.loads(run_client(hub, FROM_HUB, tmp_path, PYTHONHASHSEED="12").splitlines()[-1])
+        refused = json.loads(
+            run_client(hub, FROM_HUB, tmp_path, PYTHONHASHSEED="12").splitlines()[-1]
+        )
     quantize(lora, tmp_path / "local")
     dequantize_adapter(tmp_path / "local", tmp_path / "local-back")
     assert files_in(tmp_path / "packed") == files_in(tmp_path / "local")
-    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "local-back" / WEIGHTS).read_bytes()
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (
+        tmp_path / "local-back" / WEIGHTS
+    ).read_bytes()
     assert f"user/pickle has no {WEIGHTS}; weights in other formats can run code" in refused[0]
-    assert f"user/empty has no {CONFIG}; give a directory or repository that holds a saved adapter" in refused[1]
+    assert (
+        f"user/empty has no {CONFIG}; give a directory or repository that holds a saved adapter"
+        in refused[1]
+    )
     assert "user/none is no directory, and no repository that can be reached" in refused[2]
     assert "no/such/path is no directory, and no repository that can be reached" in refused[3]
     assert not (tmp_path / "refused").exists()
@@ -469,10 +547,16 @@ def test_what_a_crash_leaves(make_lora, tmp_path):
     make_lora(target_modules=["v_proj"]).save_pretrained(tmp_path / "lora")
     quantize(tmp_path / "lora", tmp_path / "packed")
     (tmp_path / "folder").mkdir()
-    results = json.loads(run_python(CRASHES, tmp_path / "lora", tmp_path / "packed", tmp_path / "folder"))
+    results = json.loads(
+        run_python(CRASHES, tmp_path / "lora", tmp_path / "packed", tmp_path / "folder")
+    )
     killed = -9
     for function in ("quantize", "dequantize"):
-        found = {way.partition(", ")[2]: result for way, result in results.items() if way.startswith(function)}
+        found = {
+            way.partition(", ")[2]: result
+            for way, result in results.items()
+            if way.startswith(function)
+        }
         # Exit code; directories with a name; hidden ones; those of either that hold a whole adapter.
         assert found == {
             "killed before the weights": [killed, 0, 1, 0],
@@ -513,7 +597,12 @@ def refused(error, message, source, tmp_path, function=quantize):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_features_of_lora_that_cannot_be_stored(fields, name, changed, tmp_path):
-    refused(ValueError, rf"the adapter uses `{name}` \(.*\), which LORAQUANT cannot store", changed(**fields), tmp_path)
+    refused(
+        ValueError,
+        rf"the adapter uses `{name}` \(.*\), which LORAQUANT cannot store",
+        changed(**fields),
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -536,7 +625,13 @@ def test_a_live_model_that_changed_its_base(make_base, tmp_path):
 def test_adapters_of_other_types(lora, make_peft, make_base, tmp_path):
     other = "but must be LORA or LRQAT; only LoRA, DoRA and LR-QAT adapters can be quantised"
     make_peft().save_pretrained(tmp_path / "lrqat")
-    refused(ValueError, "of type LRQAT, but must be LORAQUANT", tmp_path / "lrqat", tmp_path, dequantize_adapter)
+    refused(
+        ValueError,
+        "of type LRQAT, but must be LORAQUANT",
+        tmp_path / "lrqat",
+        tmp_path,
+        dequantize_adapter,
+    )
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(make_base(), prompt).save_pretrained(tmp_path / "prompt")
     refused(ValueError, f"of type PROMPT_TUNING, {other}", tmp_path / "prompt", tmp_path)
@@ -550,7 +645,12 @@ def test_adapters_of_other_types(lora, make_peft, make_base, tmp_path):
 def test_what_is_no_adapter(make_base, lora, tmp_path):
     native = make_base()
     native.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    refused(TypeError, "`source` must be a directory, .* but is a LlamaForCausalLM; save its adapter", native, tmp_path)
+    refused(
+        TypeError,
+        "`source` must be a directory, .* but is a LlamaForCausalLM; save its adapter",
+        native,
+        tmp_path,
+    )
     with pytest.raises(TypeError, match="`config` must be a LoRAQuantConfig, but is a dict"):
         quantize(lora, tmp_path / "packed", {"bits_high": 2})
 
@@ -561,22 +661,43 @@ def test_damaged_factors(lora, changed, tmp_path):
     nan, infinite, large = state[A].clone(), state[B].clone(), state[B].clone()
     nan[1, 2], infinite[0, 0], large[0, 0] = torch.nan, torch.inf, 1e5
     cases = [
-        ({A: None}, "has only one of lora_B.weight and lora_A.weight; the adapter's file is not whole"),
+        (
+            {A: None},
+            "has only one of lora_B.weight and lora_A.weight; the adapter's file is not whole",
+        ),
         ({B: None}, "has only one of lora_B.weight and lora_A.weight"),
-        ({A: nan}, "`A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was written"),
+        (
+            {A: nan},
+            "`A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was written",
+        ),
         ({B: infinite}, "`B` of `model.layers.0.mlp.down_proj` has NaN or infinite entries"),
         ({B: large}, r"has an entry of 1e\+05, which no scale of bfloat16 may reach"),
         (
             {A: state[A][:3].clone()},
             "which make no product of rank 4; the weights and adapter_config.json do not belong",
         ),
-        ({A: torch.zeros(4, 3, 3, 3), B: torch.zeros(8, 4, 1, 1)}, "is a convolution, with factors of shapes"),
+        (
+            {A: torch.zeros(4, 3, 3, 3), B: torch.zeros(8, 4, 1, 1)},
+            "is a convolution, with factors of shapes",
+        ),
         ({A: torch.zeros(4), B: torch.zeros(4)}, "make no product of rank 4"),
         ({A: torch.zeros(4, 0)}, "make no product of rank 4"),
-        ({A: torch.zeros(4, 48, dtype=torch.int8)}, "`A` of .* must hold floating-point numbers, but holds torch.int8"),
-        ({f"{A[:-7]}.bias": torch.zeros(2)}, r"lora_A\.bias`, which LORAQUANT does not know and cannot store"),
-        ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}, "must have 0 magnitudes, but has 1"),
-        ({"base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)}, r"`.*lm_head\.weight` has NaN"),
+        (
+            {A: torch.zeros(4, 48, dtype=torch.int8)},
+            "`A` of .* must hold floating-point numbers, but holds torch.int8",
+        ),
+        (
+            {f"{A[:-7]}.bias": torch.zeros(2)},
+            r"lora_A\.bias`, which LORAQUANT does not know and cannot store",
+        ),
+        (
+            {A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)},
+            "must have 0 magnitudes, but has 1",
+        ),
+        (
+            {"base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)},
+            r"`.*lm_head\.weight` has NaN",
+        ),
         (dict.fromkeys(state), "no pair of factors A and B: there is nothing to quantise"),
     ]
     for tensors, message in cases:
@@ -588,7 +709,10 @@ def test_damaged_factors(lora, changed, tmp_path):
     ("fields", "message"),
     [
         ({"r": 8}, "make no product of rank 8"),
-        ({"rank_pattern": {"down_proj": 2}}, r"`model\.layers\.0\.mlp\.down_proj` .* make no product of rank 2"),
+        (
+            {"rank_pattern": {"down_proj": 2}},
+            r"`model\.layers\.0\.mlp\.down_proj` .* make no product of rank 2",
+        ),
         ({"use_dora": True}, "with `use_dora=True` the adapter must have 8 magnitudes, but has 0"),
         ({"r": "four"}, "`r` must be an integer"),
         ({"lora_alpha": None}, "`lora_alpha` must be a number"),
@@ -601,7 +725,10 @@ def test_configs_that_do_not_fit(fields, message, changed, tmp_path):
 
 
 def test_patterns_that_are_not_there(changed, tmp_path):
-    assert quantize(changed(rank_pattern=None, alpha_pattern=None), tmp_path / "packed").rank_pattern == {}
+    assert (
+        quantize(changed(rank_pattern=None, alpha_pattern=None), tmp_path / "packed").rank_pattern
+        == {}
+    )
 
 
 @pytest.mark.parametrize("function", [quantize, dequantize_adapter])
@@ -615,7 +742,11 @@ def test_files_that_are_not_whole(function, lora, tmp_path):
         (WEIGHTS, weights[:-1], f"{WEIGHTS} in .* is not whole"),
         (WEIGHTS, weights[:5], f"{WEIGHTS} in .* is not whole"),
         (WEIGHTS, b"", f"{WEIGHTS} in .* is not whole"),
-        (WEIGHTS, None, f"has no {WEIGHTS}; weights in other formats can run code when they are read"),
+        (
+            WEIGHTS,
+            None,
+            f"has no {WEIGHTS}; weights in other formats can run code when they are read",
+        ),
         (CONFIG, config[: len(config) // 2], f"{CONFIG} in .* cannot be read"),
         (CONFIG, b"\xff\xfe", f"{CONFIG} in .* cannot be read"),
         (CONFIG, b"[]", "must hold an object of JSON, but holds a list"),
@@ -635,7 +766,10 @@ def test_files_that_are_not_whole(function, lora, tmp_path):
 
 def test_packed_adapters_that_were_changed(make_lora, tmp_path):
     quantize(make_lora(use_dora=True), tmp_path / "packed")
-    config, state = json.loads((tmp_path / "packed" / CONFIG).read_text()), load_file(tmp_path / "packed" / WEIGHTS)
+    config, state = (
+        json.loads((tmp_path / "packed" / CONFIG).read_text()),
+        load_file(tmp_path / "packed" / WEIGHTS),
+    )
     scales, magnitude = key_of(state, "loraquant_scales"), key_of(state, "loraquant_magnitude")
     name = scales.removeprefix("base_model.model.").removesuffix(".loraquant_scales")
     without = {k: v for k, v in config["component_bits"].items() if k != name}
@@ -643,20 +777,34 @@ def test_packed_adapters_that_were_changed(make_lora, tmp_path):
         ({scales: state[scales] * torch.nan}, {}, f"`{name}` in .*: scales must be finite"),
         ({scales: None}, {}, f"`{name}` in .*: the scales are missing"),
         ({magnitude: None}, {}, f"`{name}` in .*: the magnitude is missing"),
-        ({magnitude: torch.ones(3)}, {}, f"`{name}` in .*: the magnitude must be 32 finite numbers"),
+        (
+            {magnitude: torch.ones(3)},
+            {},
+            f"`{name}` in .*: the magnitude must be 32 finite numbers",
+        ),
         ({}, {"component_bits": without}, f"has other modules than its {CONFIG}: `{name}`"),
         ({}, {"shapes": {}}, f"`{name}` in .*: {CONFIG} has no `shapes` of it"),
-        ({}, {"shapes": {**config["shapes"], name: [1, 1]}}, f"`{name}` in .*: the magnitude must be 1"),
+        (
+            {},
+            {"shapes": {**config["shapes"], name: [1, 1]}},
+            f"`{name}` in .*: the magnitude must be 1",
+        ),
         ({}, {"group_size": 8}, "in .*: the scales must be"),
         ({}, {"use_dora": False}, "in .*: magnitude are stored"),
         ({}, {"r": 2**40}, f"{CONFIG} in .* describes no adapter .*larger than any adapter's"),
-        ({}, {"format_version": 99}, f"{CONFIG} in .* describes no adapter .*saved by a newer release"),
+        (
+            {},
+            {"format_version": 99},
+            f"{CONFIG} in .* describes no adapter .*saved by a newer release",
+        ),
     ]
     for tensors, fields, message in cases:
         folder = tmp_path / "changed"
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps({**config, **fields}))
-        save_file({k: t for k, t in {**state, **tensors}.items() if t is not None}, folder / WEIGHTS)
+        save_file(
+            {k: t for k, t in {**state, **tensors}.items() if t is not None}, folder / WEIGHTS
+        )
         refused(ValueError, message, folder, tmp_path, dequantize_adapter)
         shutil.rmtree(folder)
 
@@ -667,7 +815,9 @@ def test_values_too_large_for_the_dtype(lora, changed, tmp_path):
     state = load_file(tmp_path / "packed" / WEIGHTS)
     scales = key_of(state, "scales")
     save_file({**state, scales: torch.full_like(state[scales], 1e5)}, tmp_path / "packed" / WEIGHTS)
-    refused(ValueError, "too large for torch.float16", tmp_path / "packed", tmp_path, dequantize_adapter)
+    refused(
+        ValueError, "too large for torch.float16", tmp_path / "packed", tmp_path, dequantize_adapter
+    )
     dequantize_adapter(tmp_path / "packed", tmp_path / "wide", dtype=torch.bfloat16)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_lrqat.loraquant.packed import FORMAT_VERSION, expand, pack_components
+from peft_lrqat.quant.factors.storage import FORMAT_VERSION, expand, pack_components
 
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,12 @@ def test_the_reader_of_the_document(shape, bits, zero_points, make_components, r
     options = {"group_size": 7, "scale_dtype": torch.bfloat16, "zero_points": zero_points}
     components = make_components(bits, rows, columns, **options)
     format, tensors = pack_components(components, rows=rows, columns=columns, **options)
-    stored = {kind: t.float().numpy() if kind == "scales" else t.numpy() for kind, t in tensors.items()}
-    found = reader(stored["codes"], stored["scales"], stored.get("zero_points"), format.bits, shape, 7)
+    stored = {
+        kind: t.float().numpy() if kind == "scales" else t.numpy() for kind, t in tensors.items()
+    }
+    found = reader(
+        stored["codes"], stored["scales"], stored.get("zero_points"), format.bits, shape, 7
+    )
     for mine, theirs in zip(expand(format, tensors, torch.float32), found):
         assert mine.shape == theirs.shape
         assert torch.equal(mine, torch.from_numpy(theirs).float())

@@ -69,10 +69,16 @@ def same(x, y, dtype=torch.float32):
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
-def test_forward_is_that_of_lora_with_the_expanded_factors(bits, dtype, use_dora, net, ids, make_pair):
+def test_forward_is_that_of_lora_with_the_expanded_factors(
+    bits, dtype, use_dora, net, ids, make_pair
+):
     packed, lora = make_pair(net.to(dtype), bits, use_dora=use_dora, r=8, lora_alpha=5)
     for name in TARGETS:
-        x = ids if name == "embedding" else torch.randn(3, 5, getattr(packed, name).in_features, dtype=dtype)
+        x = (
+            ids
+            if name == "embedding"
+            else torch.randn(3, 5, getattr(packed, name).in_features, dtype=dtype)
+        )
         y, expected, base = (getattr(m, name)(x) for m in (packed, lora, net))
         assert y.dtype == dtype
         same(y, expected, dtype)
@@ -122,7 +128,9 @@ def test_merged_weights_are_those_of_lora(dtype, use_dora, safe_merge, bits, net
     for model in (packed, lora):
         model.merge_adapter(safe_merge=safe_merge)
     for name in TARGETS:
-        weight, expected = (getattr(model, name).get_base_layer().weight for model in (packed, lora))
+        weight, expected = (
+            getattr(model, name).get_base_layer().weight for model in (packed, lora)
+        )
         assert weight.dtype == dtype
         assert weight.is_contiguous()
         same(weight, expected, dtype)
@@ -184,16 +192,24 @@ def test_safe_merging_refuses_what_is_not_finite(net, make_pair):
     assert not packed.linear.merged
 
 
-@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
+@pytest.mark.parametrize(
+    "convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)]
+)
 @torch.no_grad()
 def test_conversions_change_no_stored_tensor(convert, net, make_pair):
     packed, _ = make_pair(net, "4321", use_dora=True, scale_dtype="float32", zero_points=True)
-    before = {name: tensor.clone() for name, tensor in packed.state_dict().items() if ".loraquant_" in name}
+    before = {
+        name: tensor.clone()
+        for name, tensor in packed.state_dict().items()
+        if ".loraquant_" in name
+    }
     B, A = packed.linear.factors("default")
     convert(packed)
     after = {name: tensor for name, tensor in packed.state_dict().items() if ".loraquant_" in name}
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert all(
+        torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before
+    )
     assert packed.linear.base_layer.weight.dtype == convert(nn.Linear(1, 1)).weight.dtype
     assert all(torch.equal(x, y) for x, y in zip(packed.linear.factors("default"), (B, A)))
 
@@ -211,7 +227,11 @@ def test_autocast_gives_what_it_gives_lora(net, make_pair):
 @torch.no_grad()
 def test_mixed_batch_gives_every_row_its_adapter(net, make_adapter):
     model = None
-    for adapter, bits, use_dora in (("one", "4321", False), ("two", "3311", True), ("three", "", False)):
+    for adapter, bits, use_dora in (
+        ("one", "4321", False),
+        ("two", "3311", True),
+        ("three", "", False),
+    ):
         config, state, *_ = make_adapter(net, bits, TARGETS, use_dora=use_dora)
         if model is None:
             model = get_peft_model(copy.deepcopy(net), config, adapter_name=adapter).eval()
@@ -221,7 +241,11 @@ def test_mixed_batch_gives_every_row_its_adapter(net, make_adapter):
     names = ["two", "__base__", "one", "three", "one"]
     for target in TARGETS:
         layer = getattr(model, target)
-        x = torch.randint(0, 11, (5, 4)) if target == "embedding" else torch.randn(5, 4, layer.in_features)
+        x = (
+            torch.randint(0, 11, (5, 4))
+            if target == "embedding"
+            else torch.randn(5, 4, layer.in_features)
+        )
         y = layer(x, adapter_names=names)
         for row, name in enumerate(names):
             if name == "__base__":
@@ -302,7 +326,8 @@ def test_what_was_not_loaded_is_not_run(net, ids, make_adapter):
     config.use_dora = False
     model = get_peft_model(Net(), config)
     with pytest.raises(
-        ValueError, match=r"`embedding`: scales must be finite and not negative, but \d+ of \d+ are NaN"
+        ValueError,
+        match=r"`embedding`: scales must be finite and not negative, but \d+ of \d+ are NaN",
     ):
         model(ids)
 
@@ -353,7 +378,9 @@ class ByteLinear(nn.Linear):
         self.set(linear.weight.detach())
 
     def set(self, weight):
-        self.weight = nn.Parameter((weight / self.scale).round().clamp(-127, 127).to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (weight / self.scale).round().clamp(-127, 127).to(torch.int8), requires_grad=False
+        )
 
     def dequantize(self):
         return self.weight.float() * self.scale
@@ -401,7 +428,9 @@ def test_quantised_base(use_dora, net, make_adapter, monkeypatch):
     backend.supports_merge = False
     model = get_peft_model(copy.deepcopy(net), config)
     set_peft_model_state_dict(model, state)
-    with pytest.raises(ValueError, match="`linear` is quantised by bytes, which cannot take a changed weight"):
+    with pytest.raises(
+        ValueError, match="`linear` is quantised by bytes, which cannot take a changed weight"
+    ):
         model.merge_adapter()
     assert torch.equal(model.linear.base_layer.weight, codes)
 
@@ -414,7 +443,9 @@ def test_a_weight_that_nobody_can_read_is_not_merged(net, make_adapter):
     model = get_peft_model(net, config).eval()
     set_peft_model_state_dict(model, state)
     assert not torch.equal(model.linear(torch.ones(1, 16)), expected)
-    with pytest.raises(TypeError, match=r"the weight of `linear` as numbers, but it is torch\.int8"):
+    with pytest.raises(
+        TypeError, match=r"the weight of `linear` as numbers, but it is torch\.int8"
+    ):
         model.merge_adapter()
 
 

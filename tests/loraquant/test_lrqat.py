@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_lrqat import LRQATConfig, LRQATLayer, push_folder_to_hub
 from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
-from peft_lrqat.loraquant.packed import PackedFormat, expand
+from peft_lrqat.quant.factors.storage import PackedFormat, expand
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -100,9 +100,9 @@ def test_flipped_integers_are_counted_as_they_are_loaded(model, make_base, tmp_p
 
 def test_more_bits_flip_fewer_integers(model, tmp_path):
     flipped = [
-        quantize(model, tmp_path / f"{bits}", LoRAQuantConfig(average_bits=bits, group_size=16)).packed_factors[
-            "report"
-        ]["flipped_integers"]
+        quantize(
+            model, tmp_path / f"{bits}", LoRAQuantConfig(average_bits=bits, group_size=16)
+        ).packed_factors["report"]["flipped_integers"]
         for bits in (1.5, 3.0, 6.0)
     ]
     assert flipped[0] > flipped[1] > flipped[2] > 0
@@ -119,10 +119,16 @@ def test_saved_again_it_is_a_plain_adapter(folder, make_base, logits_of, tmp_pat
 
 def test_it_can_be_trained_further(folder, make_base, tmp_path, batch_for):
     quantize(folder, tmp_path / "packed")
-    model = PeftModel.from_pretrained(make_base("llama"), str(tmp_path / "packed"), is_trainable=True)
+    model = PeftModel.from_pretrained(
+        make_base("llama"), str(tmp_path / "packed"), is_trainable=True
+    )
     batch = batch_for()
     model(**batch).loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
     assert any("lrqat_B" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -131,7 +137,10 @@ def test_dequantised_it_has_the_same_integers(folder, make_base, tmp_path):
     config = dequantize_adapter(tmp_path / "packed", tmp_path / "plain-again")
     assert isinstance(config, LRQATConfig)
     assert config.packed_factors is None
-    models = [PeftModel.from_pretrained(make_base("llama"), str(tmp_path / n)) for n in ("packed", "plain-again")]
+    models = [
+        PeftModel.from_pretrained(make_base("llama"), str(tmp_path / n))
+        for n in ("packed", "plain-again")
+    ]
     assert share_of_different(*map(codes_of, models)) == 0
     with pytest.raises(ValueError, match=r"are float32, or its integers change; torch\.float16"):
         dequantize_adapter(tmp_path / "packed", tmp_path / "half", dtype=torch.float16)
@@ -151,11 +160,15 @@ def test_another_base_is_refused(folder, make_base, tmp_path):
     base = make_base("llama")
     with torch.no_grad():
         base.model.layers[0].mlp.down_proj.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="not the base model that the adapter was trained on: 1 of 14 layers"):
+    with pytest.raises(
+        ValueError, match="not the base model that the adapter was trained on: 1 of 14 layers"
+    ):
         PeftModel.from_pretrained(base, str(tmp_path / "packed"))
 
 
-def test_a_loader_that_does_not_unpack_leaves_nothing_that_runs(folder, make_base, batch_for, tmp_path):
+def test_a_loader_that_does_not_unpack_leaves_nothing_that_runs(
+    folder, make_base, batch_for, tmp_path
+):
     quantize(folder, tmp_path / "packed")
     config = PeftConfig.from_pretrained(str(tmp_path / "packed"))
     model = inject_adapter_in_model(config, make_base("llama"))
@@ -209,7 +222,10 @@ def field(name, value):
         (field("component_bits", {}), "which adapter_config.json does not name"),
         (field("scale_dtype", "float8"), "does not describe packed factors"),
         (lambda state, config: config.update(packed_factors=None), "has no `lrqat_A`"),
-        (lambda state, config: config.update(packed_factors="yes"), "`packed_factors` must be None or a dict"),
+        (
+            lambda state, config: config.update(packed_factors="yes"),
+            "`packed_factors` must be None or a dict",
+        ),
         (lambda state, config: config.update(r=1), "components, but the rank is 1"),
     ],
 )
@@ -224,7 +240,10 @@ def test_what_cannot_be_quantised(folder, tmp_path):
     quantize(folder, tmp_path / "packed")
     cases = [
         (tmp_path / "packed", "packed already; quantise the adapter that it was made from"),
-        (edited(folder, tmp_path / "lacks", drop("lrqat_A")), "has not all of lrqat_A, lrqat_B and lrqat_scale"),
+        (
+            edited(folder, tmp_path / "lacks", drop("lrqat_A")),
+            "has not all of lrqat_A, lrqat_B and lrqat_scale",
+        ),
         (
             edited(folder, tmp_path / "nan", damage("lrqat_B", torch.nan)),
             "has NaN or infinite entries; nothing was written",
@@ -264,11 +283,18 @@ def test_a_folder_is_published_and_what_a_person_wrote_stays(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == before
     assert all(files[name] == before[name] for name in (WEIGHTS, CONFIG))
     card = files["README.md"].decode()
-    assert card.count("## My evaluation") == card.count("## LR-QAT adapter") == card.count("- mine\n") == 1
+    assert (
+        card.count("## My evaluation")
+        == card.count("## LR-QAT adapter")
+        == card.count("- mine\n")
+        == 1
+    )
     assert "Old section" not in card
 
 
 def test_a_folder_of_another_type_is_not_published(tmp_path):
     LoraConfig(task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="holds an adapter of type LORA, which PEFT itself can publish"):
+    with pytest.raises(
+        ValueError, match="holds an adapter of type LORA, which PEFT itself can publish"
+    ):
         push_folder_to_hub(tmp_path, "user/lora")

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_lrqat import LoRAQuantConfig, LoRAQuantModel
-from peft_lrqat.card import BEGIN
 from peft_lrqat.loraquant import LoRAQuantLayer
+from peft_lrqat.shared.card import BEGIN
 
 
 MIXTURE = ["4321", "", "11", "3311"]
@@ -54,7 +54,9 @@ def load(saved, make_base):
     """``load("packed", ...)``: a fresh base model with these adapters, named as their folders."""
 
     def make(*names, dtype=torch.float32, **options):
-        model = PeftModel.from_pretrained(make_base(dtype=dtype), saved / names[0], adapter_name=names[0], **options)
+        model = PeftModel.from_pretrained(
+            make_base(dtype=dtype), saved / names[0], adapter_name=names[0], **options
+        )
         for name in names[1:]:
             model.load_adapter(saved / name, adapter_name=name.replace("/", "-"), **options)
         return model.eval()
@@ -69,7 +71,9 @@ def close(x, y, dtype=torch.float32):
 
 
 def stored(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if ".loraquant_" in name}
+    return {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if ".loraquant_" in name
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,8 +90,12 @@ LOADERS = {
     "no autocast": lambda f, dtype: PeftModel.from_pretrained(
         base_of(f, dtype), f / "packed", autocast_adapter_dtype=False
     ),
-    "AutoPeftModel": lambda f, dtype: AutoPeftModelForCausalLM.from_pretrained(f / "packed", dtype=dtype),
-    "AutoModel": lambda f, dtype: transformers.AutoModelForCausalLM.from_pretrained(f / "packed", dtype=dtype),
+    "AutoPeftModel": lambda f, dtype: AutoPeftModelForCausalLM.from_pretrained(
+        f / "packed", dtype=dtype
+    ),
+    "AutoModel": lambda f, dtype: transformers.AutoModelForCausalLM.from_pretrained(
+        f / "packed", dtype=dtype
+    ),
     "load_adapter": lambda f, dtype: with_adapter(base_of(f, dtype), f / "packed"),
     "inject": lambda f, dtype: injected(base_of(f, dtype), f / "packed"),
 }
@@ -115,8 +123,14 @@ def test_every_loader_gives_the_same_bits(loader, dtype, saved, load, logits_of)
     expected = load("packed", dtype=dtype)
     model = LOADERS[loader](saved, dtype).eval()
     assert torch.equal(logits_of(model), logits_of(expected))
-    tensors = {name.removeprefix("base_model.model.").rsplit(".", 1)[0]: t for name, t in stored(model).items()}
-    file = {name.removeprefix("base_model.model."): t for name, t in load_file(saved / "packed" / WEIGHTS).items()}
+    tensors = {
+        name.removeprefix("base_model.model.").rsplit(".", 1)[0]: t
+        for name, t in stored(model).items()
+    }
+    file = {
+        name.removeprefix("base_model.model."): t
+        for name, t in load_file(saved / "packed" / WEIGHTS).items()
+    }
     assert tensors.keys() == file.keys()
     assert all(torch.equal(tensors[k], file[k]) and tensors[k].dtype == file[k].dtype for k in file)
 
@@ -127,8 +141,13 @@ def test_saving_gives_the_same_file(dtype, saved, load, tmp_path):
     # PEFT puts every adapter that is not "default" into a folder of its own.
     first, second = load_file(saved / "packed" / WEIGHTS), load_file(tmp_path / "packed" / WEIGHTS)
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
-    configs = [LoRAQuantConfig.from_pretrained(folder) for folder in (saved / "packed", tmp_path / "packed")]
+    assert all(
+        torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first
+    )
+    configs = [
+        LoRAQuantConfig.from_pretrained(folder)
+        for folder in (saved / "packed", tmp_path / "packed")
+    ]
     assert configs[0] == configs[1]
     assert BEGIN in (tmp_path / "packed" / "README.md").read_text()
 
@@ -139,13 +158,28 @@ def test_architectures(architecture, use_dora, make_base, write_adapter, logits_
     base = make_base(architecture)
     task = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}.get(architecture, "CAUSAL_LM")
     # The head of a classifier is new, and so trained in full and stored.
-    extra = {"base_model.model.score.weight": torch.randn(3, 32)} if architecture == "classifier" else {}
-    fields = {"use_dora": use_dora, "task_type": task, "modules_to_save": ["score"] if extra else None}
-    folders = write_adapter(tmp_path, base, MIXTURE, targets=TARGETS[architecture], extra=extra, **fields)
-    packed, lora = (PeftModel.from_pretrained(make_base(architecture), folder).eval() for folder in folders)
+    extra = (
+        {"base_model.model.score.weight": torch.randn(3, 32)}
+        if architecture == "classifier"
+        else {}
+    )
+    fields = {
+        "use_dora": use_dora,
+        "task_type": task,
+        "modules_to_save": ["score"] if extra else None,
+    }
+    folders = write_adapter(
+        tmp_path, base, MIXTURE, targets=TARGETS[architecture], extra=extra, **fields
+    )
+    packed, lora = (
+        PeftModel.from_pretrained(make_base(architecture), folder).eval() for folder in folders
+    )
     assert isinstance(packed.base_model, LoRAQuantModel)
     close(logits_of(packed, architecture), logits_of(lora, architecture))
-    close(logits_of(packed.merge_and_unload(), architecture), logits_of(lora.merge_and_unload(), architecture))
+    close(
+        logits_of(packed.merge_and_unload(), architecture),
+        logits_of(lora.merge_and_unload(), architecture),
+    )
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -154,9 +188,13 @@ def test_trained_biases(bias, make_base, write_adapter, logits_of, tmp_path):
     trained = get_peft_model(make_base("gpt2"), LoraConfig(target_modules=["c_attn"], bias=bias))
     trained.base_model.model.transformer.h[0].attn.c_attn.base_layer.bias.data += 1
     trained.save_pretrained(tmp_path / "trained")
-    saved_biases = {k: v for k, v in load_file(tmp_path / "trained" / WEIGHTS).items() if k.endswith("bias")}
+    saved_biases = {
+        k: v for k, v in load_file(tmp_path / "trained" / WEIGHTS).items() if k.endswith("bias")
+    }
     folders = write_adapter(tmp_path, base, "22", targets=["c_attn"], extra=saved_biases, bias=bias)
-    packed, lora = (PeftModel.from_pretrained(make_base("gpt2"), folder).eval() for folder in folders)
+    packed, lora = (
+        PeftModel.from_pretrained(make_base("gpt2"), folder).eval() for folder in folders
+    )
     close(logits_of(packed, "gpt2"), logits_of(lora, "gpt2"))
     assert not any(p.requires_grad for p in packed.parameters())
     packed.save_pretrained(tmp_path / "again")
@@ -164,14 +202,20 @@ def test_trained_biases(bias, make_base, write_adapter, logits_of, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
     save_file({k: v for k, v in first.items() if not k.endswith("bias")}, folders[0] / WEIGHTS)
-    with pytest.raises(ValueError, match=r"has no bias for `transformer\.h\.0\.attn\.c_attn`, but `bias` is"):
+    with pytest.raises(
+        ValueError, match=r"has no bias for `transformer\.h\.0\.attn\.c_attn`, but `bias` is"
+    ):
         PeftModel.from_pretrained(make_base("gpt2"), folders[0])
 
 
-def test_modules_and_tokens_that_were_trained_in_full(make_base, write_adapter, logits_of, tmp_path):
+def test_modules_and_tokens_that_were_trained_in_full(
+    make_base, write_adapter, logits_of, tmp_path
+):
     extra = {
         "base_model.model.lm_head.weight": torch.randn(96, 32),
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(2, 32),
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(
+            2, 32
+        ),
     }
     fields = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3, 5]}}
     folders = write_adapter(tmp_path, make_base(), MIXTURE, extra=extra, **fields)
@@ -185,7 +229,9 @@ def test_modules_and_tokens_that_were_trained_in_full(make_base, write_adapter, 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"], ids=["untied", "tied"])
-def test_what_was_trained_in_full_stays_after_merging(architecture, make_base, write_adapter, logits_of, tmp_path):
+def test_what_was_trained_in_full_stays_after_merging(
+    architecture, make_base, write_adapter, logits_of, tmp_path
+):
     tokens = torch.randn(2, 32)
     extra = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": tokens}
     fields = {"trainable_token_indices": {"embed_tokens": [3, 5]}}
@@ -193,7 +239,9 @@ def test_what_was_trained_in_full_stays_after_merging(architecture, make_base, w
         extra["base_model.model.lm_head.weight"] = torch.randn(96, 32)
         fields["modules_to_save"] = ["lm_head"]
     folders = write_adapter(tmp_path, make_base(architecture), MIXTURE, extra=extra, **fields)
-    packed, lora = (PeftModel.from_pretrained(make_base(architecture), folder).eval() for folder in folders)
+    packed, lora = (
+        PeftModel.from_pretrained(make_base(architecture), folder).eval() for folder in folders
+    )
     before, merged = logits_of(packed, architecture), packed.merge_and_unload()
     close(logits_of(merged, architecture), before)
     close(logits_of(merged, architecture), logits_of(lora.merge_and_unload(), architecture))
@@ -201,14 +249,21 @@ def test_what_was_trained_in_full_stays_after_merging(architecture, make_base, w
 
 
 def test_layers_and_patterns(make_base, write_adapter, logits_of, tmp_path):
-    fields = {"layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["layers.1.self_attn.v_proj"]}
+    fields = {
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+        "exclude_modules": ["layers.1.self_attn.v_proj"],
+    }
     folder, _ = write_adapter(tmp_path, make_base(), "2")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     bits = {"model.layers.1.self_attn.q_proj": "2", "model.layers.1.mlp.down_proj": "2"}
     path.write_text(json.dumps({**config, **fields, "component_bits": bits}))
     tensors = load_file(folder / WEIGHTS)
-    save_file({k: v for k, v in tensors.items() if any(name + "." in k for name in bits)}, folder / WEIGHTS)
+    save_file(
+        {k: v for k, v in tensors.items() if any(name + "." in k for name in bits)},
+        folder / WEIGHTS,
+    )
     model = PeftModel.from_pretrained(make_base(), folder)
     assert {m.name for m in model.modules() if isinstance(m, LoRAQuantLayer)} == bits.keys()
     logits_of(model)
@@ -220,7 +275,9 @@ def test_disabling_and_unloading_give_the_base_back(load, make_base, logits_of):
         assert torch.equal(logits_of(model), expected)
     base = model.unload()
     assert torch.equal(logits_of(base), expected)
-    assert {n: type(m) for n, m in base.named_modules()} == {n: type(m) for n, m in make_base().named_modules()}
+    assert {n: type(m) for n, m in base.named_modules()} == {
+        n: type(m) for n, m in make_base().named_modules()
+    }
 
 
 def test_merging(load, logits_of):
@@ -278,7 +335,10 @@ def test_status(load):
     assert status.num_adapter_layers == 6
 
 
-NAMES = {"packed": ["packed", "other-packed", "__base__"], "lora": ["lora", "other-lora", "__base__"]}
+NAMES = {
+    "packed": ["packed", "other-packed", "__base__"],
+    "lora": ["lora", "other-lora", "__base__"],
+}
 
 
 def test_mixed_batches(load, batch_for):
@@ -288,8 +348,14 @@ def test_mixed_batches(load, batch_for):
         model = load(kind, f"other/{kind}")
         with torch.no_grad():
             outputs.append(model(**batch, adapter_names=names).logits)
-            outputs.append(model.generate(**batch, adapter_names=names, max_new_tokens=6, do_sample=False))
-            outputs.append(model.generate(**batch, adapter_names=names, max_new_tokens=6, do_sample=False, num_beams=2))
+            outputs.append(
+                model.generate(**batch, adapter_names=names, max_new_tokens=6, do_sample=False)
+            )
+            outputs.append(
+                model.generate(
+                    **batch, adapter_names=names, max_new_tokens=6, do_sample=False, num_beams=2
+                )
+            )
         if kind == "packed":
             for row, name in enumerate(names[:2]):
                 model.set_adapter(name)
@@ -313,7 +379,11 @@ def test_mixed_batches_of_an_encoder_and_a_decoder(make_base, write_adapter, bat
         model = PeftModel.from_pretrained(make_base("t5"), folder).eval()
         outputs.append(
             model.generate(
-                **batch, adapter_names=["default", "__base__"], max_new_tokens=6, do_sample=False, num_beams=3
+                **batch,
+                adapter_names=["default", "__base__"],
+                max_new_tokens=6,
+                do_sample=False,
+                num_beams=3,
             )
         )
     assert torch.equal(*outputs)
@@ -362,7 +432,8 @@ def test_copies_and_pickles(load, logits_of):
 
 def test_nothing_can_be_trained(saved, make_base):
     with pytest.raises(
-        ValueError, match="cannot be trained, its factors are integers: load it with is_trainable=False"
+        ValueError,
+        match="cannot be trained, its factors are integers: load it with is_trainable=False",
     ):
         PeftModel.from_pretrained(make_base(), saved / "packed", is_trainable=True)
 
@@ -373,7 +444,8 @@ def test_nothing_can_be_trained(saved, make_base):
 def test_an_adapter_is_not_made_on_a_model(make, make_base):
     base = make_base()
     with pytest.raises(
-        ValueError, match=r"made from a trained LoRA adapter\. Use `peft_lrqat\.loraquant\.quantize_adapter"
+        ValueError,
+        match=r"made from a trained LoRA adapter\. Use `peft_lrqat\.loraquant\.quantize_adapter",
     ):
         make(base, LoRAQuantConfig(target_modules=["q_proj"]))
     assert not any(isinstance(module, LoRAQuantLayer) for module in base.modules())
@@ -410,49 +482,79 @@ TAMPERED = {
         lambda f: edit_weights(f, lambda t: t.pop(CODES)),
         r"`model.layers.0.self_attn.q_proj`: the codes are missing",
     ),
-    "scales missing": (lambda f: edit_weights(f, lambda t: t.pop(SCALES)), "q_proj`: the scales are missing"),
-    "codes cut": (replace(CODES, lambda t: t[:-1]), r"the codes must be 80 of torch.uint8 .* but are \(79,\)"),
+    "scales missing": (
+        lambda f: edit_weights(f, lambda t: t.pop(SCALES)),
+        "q_proj`: the scales are missing",
+    ),
+    "codes cut": (
+        replace(CODES, lambda t: t[:-1]),
+        r"the codes must be 80 of torch.uint8 .* but are \(79,\)",
+    ),
     "scales cut": (replace(SCALES, lambda t: t[1:]), r"the scales must be 40 .* but are \(39,\)"),
-    "scales in another dtype": (replace(SCALES, torch.Tensor.half), "must be 40 of torch.bfloat16 .* of torch.float16"),
+    "scales in another dtype": (
+        replace(SCALES, torch.Tensor.half),
+        "must be 40 of torch.bfloat16 .* of torch.float16",
+    ),
     "codes in another dtype": (replace(CODES, torch.Tensor.char), "of torch.int8"),
     "NaN": (replace(SCALES, with_first(torch.nan)), "but 1 of 40 are NaN"),
     "infinite": (replace(SCALES, with_first(torch.inf)), "but 1 of 40 are infinite"),
     "negative": (replace(SCALES, with_first(-1)), "but 1 of 40 are negative"),
     "zero points": (
-        lambda f: edit_weights(f, lambda t: t.update({f"{Q_PROJ}.loraquant_zero_points": t[CODES].clone()})),
+        lambda f: edit_weights(
+            f, lambda t: t.update({f"{Q_PROJ}.loraquant_zero_points": t[CODES].clone()})
+        ),
         "q_proj.loraquant_zero_points`, which by its configuration nothing",
     ),
-    "zero points in the config only": (lambda f: edit_config(f, zero_points=True), "the zero_points are missing"),
+    "zero points in the config only": (
+        lambda f: edit_config(f, zero_points=True),
+        "the zero_points are missing",
+    ),
     "other bits": (
         lambda f: edit_config(f, component_bits=lambda bits: {**bits, Q_PROJ[17:]: "4322"}),
         "q_proj`: the codes must be 88",
     ),
     "other groups": (lambda f: edit_config(f, group_size=8), "the scales must be 32"),
-    "more components than the rank": (lambda f: edit_config(f, r=2), "has 4 components, but its rank is 2"),
+    "more components than the rank": (
+        lambda f: edit_config(f, r=2),
+        "has 4 components, but its rank is 2",
+    ),
     "a module more": (
-        lambda f: edit_config(f, component_bits=lambda bits: {**bits, "model.layers.7.self_attn.q_proj": "2"}),
+        lambda f: edit_config(
+            f, component_bits=lambda bits: {**bits, "model.layers.7.self_attn.q_proj": "2"}
+        ),
         r"`component_bits` has `model.layers.7.self_attn.q_proj`, but this model has no such target \(1 such",
     ),
     "a module less": (
-        lambda f: edit_config(f, component_bits=lambda bits: {k: v for k, v in bits.items() if "q_proj" not in k}),
+        lambda f: edit_config(
+            f, component_bits=lambda bits: {k: v for k, v in bits.items() if "q_proj" not in k}
+        ),
         r"`target_modules` of this model has `model.layers.0.self_attn.q_proj`, but `component_bits` has nothing .*\(2 such",
     ),
     "tensors of another module": (
-        lambda f: edit_weights(f, lambda t: t.update({CODES.replace("q_proj", "o_proj"): t[CODES].clone()})),
+        lambda f: edit_weights(
+            f, lambda t: t.update({CODES.replace("q_proj", "o_proj"): t[CODES].clone()})
+        ),
         "o_proj.loraquant_codes`, which by its configuration nothing",
     ),
     "magnitudes": (
-        lambda f: edit_weights(f, lambda t: t.update({f"{Q_PROJ}.loraquant_magnitude": torch.ones(32)})),
+        lambda f: edit_weights(
+            f, lambda t: t.update({f"{Q_PROJ}.loraquant_magnitude": torch.ones(32)})
+        ),
         "q_proj.loraquant_magnitude`, which by its configuration nothing",
     ),
-    "DoRA in the config only": (lambda f: edit_config(f, use_dora=True), "the magnitude is missing"),
+    "DoRA in the config only": (
+        lambda f: edit_config(f, use_dora=True),
+        "the magnitude is missing",
+    ),
     "newer": (lambda f: edit_config(f, format_version=99), "saved by a newer release"),
 }
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("tampering", TAMPERED)
-def test_tampered_adapters_are_refused(tampering, low_cpu_mem_usage, make_base, write_adapter, tmp_path):
+def test_tampered_adapters_are_refused(
+    tampering, low_cpu_mem_usage, make_base, write_adapter, tmp_path
+):
     folder, _ = write_adapter(tmp_path, make_base(), MIXTURE)
     apply, message = TAMPERED[tampering]
     apply(folder)
@@ -461,7 +563,13 @@ def test_tampered_adapters_are_refused(tampering, low_cpu_mem_usage, make_base, 
 
 
 # transformers casts what it reads to the dtype that the model has, and reports, without raising, what is missing or unknown.
-REPORTED = {"codes missing", "zero points in the config only", "zero points", "magnitudes", "tensors of another module"}
+REPORTED = {
+    "codes missing",
+    "zero points in the config only",
+    "zero points",
+    "magnitudes",
+    "tensors of another module",
+}
 CAST = {"scales in another dtype", "codes in another dtype"}
 
 
@@ -477,11 +585,17 @@ def test_transformers_refuses_them_too(tampering, make_base, write_adapter, logi
 
 
 def test_padding_bits_are_refused(make_base, write_adapter, tmp_path):
-    folder, _ = write_adapter(tmp_path, make_base("classifier"), "3", targets=["score"], task_type="FEATURE_EXTRACTION")
+    folder, _ = write_adapter(
+        tmp_path, make_base("classifier"), "3", targets=["score"], task_type="FEATURE_EXTRACTION"
+    )
     key = "base_model.model.score.loraquant_codes"
     assert PeftModel.from_pretrained(make_base("classifier"), folder)
-    edit_weights(folder, lambda t: t[key].__setitem__(1, 0xFF))  # 3 values of 3 bits leave 7 bits of the second byte
-    with pytest.raises(ValueError, match="`score`: the bits after the last value of a row must be zero"):
+    edit_weights(
+        folder, lambda t: t[key].__setitem__(1, 0xFF)
+    )  # 3 values of 3 bits leave 7 bits of the second byte
+    with pytest.raises(
+        ValueError, match="`score`: the bits after the last value of a row must be zero"
+    ):
         PeftModel.from_pretrained(make_base("classifier"), folder)
 
 
@@ -493,7 +607,9 @@ def test_a_truncated_file_is_refused(make_base, write_adapter, tmp_path):
         PeftModel.from_pretrained(make_base(), folder)
 
 
-def test_a_refused_file_leaves_the_other_adapters(load, saved, make_base, write_adapter, logits_of, tmp_path):
+def test_a_refused_file_leaves_the_other_adapters(
+    load, saved, make_base, write_adapter, logits_of, tmp_path
+):
     folder, _ = write_adapter(tmp_path, make_base(), MIXTURE)
     edit_weights(folder, lambda t: t.pop(CODES))
     model = load("packed")
@@ -520,16 +636,22 @@ def test_another_base_is_refused_before_it_is_touched(saved, make_base):
 def test_another_shape_is_refused(saved, make_base):
     base = make_base()
     base.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 40)
-    with pytest.raises(ValueError, match=r"q_proj`: the codes must be .* on a module of shape \(40, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"q_proj`: the codes must be .* on a module of shape \(40, 32\)"
+    ):
         PeftModel.from_pretrained(base, saved / "packed")
 
 
 def test_shapes_whose_files_have_equal_sizes_are_told_apart():
     """(48, 32) and (32, 48) take as many bytes."""
     shapes = {"of": [48, 32], "other": [32, 48]}
-    config = LoRAQuantConfig(target_modules=["up"], component_bits={"up": "22"}, shapes={"up": shapes["of"]})
+    config = LoRAQuantConfig(
+        target_modules=["up"], component_bits={"up": "22"}, shapes={"up": shapes["of"]}
+    )
     net = torch.nn.ModuleDict({"up": torch.nn.Linear(*shapes["of"])})  # (inputs, outputs)
-    with pytest.raises(ValueError, match=r"made for a `up` of shape \(48, 32\), but this model's is \(32, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"made for a `up` of shape \(48, 32\), but this model's is \(32, 48\)"
+    ):
         get_peft_model(net, config)
     assert type(net["up"]) is torch.nn.Linear
 
@@ -537,16 +659,24 @@ def test_shapes_whose_files_have_equal_sizes_are_told_apart():
 def test_more_components_than_fit_in_memory_are_refused_before_room_is_made():
     config = LoRAQuantConfig(target_modules=["up"], component_bits={"up": "1" * 10**5}, r=10**5)
     net = torch.nn.ModuleDict({"up": torch.nn.Linear(2**16, 2**15, device="meta")})
-    with pytest.raises(ValueError, match=r"does not fit `up`: factors of rank 100000 .* larger than any adapter's"):
+    with pytest.raises(
+        ValueError, match=r"does not fit `up`: factors of rank 100000 .* larger than any adapter's"
+    ):
         get_peft_model(net, config)
     assert type(net["up"]) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("module", [torch.nn.Conv2d(3, 3, 1), torch.nn.Embedding(5, 3, max_norm=1.0)])
+@pytest.mark.parametrize(
+    "module", [torch.nn.Conv2d(3, 3, 1), torch.nn.Embedding(5, 3, max_norm=1.0)]
+)
 def test_other_layers_are_refused(module):
     net = torch.nn.ModuleDict({"first": torch.nn.Linear(3, 3), "second": module})
-    config = LoRAQuantConfig(target_modules=["first", "second"], component_bits={"first": "2", "second": "2"})
-    with pytest.raises(TypeError, match=r"`second` is a torch\.nn\.modules.* LORAQUANT works on torch\.nn\.Linear"):
+    config = LoRAQuantConfig(
+        target_modules=["first", "second"], component_bits={"first": "2", "second": "2"}
+    )
+    with pytest.raises(
+        TypeError, match=r"`second` is a torch\.nn\.modules.* LORAQUANT works on torch\.nn\.Linear"
+    ):
         get_peft_model(net, config)
     assert type(net["first"]) is torch.nn.Linear
 
@@ -581,4 +711,6 @@ def test_published_with_its_card(saved):
     card = files["README.md"].decode()
     assert "library_name: peft" in card
     assert "import peft_lrqat  # registers the type LORAQUANT with PEFT" in card
-    assert "components of 4, 3, 2, 1 bits, one scale in bfloat16 per 7 entries, no zero points" in card
+    assert (
+        "components of 4, 3, 2, 1 bits, one scale in bfloat16 per 7 entries, no zero points" in card
+    )

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_lrqat.loraquant import LoRAQuantConfig, groups, paper, residual
-from peft_lrqat.loraquant.allocation import relative_errors
-from peft_lrqat.loraquant.packed import expand
+from peft_lrqat.loraquant import LoRAQuantConfig
 from peft_lrqat.loraquant.quantize import nominal_bits, quantize_factors
+from peft_lrqat.quant.factors import groups, paper, residual
+from peft_lrqat.quant.factors.allocation import relative_errors
+from peft_lrqat.quant.factors.storage import expand
 
 
 SHAPES = {"a": (96, 64), "b": (96, 64), "c": (10, 100)}
@@ -44,7 +45,9 @@ def stored_bits(found):
 
 
 def relative_error(found):
-    error, norm = (sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm"))
+    error, norm = (
+        sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm")
+    )
     return (error / norm) ** 0.5
 
 
@@ -53,7 +56,9 @@ def parameters(factors):
 
 
 @pytest.mark.parametrize("method", ["residual", "paper"])
-@pytest.mark.parametrize("group_size", [1000, 32, 7], ids=["one-group", "divides", "does-not-divide"])
+@pytest.mark.parametrize(
+    "group_size", [1000, 32, 7], ids=["one-group", "divides", "does-not-divide"]
+)
 @pytest.mark.parametrize("rank", [1, 3, 12], ids=["rank-1", "rank-3", "rank-above-m"])
 def test_the_errors_are_those_of_what_is_stored(method, group_size, rank, quick):
     factors = make_factors(rank, decay=0.9)
@@ -63,18 +68,24 @@ def test_the_errors_are_those_of_what_is_stored(method, group_size, rank, quick)
         q_B, q_A = expand(found[name].format, found[name].tensors, torch.float64)
         product = B.double() @ A.double()
         assert found[name].squared_norm == pytest.approx(float(product.square().sum()), rel=1e-6)
-        assert found[name].squared_error == pytest.approx(float((product - q_B @ q_A).square().sum()), rel=1e-4)
+        assert found[name].squared_error == pytest.approx(
+            float((product - q_B @ q_A).square().sum()), rel=1e-4
+        )
         assert len(found[name].format.bits) <= min(rank, *SHAPES[name])
     assert relative_error(found) < 1
 
 
 @pytest.mark.parametrize("decay", [0.6, 0.85])
-@pytest.mark.parametrize("variant", [(2, 0.8), (2, 0.9), (3, 0.8), (3, 0.9)], ids="{0[0]}@{0[1]}".format)
+@pytest.mark.parametrize(
+    "variant", [(2, 0.8), (2, 0.9), (3, 0.8), (3, 0.9)], ids="{0[0]}@{0[1]}".format
+)
 def test_residual_takes_no_more_storage_than_the_paper_and_loses_a_quarter_less(variant, decay):
     shapes = dict.fromkeys("ab", (256, 192))
     factors = make_factors(16, decay, shapes)
     recipe = {"bits_high": variant[0], "ratio": variant[1], "group_size": 128}
-    residual, paper = (quantize(factors, method=method, **recipe) for method in ("residual", "paper"))
+    residual, paper = (
+        quantize(factors, method=method, **recipe) for method in ("residual", "paper")
+    )
     assert stored_bits(residual) <= stored_bits(paper)
     assert relative_error(residual) < 0.75 * relative_error(paper)
 
@@ -90,10 +101,16 @@ def test_average_bits_are_met(average_bits, quick):
 
 def test_a_budget_of_nothing_is_refused():
     factors = make_factors()
-    with pytest.raises(ValueError, match="has no room for a single component; give at least") as refusal:
+    with pytest.raises(
+        ValueError, match="has no room for a single component; give at least"
+    ) as refusal:
         quantize(factors, average_bits=1e-6)
     least = float(str(refusal.value).partition("at least ")[2].partition(",")[0])
-    assert sorted(q.format.bits for q in quantize(factors, average_bits=least).values()) == ["", "", "1"]
+    assert sorted(q.format.bits for q in quantize(factors, average_bits=least).values()) == [
+        "",
+        "",
+        "1",
+    ]
 
 
 SMALL = [(16, 200), (32, 32), (96, 200)]
@@ -107,14 +124,18 @@ def test_no_adapter_is_worse_than_as_published(shape, rank, group_size, bits_hig
     """Also where a single module of low rank leaves little to give out, and zero points of small groups are worth their bits."""
     factors = {"a": (torch.randn(shape[0], rank), torch.randn(rank, shape[1]))}
     options = {"bits_high": bits_high, "ratio": 1.0, "group_size": group_size}
-    published, found = (quantize(factors, method=method, **options) for method in ("paper", "residual"))
+    published, found = (
+        quantize(factors, method=method, **options) for method in ("paper", "residual")
+    )
     assert stored_bits(found) <= stored_bits(published)
     assert relative_error(found) <= relative_error(published)
 
 
 def test_large_adapters_are_quantised_once(monkeypatch, quick):
     called = []
-    monkeypatch.setattr("peft_lrqat.loraquant.quantize.quantize_paper", lambda *_, **__: called.append(1))
+    monkeypatch.setattr(
+        "peft_lrqat.loraquant.quantize.quantize_paper", lambda *_, **__: called.append(1)
+    )
     monkeypatch.setattr("peft_lrqat.loraquant.quantize.SMALL", 10)
     quantize(make_factors())
     assert not called
@@ -135,7 +156,9 @@ def test_bits_go_where_the_scaled_product_is_large():
     """`scaling` counts: the same factors, one of them multiplied by more when the model runs."""
     B, A = make_factors(shapes={"a": (64, 64)})["a"]
     config = LoRAQuantConfig(r=8, average_bits=1.0, group_size=32)
-    found = quantize_factors({"weak": (B, A), "strong": (B, A)}, config, {"weak": 1.0, "strong": 8.0}, progress=False)
+    found = quantize_factors(
+        {"weak": (B, A), "strong": (B, A)}, config, {"weak": 1.0, "strong": 8.0}, progress=False
+    )
     assert found["strong"].stored_bits > found["weak"].stored_bits
     assert found["strong"].squared_error < found["weak"].squared_error
 
@@ -161,7 +184,9 @@ def test_two_runs_are_equal(method, quick):
     first, second = quantize(factors, method=method), quantize(factors, method=method)
     for name in factors:
         assert first[name].format == second[name].format
-        assert all(torch.equal(first[name].tensors[kind], t) for kind, t in second[name].tensors.items())
+        assert all(
+            torch.equal(first[name].tensors[kind], t) for kind, t in second[name].tensors.items()
+        )
 
 
 def test_nominal_bits_are_those_of_the_codes_alone():

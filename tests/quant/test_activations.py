@@ -19,7 +19,9 @@ from peft_lrqat.quant import (
 )
 
 
-GRIDS = [Grid(bits=bits, symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+GRIDS = [
+    Grid(bits=bits, symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)
+]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
@@ -29,7 +31,9 @@ def step_of(x, grid):
     x = x.double()
     if grid.symmetric:
         return x.abs().amax(-1, keepdim=True) / grid.qmax
-    return (x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)) / (2**grid.bits - 1)
+    return (x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)) / (
+        2**grid.bits - 1
+    )
 
 
 def tokens(dtype, seed=0):
@@ -72,7 +76,9 @@ def test_zero_stays_zero(grid, dtype):
 @grids
 def test_each_token_has_its_own_range(grid):
     x = torch.randn(2, 5, 16)
-    alone = torch.stack([torch.stack([quantized_tokens(token, grid) for token in row]) for row in x])
+    alone = torch.stack(
+        [torch.stack([quantized_tokens(token, grid) for token in row]) for row in x]
+    )
     assert torch.equal(quantized_tokens(x, grid), alone)
 
 
@@ -83,7 +89,12 @@ def test_a_power_of_two_changes_the_step_alone(grid, factor):
     assert torch.equal(quantized_tokens(x * factor, grid), quantized_tokens(x, grid) * factor)
 
 
-@given(seed=st.integers(0, 2**20), bits=st.integers(2, 8), symmetric=st.booleans(), spread=st.floats(-3, 3))
+@given(
+    seed=st.integers(0, 2**20),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    spread=st.floats(-3, 3),
+)
 @settings(deadline=None, max_examples=60)
 def test_rounding_again_changes_no_integer(seed, bits, symmetric, spread):
     """So that values from a low-bit cache stand rounding once more: the same integers, and a step that differs by its rounding."""
@@ -92,9 +103,7 @@ def test_rounding_again_changes_no_integer(seed, bits, symmetric, spread):
     x = torch.randn(4, 64, generator=generator) + spread
     codes, step, zero_point = encode_tokens(x, grid)
     again = encode_tokens(decode_tokens(codes, step, zero_point, torch.float32), grid)
-    if (
-        not symmetric
-    ):  # zero is part of the range; a zero point half way between two integers can leave the upper end out
+    if not symmetric:  # zero is part of the range; a zero point half way between two integers can leave the upper end out
         ends = torch.cat([codes, zero_point], -1)
         assume(((ends.amax(-1) == grid.qmax) & (ends.amin(-1) == 0)).all())
         assert torch.equal(again[2], zero_point)
@@ -154,7 +163,9 @@ def test_gradient_is_the_identity(grid, dtype):
 
 
 def low_rank(bits=4, out=6, width=16):
-    format = WeightFormat(grid=Grid(bits=bits), downcast="fixed8", scale_dtype="float32", in_features=width)
+    format = WeightFormat(
+        grid=Grid(bits=bits), downcast="fixed8", scale_dtype="float32", in_features=width
+    )
     return LowRankWeight(
         format=format,
         phi=format.encode(torch.randn(out, width) * 3),
@@ -185,7 +196,9 @@ def test_linear_with_activations_is_linear_of_rounded_ones(grid):
 def test_layers_that_share_an_input_share_what_is_kept_of_it():
     kept = []
     x = torch.randn(64, 16, requires_grad=True) * 1
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         for _ in range(3):
             fake_quant_linear(x, low_rank(), None, Grid(bits=8))
     assert kept.count(x.data_ptr()) == 3

@@ -80,7 +80,9 @@ def plain(x, w, bias=None):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("downcast", DOWNCASTS)
-def test_value_and_gradients_equal_autograd_of_the_formula(downcast, bits, symmetric, group_size, spread):
+def test_value_and_gradients_equal_autograd_of_the_formula(
+    downcast, bits, symmetric, group_size, spread
+):
     w = make(bits, symmetric, group_size, downcast, spread=spread)
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
@@ -89,9 +91,12 @@ def test_value_and_gradients_equal_autograd_of_the_formula(downcast, bits, symme
     torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(ours)
     for name, a, b in zip(
-        ["x", "A", "B", "scale", "bias"], *(torch.autograd.grad(y, inputs, upstream) for y in (ours, formula))
+        ["x", "A", "B", "scale", "bias"],
+        *(torch.autograd.grad(y, inputs, upstream) for y in (ours, formula)),
     ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_the_cases_above_have_clipped_entries_and_entries_inside():
@@ -117,7 +122,10 @@ def test_model_dtypes(dtype, symmetric):
     # The weight, x and G are rounded to the dtype; each sum is over at most 24 products.
     for a, b in zip(ours, formula):
         torch.testing.assert_close(
-            a.float(), b.float(), rtol=24 * torch.finfo(dtype).eps, atol=24 * torch.finfo(dtype).eps * b.abs().max()
+            a.float(),
+            b.float(),
+            rtol=24 * torch.finfo(dtype).eps,
+            atol=24 * torch.finfo(dtype).eps * b.abs().max(),
         )
 
 
@@ -139,7 +147,10 @@ def test_weight_is_step_times_integer(scale_dtype):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("downcast", DOWNCASTS)
 def test_some_rows_are_those_of_all_integers(downcast, symmetric, group_size, rows):
-    w, rows = make(3, symmetric, group_size, downcast, dtype=torch.float32), torch.tensor(rows, dtype=torch.long)
+    w, rows = (
+        make(3, symmetric, group_size, downcast, dtype=torch.float32),
+        torch.tensor(rows, dtype=torch.long),
+    )
     codes, clipped = inspect_rows(w, rows)
     whole = quantized_codes(w)
     assert codes.dtype == whole.dtype
@@ -179,7 +190,9 @@ def gradients(x, w, bias=None, upstream=None, layer=fake_quant_linear):
 
 
 @pytest.mark.parametrize("pass_through", [False, True], ids=["zero", "pass_through"])
-@pytest.mark.parametrize("max_share", [0.0, 0.1, 1.0], ids=["whole products", "mixed", "single entries"])
+@pytest.mark.parametrize(
+    "max_share", [0.0, 0.1, 1.0], ids=["whole products", "mixed", "single entries"]
+)
 @pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
 @pytest.mark.parametrize("downcast", ["fixed8", "int"])
 def test_chunks_and_clipped_entries_give_the_formulas_gradients(
@@ -226,9 +239,14 @@ def test_results_may_be_written_into(biased, dtype):
     y.mul_(2).add_(1)
     (written,) = torch.autograd.grad(y, w.scale, torch.ones_like(y))
     (expected,) = gradients(
-        x.to(w.A.dtype), w, None if bias is None else bias.to(w.A.dtype), layer=lambda *a: 2 * plain(*a)
+        x.to(w.A.dtype),
+        w,
+        None if bias is None else bias.to(w.A.dtype),
+        layer=lambda *a: 2 * plain(*a),
     )[-1:]
-    tolerance = 1e-10 if dtype == torch.float64 else 24 * torch.finfo(dtype).eps * expected.abs().max()
+    tolerance = (
+        1e-10 if dtype == torch.float64 else 24 * torch.finfo(dtype).eps * expected.abs().max()
+    )
     torch.testing.assert_close(written.double(), expected.double(), rtol=0, atol=tolerance)
 
 
@@ -242,7 +260,9 @@ def test_a_large_bias_does_not_drown_the_scales_gradient():
     torch.testing.assert_close(found, without, rtol=0, atol=0.02 * without.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 def test_rows_that_leave_nothing_in_the_result_get_their_scales_gradient(biased, dtype):
     """A row of zeros has the smallest of all steps; its integers may move all the same."""
@@ -256,7 +276,9 @@ def test_rows_that_leave_nothing_in_the_result_get_their_scales_gradient(biased,
     (found,) = gradients(x, w, bias, upstream)[-1:]
     (expected,) = gradients(x.to(w.A.dtype), w, None, upstream.to(w.A.dtype), layer=plain)[-1:]
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-3}.get(dtype, 0.02)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=0, atol=tolerance * float(expected.abs().max())
+    )
 
 
 def test_checkpointing_keeps_nothing_and_gives_the_same():
@@ -298,11 +320,19 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if torch.is_tensor(leaf)
+        }
         for leaf in tree_leaves(out):
             if torch.is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in given:
                 self.tensors[id(leaf)] = weakref.ref(leaf)
-        alive = {t.untyped_storage().data_ptr(): t for t in (ref() for ref in self.tensors.values()) if t is not None}
+        alive = {
+            t.untyped_storage().data_ptr(): t
+            for t in (ref() for ref in self.tensors.values())
+            if t is not None
+        }
         self.most = max(self.most, sum(t.untyped_storage().nbytes() for t in alive.values()))
         return out
 
@@ -313,7 +343,10 @@ def test_temporaries_do_not_grow_with_the_layer(group_size, spread):
     """A bfloat16 layer whose weight takes 64 MB: results and gradients aside, at most 32 MB at any time."""
     out, in_, tokens = 8192, 4096, 16
     fmt = WeightFormat(
-        grid=Grid(bits=4, group_size=group_size), downcast="fixed8", scale_dtype="bfloat16", in_features=in_
+        grid=Grid(bits=4, group_size=group_size),
+        downcast="fixed8",
+        scale_dtype="bfloat16",
+        in_features=in_,
     )
     w = LowRankWeight(
         format=fmt,
@@ -321,7 +354,9 @@ def test_temporaries_do_not_grow_with_the_layer(group_size, spread):
         zero_point=None,
         A=torch.randn(8, in_, requires_grad=True),
         B=(spread * torch.randn(out, 8)).requires_grad_(),
-        scale=torch.full((out, 1 if group_size == -1 else in_ // group_size), 0.01, requires_grad=True),
+        scale=torch.full(
+            (out, 1 if group_size == -1 else in_ // group_size), 0.01, requires_grad=True
+        ),
         gamma=1.0,
         dtype=torch.bfloat16,
     )

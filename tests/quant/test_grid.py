@@ -13,7 +13,9 @@ def test_ends(bits):
     assert (asymmetric.qmin, asymmetric.qmax) == (0, 2**bits - 1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("bits", 1), ("bits", 9), ("group_size", 0), ("group_size", -2)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("bits", 1), ("bits", 9), ("group_size", 0), ("group_size", -2)]
+)
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be .* but is {value}"):
         Grid(**{"bits": 4, field: value})
@@ -32,7 +34,9 @@ def test_expand_repeats_each_group_over_its_weights(group_size, groups):
     assert grid.num_groups(12) == groups
     per_group = torch.arange(2.0 * groups).view(2, groups)
     expanded = grid.expand(per_group, 12).expand(2, 12)
-    assert torch.equal(grid.split(expanded), per_group.unsqueeze(-1).expand(2, groups, 12 // groups))
+    assert torch.equal(
+        grid.split(expanded), per_group.unsqueeze(-1).expand(2, groups, 12 // groups)
+    )
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])

@@ -17,7 +17,11 @@ def by_hand(row: list[int], bits: int) -> bytes:
 @given(data=st.data(), bits=st.integers(1, 8), rows=st.integers(1, 4), n=st.integers(1, 40))
 def test_bytes_equal_the_definition_and_come_back(data, bits, rows, n):
     values = data.draw(
-        st.lists(st.lists(st.integers(0, 2**bits - 1), min_size=n, max_size=n), min_size=rows, max_size=rows)
+        st.lists(
+            st.lists(st.integers(0, 2**bits - 1), min_size=n, max_size=n),
+            min_size=rows,
+            max_size=rows,
+        )
     )
     packed = pack(torch.tensor(values), bits)
     assert packed.shape == (rows, packed_bytes(n, bits))

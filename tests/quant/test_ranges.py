@@ -8,11 +8,19 @@ from hypothesis import strategies as st
 from peft_lrqat.quant import Grid, blocks, estimate_range, ranges
 
 
-GRIDS = [Grid(bits=b, symmetric=s, group_size=g) for b in (2, 3, 4, 8) for s in (True, False) for g in (-1, 8)]
+GRIDS = [
+    Grid(bits=b, symmetric=s, group_size=g)
+    for b in (2, 3, 4, 8)
+    for s in (True, False)
+    for g in (-1, 8)
+]
 
 
 def dequantized(weight, grid, scale, zero_point):
-    step, offset = grid.expand(scale, weight.shape[1]), grid.expand(zero_point.float(), weight.shape[1])
+    step, offset = (
+        grid.expand(scale, weight.shape[1]),
+        grid.expand(zero_point.float(), weight.shape[1]),
+    )
     codes = (weight / step + offset).round().clamp(grid.qmin, grid.qmax)
     return step * (codes - offset)
 
@@ -91,7 +99,9 @@ def test_blocks_and_threads_change_nothing(estimator, symmetric, monkeypatch):
 )
 def test_any_magnitude_gives_a_usable_step(bits, symmetric, estimator, scale_dtype, factor):
     weight = torch.linspace(-1, 1, 24).view(2, 12) * factor
-    scale, zero_point = estimate(weight, Grid(bits=bits, symmetric=symmetric), estimator, scale_dtype)
+    scale, zero_point = estimate(
+        weight, Grid(bits=bits, symmetric=symmetric), estimator, scale_dtype
+    )
     assert scale.shape == zero_point.shape == (2, 1)
     assert (scale > 0).all()
     assert torch.isfinite(scale).all()
@@ -105,4 +115,6 @@ def test_one_weight_and_rows_of_one_sign(estimator):
         for symmetric in (True, False):
             grid = Grid(bits=8, symmetric=symmetric)
             scale, zero_point = estimate(weight, grid, estimator)
-            assert (dequantized(weight, grid, scale, zero_point) - weight).abs().max() <= weight.abs().max() / 127
+            assert (
+                dequantized(weight, grid, scale, zero_point) - weight
+            ).abs().max() <= weight.abs().max() / 127

@@ -8,7 +8,9 @@ from peft_lrqat.quant import DOWNCASTS, Grid, WeightFormat
 
 def make(downcast, bits=4, symmetric=True, in_features=24, group_size=-1):
     grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
-    return WeightFormat(grid=grid, downcast=downcast, scale_dtype="bfloat16", in_features=in_features)
+    return WeightFormat(
+        grid=grid, downcast=downcast, scale_dtype="bfloat16", in_features=in_features
+    )
 
 
 def coordinates(fmt, rows=7):
@@ -49,7 +51,9 @@ def test_int_takes_bits_over_eight_bytes_a_weight(bits, in_features, expected):
 
 
 def test_fixed8_is_the_papers_q4_4():
-    stored = make("fixed8").encode(torch.tensor([[-8.0, -0.0625, 0.03, 3.5, 7.0, 99.0] + [0.0] * 18]))
+    stored = make("fixed8").encode(
+        torch.tensor([[-8.0, -0.0625, 0.03, 3.5, 7.0, 99.0] + [0.0] * 18])
+    )
     assert stored[0, :6].tolist() == [-128, -1, 0, 56, 112, 112]
 
 
@@ -58,10 +62,17 @@ def test_a_value_beyond_float16_stays_finite():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("downcast", "int4"), ("scale_dtype", "bf16"), ("in_features", 25)], ids=lambda v: str(v)
+    ("field", "value"),
+    [("downcast", "int4"), ("scale_dtype", "bf16"), ("in_features", 25)],
+    ids=lambda v: str(v),
 )
 def test_bad_values_are_refused(field, value):
-    fields = {"grid": Grid(bits=4, group_size=8), "downcast": "int", "scale_dtype": "bfloat16", "in_features": 24}
+    fields = {
+        "grid": Grid(bits=4, group_size=8),
+        "downcast": "int",
+        "scale_dtype": "bfloat16",
+        "in_features": 24,
+    }
     with pytest.raises(ValueError, match=str(value)):
         WeightFormat(**{**fields, field: value})
 

@@ -9,8 +9,19 @@ import transformers
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
 
 
-QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-SHORT = {"max_steps": 3, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+QUIET = {
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+SHORT = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +99,9 @@ class Gradients(transformers.TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **_):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.steps.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
 
 
 @pytest.fixture

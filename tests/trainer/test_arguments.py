@@ -21,7 +21,11 @@ def test_defaults_are_the_recipe():
     assert (args.scale_learning_rate, args.weight_decay, args.scale_weight_decay) == (1e-4, 0, 0)
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
     assert (args.max_grad_norm, args.factor_max_grad_norm) == (1.0, 0.01)
-    assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.logging_steps) == ("linear", 100, 10)
+    assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.logging_steps) == (
+        "linear",
+        100,
+        10,
+    )
     assert (args.distillation_weight, args.distillation_temperature) == (0, 1)
 
 
@@ -57,13 +61,20 @@ def test_they_go_before_any_trainers_own():
         pass
 
     args = Both(output_dir="out", use_cpu=True, beta=0.5, B_learning_rate=1e-2)
-    assert (args.learning_rate, args.B_learning_rate, args.beta, args.checked) == (5e-3, 1e-2, 0.5, True)
+    assert (args.learning_rate, args.B_learning_rate, args.beta, args.checked) == (
+        5e-3,
+        1e-2,
+        0.5,
+        True,
+    )
     with pytest.raises(ValueError, match="`B_learning_rate`"):
         Both(output_dir="out", use_cpu=True, B_learning_rate=0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-3, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["learning_rate", "A_learning_rate", "B_learning_rate", "scale_learning_rate"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "A_learning_rate", "B_learning_rate", "scale_learning_rate"]
+)
 def test_bad_rate_is_refused(name, value):
     message = f"`{name}` must be a learning rate above 0, but is {value}; to keep them fixed"
     with pytest.raises(ValueError, match=message):
@@ -73,9 +84,18 @@ def test_bad_rate_is_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        *[("distillation_weight", value, "is a share of the loss, 0 to 1, but is") for value in (-0.1, 1.1, math.nan)],
-        *[("distillation_temperature", value, "must be above 0, but is") for value in (0.0, -1.0, math.nan, math.inf)],
-        *[("scale_weight_decay", value, "must be at least 0, but is") for value in (-0.1, math.nan, math.inf)],
+        *[
+            ("distillation_weight", value, "is a share of the loss, 0 to 1, but is")
+            for value in (-0.1, 1.1, math.nan)
+        ],
+        *[
+            ("distillation_temperature", value, "must be above 0, but is")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ],
+        *[
+            ("scale_weight_decay", value, "must be at least 0, but is")
+            for value in (-0.1, math.nan, math.inf)
+        ],
     ],
 )
 def test_bad_value_is_refused(name, value, message):
@@ -88,7 +108,9 @@ def test_bad_value_is_refused(name, value, message):
 
 def test_plain_training_arguments_are_refused(make_peft, lrqat_args):
     args = lrqat_args(transformers.TrainingArguments)
-    with pytest.raises(ValueError, match="`args` must be LRQATTrainingArguments, but is TrainingArguments;"):
+    with pytest.raises(
+        ValueError, match="`args` must be LRQATTrainingArguments, but is TrainingArguments;"
+    ):
         LRQATTrainer(model=make_peft(), args=args)
 
 

@@ -51,23 +51,39 @@ def make_base(kind="classifier", seed=0):
     """Tiny, with dropout: a classifier whose head is trained in full, or GPT-2."""
     torch.manual_seed(seed)
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **SPECIAL)
+        config = transformers.GPT2Config(
+            vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **SPECIAL
+        )
         return transformers.GPT2LMHeadModel(config)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, **sizes, **SPECIAL, attention_dropout=0.2, num_labels=3)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=32, **sizes, **SPECIAL, attention_dropout=0.2, num_labels=3
+    )
     return transformers.LlamaForSequenceClassification(config)
 
 
 def make_rows(kind="classifier", rows=18):
     ids = torch.randint(3, 32, (rows, 8), generator=torch.Generator().manual_seed(1))
     return [
-        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row if kind == "gpt2" else row[0] % 3}
+        {
+            "input_ids": row,
+            "attention_mask": torch.ones_like(row),
+            "labels": row if kind == "gpt2" else row[0] % 3,
+        }
         for row in ids
     ]
 
 
 def make_model(kind="classifier", seed=0, adapters=("default",), **fields):
-    defaults = {"task_type": "CAUSAL_LM" if kind == "gpt2" else "SEQ_CLS", "target_modules": "all-linear"}
+    defaults = {
+        "task_type": "CAUSAL_LM" if kind == "gpt2" else "SEQ_CLS",
+        "target_modules": "all-linear",
+    }
     config = {**defaults, "r": 2, "lora_alpha": 2, "range_estimator": "minmax", **fields}
     first, *others = adapters
     model = get_peft_model(make_base(kind, seed), LRQATConfig(**config), adapter_name=first)
@@ -133,10 +149,15 @@ class SetEvalLoss(transformers.TrainerCallback):
 
 def outcome(trainer):
     """Every tensor that training changes: adapter, head, moments of the optimizer; and where the schedule stands."""
-    tensors = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    tensors = {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
     for index, values in trainer.optimizer.state_dict()["state"].items():
         tensors.update({f"{index}.{name}": value.clone() for name, value in values.items()})
-    return {**tensors, "rates": torch.tensor(trainer.lr_scheduler.get_last_lr(), dtype=torch.float64)}
+    return {
+        **tensors,
+        "rates": torch.tensor(trainer.lr_scheduler.get_last_lr(), dtype=torch.float64),
+    }
 
 
 def assert_same(one, two):
@@ -202,7 +223,11 @@ def test_checkpoint_holds_the_adapter_and_the_state_of_the_run(uninterrupted):
     assert all(".lrqat_" in name or name == "base_model.model.score.weight" for name in saved)
     for name, tensor in saved.items():
         if ".lrqat_fingerprint" not in name:
-            full = name.replace("score.", "score.modules_to_save.default.") if "score" in name else f"{name}.default"
+            full = (
+                name.replace("score.", "score.modules_to_save.default.")
+                if "score" in name
+                else f"{name}.default"
+            )
             assert torch.equal(trained[full], tensor)
     state = torch.load(folder / "checkpoint-4" / "optimizer.pt")
     assert [group["name"] for group in state["param_groups"]] == ["A", "B", "scales", "other"]
@@ -214,7 +239,11 @@ def test_checkpoint_holds_the_adapter_and_the_state_of_the_run(uninterrupted):
 
 def test_save_only_model_is_said_where_it_is_resumed(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=2, save_only_model=True).train()
-    assert set(names_in(tmp_path / "checkpoint-2")) == FILES - {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert set(names_in(tmp_path / "checkpoint-2")) == FILES - {
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    }
     assert why_incomplete(tmp_path / "checkpoint-2") is None
     trainer = make_trainer(tmp_path, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
@@ -266,7 +295,12 @@ def test_checkpoint_of_every_epoch(uninterrupted, tmp_path):
 
 def test_resumed_in_another_place(tmp_path):
     """The best checkpoint is found again, too, where the directory has been moved."""
-    fields = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    fields = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+    }
     losses = SetEvalLoss({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0})
     make_trainer(tmp_path / "here", callbacks=[losses, Stop(3)], **fields).train()
     (tmp_path / "here").rename(tmp_path / "there")
@@ -276,7 +310,9 @@ def test_resumed_in_another_place(tmp_path):
     assert_same(adapter_of(trainer.model), saved_adapter(tmp_path / "there" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("adapters", [("mine",), ("default", "second"), ("first", "default")], ids="-".join)
+@pytest.mark.parametrize(
+    "adapters", [("mine",), ("default", "second"), ("first", "default")], ids="-".join
+)
 def test_resumed_with_adapters_of_any_name(adapters, tmp_path):
     def trainer(folder, **fields):
         model = make_model(adapters=adapters)
@@ -306,7 +342,12 @@ class KilledAtEveryWrite:
     """
 
     def __init__(self, folder, left):
-        self.folder, self.left, self.number, self.busy = os.path.realpath(folder), Path(left), 0, False
+        self.folder, self.left, self.number, self.busy = (
+            os.path.realpath(folder),
+            Path(left),
+            0,
+            False,
+        )
         self.open, self.copyfile, self.torch_save = io.open, shutil.copyfile, torch.save
         builtins.open = io.open = self.open_file
         shutil.copyfile = self.copy
@@ -330,7 +371,9 @@ class KilledAtEveryWrite:
         self.busy = False
 
     def inside(self, path):
-        return isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(self.folder)
+        return isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(
+            self.folder
+        )
 
     def audit(self, event, args):
         # shutil.rmtree names files relative to an open directory.
@@ -347,7 +390,11 @@ class KilledAtEveryWrite:
             write = file.write
 
             def reach_and_write(content):
-                self.reach(Path(path).name, path, content if isinstance(content, bytes) else content.encode())
+                self.reach(
+                    Path(path).name,
+                    path,
+                    content if isinstance(content, bytes) else content.encode(),
+                )
                 return write(content)
 
             file.write = reach_and_write
@@ -404,7 +451,9 @@ def test_killed_while_writing_a_checkpoint(present, limit, found, uninterrupted,
     for step in present:
         shutil.copytree(source / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
     reached, last, recovered = set(), [], {}
-    for what, folder in killed_everywhere(resume_and_die, tmp_path / "run", tmp_path / "left", fields):
+    for what, folder in killed_everywhere(
+        resume_and_die, tmp_path / "run", tmp_path / "left", fields
+    ):
         reached.add(what)
         assert all(why_incomplete(path) is None for path in folder.glob("checkpoint-*"))
         assert last_complete_checkpoint(folder) == get_last_checkpoint(folder)
@@ -470,7 +519,9 @@ def test_killed_while_saving_over_an_adapter(alpha, tmp_path):
     refused = loaded = 0
     seen = {}
     for _, folder in points:
-        found = {path: digest for path, digest in tree(folder).items() if not path.startswith(STAGING)}
+        found = {
+            path: digest for path, digest in tree(folder).items() if not path.startswith(STAGING)
+        }
         seen.setdefault(frozenset(found.items()), (found, folder))
     for found, folder in seen.values():
         assert all(digest in (old[path], new[path]) for path, digest in found.items())
@@ -512,17 +563,26 @@ def run_with_small_files(folder, limit, answer, fields):
         Path(answer).write_text(str(error))
 
 
-@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors", "rng_state.pth", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "adapter_model.safetensors", "rng_state.pth", "optimizer.pt"]
+)
 def test_full_disk(name, uninterrupted, tmp_path):
     whole, source = uninterrupted(max_steps=4)
     sizes = {n: (source / "checkpoint-3" / n).stat().st_size for n in FILES}
     # Whatever comes before the largest files is smaller than they are.
-    limit = sizes[name] - 1 if name in ("adapter_model.safetensors", "optimizer.pt") else sizes[name] // 2
+    limit = (
+        sizes[name] - 1
+        if name in ("adapter_model.safetensors", "optimizer.pt")
+        else sizes[name] // 2
+    )
     folder, answer = tmp_path / "run", tmp_path / "answer"
     in_child(run_with_small_files, folder, limit, answer, {"max_steps": 4})
     message = answer.read_text()
     assert f"checkpoint-3 could not be written to {folder}" in message
-    assert f"nothing of it is left. Resume from {folder / 'checkpoint-2'} when the cause is mended" in message
+    assert (
+        f"nothing of it is left. Resume from {folder / 'checkpoint-2'} when the cause is mended"
+        in message
+    )
     assert names_in(folder) == ["checkpoint-1", "checkpoint-2"]
     assert all(why_incomplete(path) is None for path in folder.iterdir())
     trainer = make_trainer(folder, max_steps=4)
@@ -530,7 +590,9 @@ def test_full_disk(name, uninterrupted, tmp_path):
     assert_same(outcome(trainer), whole)
 
 
-def test_checkpoint_that_cannot_take_its_place_leaves_the_older_one_of_its_name(checkpoint, tmp_path, monkeypatch):
+def test_checkpoint_that_cannot_take_its_place_leaves_the_older_one_of_its_name(
+    checkpoint, tmp_path, monkeypatch
+):
     folder, content = checkpoint.parent, tree(checkpoint)
     rename = Path.rename
 
@@ -556,7 +618,9 @@ def cut(path, part):
 
 
 @pytest.mark.parametrize("part", [0, 0.5, 0.99])
-@pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))  # a text ends anywhere; PEFT writes it first
+@pytest.mark.parametrize(
+    "name", sorted(FILES - {"README.md"})
+)  # a text ends anywhere; PEFT writes it first
 def test_cut_off_checkpoint_is_passed_over_and_refused(name, part, checkpoint, caplog):
     newer = Path(shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-3")))
     cut(newer / name, part)
@@ -564,7 +628,9 @@ def test_cut_off_checkpoint_is_passed_over_and_refused(name, part, checkpoint, c
     assert f"{newer} is passed over: {name} is not whole (" in caplog.text
     trainer = make_trainer(newer.parent, max_steps=4)
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match=rf"checkpoint-3 cannot be resumed from: {name} is not whole"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-3 cannot be resumed from: {name} is not whole"
+    ):
         trainer.train(resume_from_checkpoint=str(newer))
     assert_same(trainer.model.state_dict(), before)
 
@@ -576,7 +642,9 @@ def test_checkpoint_with_a_file_missing_is_passed_over(name, checkpoint):
     assert why_incomplete(checkpoint) == f"it has no {pattern}"
     assert last_complete_checkpoint(checkpoint.parent) is None
     trainer = make_trainer(checkpoint.parent)
-    with pytest.raises(ValueError, match=f"no whole checkpoint in {checkpoint.parent} to resume from"):
+    with pytest.raises(
+        ValueError, match=f"no whole checkpoint in {checkpoint.parent} to resume from"
+    ):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -597,7 +665,9 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     assert last_complete_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match="checkpoint-7 cannot be resumed from: there is no such directory"):
+    with pytest.raises(
+        ValueError, match="checkpoint-7 cannot be resumed from: there is no such directory"
+    ):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
@@ -637,7 +707,12 @@ def test_just_written_and_best_stay_whatever_their_numbers(limit, best, left, tm
 @pytest.mark.parametrize("strategy", ["steps", "best"])
 @pytest.mark.parametrize("limit", [None, 1, 2])
 def test_best_model_is_loaded_at_the_end(limit, strategy, tmp_path):
-    fields = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_strategy": strategy}
+    fields = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "save_strategy": strategy,
+    }
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0}
     trainer = make_trainer(
         tmp_path,
@@ -655,7 +730,9 @@ def test_best_model_is_loaded_at_the_end(limit, strategy, tmp_path):
     assert trainer.state.best_model_checkpoint == str(best)
     for step in kept:
         state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] == (str(best) if step > 1 else str(tmp_path / "checkpoint-1"))
+        assert state["best_model_checkpoint"] == (
+            str(best) if step > 1 else str(tmp_path / "checkpoint-1")
+        )
     assert_same(adapter_of(trainer.model), saved_adapter(best))
     fresh = {name for name, p in make_model().named_parameters() if p.requires_grad}
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == fresh
@@ -668,8 +745,15 @@ def test_best_model_is_loaded_at_the_end(limit, strategy, tmp_path):
 def test_best_model_of_any_name_is_loaded(adapters, tmp_path):
     model = make_model(adapters=adapters)
     model.set_adapter(adapters[-1])
-    fields = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 3}
-    trainer = make_trainer(tmp_path, model=model, callbacks=[SetEvalLoss({1: 1.0, 2: 2.0, 3: 3.0})], **fields)
+    fields = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "max_steps": 3,
+    }
+    trainer = make_trainer(
+        tmp_path, model=model, callbacks=[SetEvalLoss({1: 1.0, 2: 2.0, 3: 3.0})], **fields
+    )
     trainer.train()
     assert model.active_adapters == [adapters[-1]]
     for name in adapters:
@@ -700,14 +784,20 @@ def test_new_run_in_a_used_directory(uninterrupted, checkpoint):
         ({"r": 4}, "r is 2 there and 4 here"),
         ({"lora_alpha": 4}, "lora_alpha is 2 there and 4 here"),
         ({"bits": 3, "r": 1}, "bits is 4 there and 3 here; r is 2 there and 1 here"),
-        ({"target_modules": ["q_proj"]}, r"target_modules is \['.*\.v_proj'\] there and \['q_proj'\] here"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"target_modules is \['.*\.v_proj'\] there and \['q_proj'\] here",
+        ),
     ],
     ids=str,
 )
 def test_another_config_is_refused(fields, named, checkpoint):
     trainer = make_trainer(checkpoint.parent, model=make_model(**fields))
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match=rf"checkpoint-2 holds the adapter `default` with another config: {named}\. "):
+    with pytest.raises(
+        ValueError,
+        match=rf"checkpoint-2 holds the adapter `default` with another config: {named}\. ",
+    ):
         trainer.train(resume_from_checkpoint=True)
     assert_same(trainer.model.state_dict(), before)
 
@@ -721,7 +811,9 @@ def test_adapter_that_is_not_there_is_refused(checkpoint):
 def test_another_base_is_refused(checkpoint):
     trainer = make_trainer(checkpoint.parent, model=make_model(seed=1))
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match="this is not the base model that the adapter was trained on"):
+    with pytest.raises(
+        ValueError, match="this is not the base model that the adapter was trained on"
+    ):
         trainer.train(resume_from_checkpoint=True)
     assert_same(trainer.model.state_dict(), before)
 
@@ -732,8 +824,14 @@ def test_changed_rate_is_said(checkpoint, caplog):
     assert "was asked for" not in caplog.text
     changed = {**fields, "scale_learning_rate": 3e-4, "adam_beta2": 0.5}
     make_trainer(checkpoint.parent, **changed).train(resume_from_checkpoint=True)
-    assert "`learning rate` of the group `scales` is 0.0001 in the checkpoint, but 0.0003 was asked for" in caplog.text
-    assert "`betas` of the group `A` is (0.9, 0.95) in the checkpoint, but (0.9, 0.5) was asked for" in caplog.text
+    assert (
+        "`learning rate` of the group `scales` is 0.0001 in the checkpoint, but 0.0003 was asked for"
+        in caplog.text
+    )
+    assert (
+        "`betas` of the group `A` is (0.9, 0.95) in the checkpoint, but (0.9, 0.5) was asked for"
+        in caplog.text
+    )
     assert "`learning rate` of the group `A`" not in caplog.text
 
 
@@ -743,7 +841,10 @@ def test_changed_rate_is_said_in_a_plain_trainer(tmp_path, caplog):
             model=make_model(),
             args=make_arguments(tmp_path, transformers.TrainingArguments, max_steps=2),
             train_dataset=make_rows(),
-            optimizer_cls_and_kwargs=(LRQATOptimizerFactory, {"lr": 1e-3, "scale_lr": 1e-5, **rates}),
+            optimizer_cls_and_kwargs=(
+                LRQATOptimizerFactory,
+                {"lr": 1e-3, "scale_lr": 1e-5, **rates},
+            ),
         )
         trainer.train(resume_from_checkpoint=resume)
 
@@ -751,7 +852,10 @@ def test_changed_rate_is_said_in_a_plain_trainer(tmp_path, caplog):
     train(str(tmp_path / "checkpoint-1"))
     assert "was asked for" not in caplog.text
     train(str(tmp_path / "checkpoint-1"), lr_B=2e-3)
-    assert "`learning rate` of the group `B` is 0.001 in the checkpoint, but 0.002 was asked for" in caplog.text
+    assert (
+        "`learning rate` of the group `B` is 0.001 in the checkpoint, but 0.002 was asked for"
+        in caplog.text
+    )
 
 
 def test_other_parameter_groups_are_refused(checkpoint):

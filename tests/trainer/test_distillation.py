@@ -35,7 +35,9 @@ def naive(student, teacher, scored, temperature, num_items=None):
 # The loss
 
 
-@pytest.mark.parametrize("chunk", [1, 2 * VOCABULARY, 3 * VOCABULARY + 5, 1 << 20], ids=["one", "two", "three", "all"])
+@pytest.mark.parametrize(
+    "chunk", [1, 2 * VOCABULARY, 3 * VOCABULARY + 5, 1 << 20], ids=["one", "two", "three", "all"]
+)
 @pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13)], ids=["mean", "int", "tensor"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_value_and_gradient_equal_those_of_torch(temperature, num_items, chunk, monkeypatch):
@@ -54,7 +56,9 @@ def test_value_and_gradient_equal_those_of_torch(temperature, num_items, chunk, 
 def test_gradient_is_that_of_finite_differences():
     student, teacher = logits(torch.float64, rows=3, spread=1.0)
     scored = torch.tensor([True, False, True])
-    assert torch.autograd.gradcheck(lambda s: distillation_loss(s, teacher, scored, temperature=2.0), (student,))
+    assert torch.autograd.gradcheck(
+        lambda s: distillation_loss(s, teacher, scored, temperature=2.0), (student,)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,7 +83,9 @@ def test_a_scaler_of_float16_gradients_saves_them():
     student, teacher = logits(torch.float16, spread=1.0)
     scored, scale = torch.ones(ROWS, dtype=torch.bool), 2.0**16
     wide = student.detach().double().requires_grad_()
-    (scale * distillation_loss(student, teacher, scored, temperature=1.0, num_items=10**6)).backward()
+    (
+        scale * distillation_loss(student, teacher, scored, temperature=1.0, num_items=10**6)
+    ).backward()
     naive(wide, teacher.double(), scored, 1.0, 10**6).backward()
     torch.testing.assert_close(student.grad.double() / scale, wide.grad, rtol=2e-3, atol=1e-12)
 
@@ -109,7 +115,9 @@ def test_what_is_not_scored_may_hold_anything():
     (grad,) = torch.autograd.grad(expected, student)
     for junk in (math.nan, math.inf, -math.inf):
         spoilt = torch.where(scored[:, None], student.detach(), junk).requires_grad_()
-        loss = distillation_loss(spoilt, torch.where(scored[:, None], teacher, junk), scored, temperature=1.0)
+        loss = distillation_loss(
+            spoilt, torch.where(scored[:, None], teacher, junk), scored, temperature=1.0
+        )
         loss.backward()
         assert torch.equal(loss, expected)
         assert torch.equal(spoilt.grad, grad)
@@ -137,8 +145,12 @@ def test_nan_in_a_scored_row_is_not_hidden():
 
 def test_other_shapes_are_refused():
     student, teacher = logits()
-    with pytest.raises(ValueError, match=r"teacher's logits have shape \(7, 10\) and the student's \(7, 11\)"):
-        distillation_loss(student, teacher[:, :-1], torch.ones(ROWS, dtype=torch.bool), temperature=1.0)
+    with pytest.raises(
+        ValueError, match=r"teacher's logits have shape \(7, 10\) and the student's \(7, 11\)"
+    ):
+        distillation_loss(
+            student, teacher[:, :-1], torch.ones(ROWS, dtype=torch.bool), temperature=1.0
+        )
 
 
 # Which tokens count
@@ -155,12 +167,27 @@ MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
         (None, MASK, False, [[0, 1, 1, 1], [1, 1, 0, 0]]),
         (None, MASK, True, [[1, 1, 1, 0], [1, 0, 0, 0]]),
         (None, None, True, [[1, 1, 1, 0], [1, 1, 1, 0]]),
-        (torch.tensor([1, 2]), MASK, False, [[0, 1, 1, 1], [1, 1, 0, 0]]),  # labels of rows, not of tokens
+        (
+            torch.tensor([1, 2]),
+            MASK,
+            False,
+            [[0, 1, 1, 1], [1, 1, 0, 0]],
+        ),  # labels of rows, not of tokens
     ],
-    ids=["labels", "labels before the mask, shifted", "mask", "mask, shifted", "neither, shifted", "labels of rows"],
+    ids=[
+        "labels",
+        "labels before the mask, shifted",
+        "mask",
+        "mask, shifted",
+        "neither, shifted",
+        "labels of rows",
+    ],
 )
 def test_scored_tokens(labels, mask, shift, expected):
-    assert torch.equal(scored_tokens(torch.zeros(2, 4, 9), labels, mask, shift=shift), torch.tensor(expected).bool())
+    assert torch.equal(
+        scored_tokens(torch.zeros(2, 4, 9), labels, mask, shift=shift),
+        torch.tensor(expected).bool(),
+    )
 
 
 def test_scored_tokens_are_those_of_the_task(make_base):
@@ -168,7 +195,9 @@ def test_scored_tokens_are_those_of_the_task(make_base):
     model = make_base()
     ids = torch.randint(3, 96, (2, 4))
     nats = F.cross_entropy(
-        model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), LABELS[:, 1:].flatten(), reduction="none"
+        model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(),
+        LABELS[:, 1:].flatten(),
+        reduction="none",
     ).view(2, 3)
     scored = scored_tokens(torch.zeros(2, 4, 96), LABELS, None, shift=True)
     expected = nats[scored[:, :-1]].mean()
@@ -184,7 +213,9 @@ def distilling(lrqat_trainer, make_base):
 
     def make(model=None, teacher=None, options=None, **fields):
         fields = {"distillation_weight": 0.5, **fields}
-        return lrqat_trainer(model, {"teacher_model": teacher or make_base(), **(options or {})}, **fields)
+        return lrqat_trainer(
+            model, {"teacher_model": teacher or make_base(), **(options or {})}, **fields
+        )
 
     return make
 
@@ -210,7 +241,9 @@ def test_another_vocabulary_is_refused(make_base, distilling):
 
 
 def test_a_teacher_without_a_weight_is_refused(make_base, lrqat_trainer):
-    with pytest.raises(ValueError, match="`teacher_model` is given, but `distillation_weight` is 0; set it"):
+    with pytest.raises(
+        ValueError, match="`teacher_model` is given, but `distillation_weight` is 0; set it"
+    ):
         lrqat_trainer(options={"teacher_model": make_base()})
 
 
@@ -219,10 +252,14 @@ def test_without_a_weight_nothing_is_loaded(lrqat_trainer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_teacher_is_loaded_from_where_the_base_came_from(dtype, make_base, make_config, lrqat_trainer, tmp_path):
+def test_the_teacher_is_loaded_from_where_the_base_came_from(
+    dtype, make_base, make_config, lrqat_trainer, tmp_path
+):
     base = make_base(dtype=dtype)
     base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), make_config())
+    model = get_peft_model(
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), make_config()
+    )
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     trainer = lrqat_trainer(model, distillation_weight=0.5)
     assert type(trainer.teacher) is transformers.LlamaForCausalLM
@@ -235,7 +272,9 @@ def test_the_teacher_is_loaded_from_where_the_base_came_from(dtype, make_base, m
 def test_a_base_that_cannot_be_found_is_named(name, make_peft, lrqat_trainer):
     model = make_peft()
     model.peft_config["default"].base_model_name_or_path = name
-    with pytest.raises(ValueError, match=rf"`{name}` cannot be loaded \(.*; give it as `teacher_model`"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` cannot be loaded \(.*; give it as `teacher_model`"
+    ):
         lrqat_trainer(model, distillation_weight=0.5)
 
 
@@ -247,8 +286,12 @@ def test_what_is_frozen_and_equal_is_shared(make_base, make_peft, distilling, lo
     before, student_before = logits_of(teacher), logits_of(model)
     trainer = distilling(model, teacher)
     mine = dict(model.get_base_model().named_parameters())
-    shared = {n for n, p in teacher.named_parameters() if n in mine and mine[n].data_ptr() == p.data_ptr()}
-    assert shared == {n for n in mine if n.endswith(("embed_tokens.weight", "norm.weight", "lm_head.weight"))}
+    shared = {
+        n for n, p in teacher.named_parameters() if n in mine and mine[n].data_ptr() == p.data_ptr()
+    }
+    assert shared == {
+        n for n in mine if n.endswith(("embed_tokens.weight", "norm.weight", "lm_head.weight"))
+    }
     assert torch.equal(logits_of(teacher), before)
     assert torch.equal(logits_of(model), student_before)
     trainer.train()
@@ -275,10 +318,14 @@ def test_the_teacher_has_no_gradient_and_is_in_no_checkpoint(distilling, make_ba
     trainer.train()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     teachers = {id(p) for p in teacher.parameters()}
-    assert not teachers & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not teachers & {
+        id(p) for group in trainer.optimizer.param_groups for p in group["params"]
+    }
     # No file could hold it.
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    trained = sum(
+        p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad
+    )
     assert 3 * trained < size * 2
     from safetensors import safe_open
 
@@ -291,7 +338,9 @@ def test_the_teacher_has_no_gradient_and_is_in_no_checkpoint(distilling, make_ba
     [(torch.float32, {}), (torch.float32, {"bf16": True}), (torch.bfloat16, {})],
     ids=["float32", "autocast", "bfloat16"],
 )
-def test_students_of_either_dtype_learn(dtype, fields, make_base, make_peft, distilling, token_rows, step_logs):
+def test_students_of_either_dtype_learn(
+    dtype, fields, make_base, make_peft, distilling, token_rows, step_logs
+):
     model, options = make_peft(dtype=dtype, bits=2), {"train_dataset": token_rows(2)}
     fields = {"max_steps": 10, "distillation_weight": 1.0, "learning_rate": 2e-2, **fields}
     trainer = distilling(model, make_base(dtype=dtype), options, **fields)
@@ -306,13 +355,18 @@ def test_students_of_either_dtype_learn(dtype, fields, make_base, make_peft, dis
 def divergence_of(model, teacher, batch, temperature=1.0):
     """Mean over the scored tokens, of a causal language model."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    scored = torch.cat([batch["labels"][:, 1:] != -100, torch.zeros(len(batch["labels"]), 1, dtype=torch.bool)], dim=1)
+    scored = torch.cat(
+        [batch["labels"][:, 1:] != -100, torch.zeros(len(batch["labels"]), 1, dtype=torch.bool)],
+        dim=1,
+    )
     with torch.no_grad():
         return naive(model(**inputs).logits, teacher(**inputs).logits, scored, temperature).item()
 
 
 @pytest.mark.parametrize(("weight", "temperature"), [(0.25, 1.0), (0.25, 3.0), (1.0, 1.0)])
-def test_the_loss_is_mixed(weight, temperature, make_base, make_peft, distilling, token_rows, step_logs):
+def test_the_loss_is_mixed(
+    weight, temperature, make_base, make_peft, distilling, token_rows, step_logs
+):
     model, teacher = make_peft(init_weights=False), make_base()
     rows = token_rows(2)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -338,7 +392,10 @@ def test_at_weight_one_the_labels_do_not_matter(make_peft, distilling, token_row
     results = []
     for seed in (1, 2):
         ids = torch.randint(3, 96, (8, 10), generator=torch.Generator().manual_seed(seed))
-        rows = [{"input_ids": row["input_ids"], "labels": labels} for row, labels in zip(token_rows(), ids)]
+        rows = [
+            {"input_ids": row["input_ids"], "labels": labels}
+            for row, labels in zip(token_rows(), ids)
+        ]
         trainer = distilling(make_peft(), options={"train_dataset": rows}, distillation_weight=1.0)
         trainer.train()
         results.append(trained_tensors(trainer.model))
@@ -389,20 +446,30 @@ def test_padding_changes_nothing(width, make_peft, make_base, distilling):
     expected = sum(a * c for a, c in zip(alone, counts)) / sum(counts)
     trainer = distilling(model, teacher, distillation_weight=1.0)
     model.train()
-    loss = trainer.compute_loss(model, padded(rows, width), num_items_in_batch=torch.tensor(sum(counts)))
+    loss = trainer.compute_loss(
+        model, padded(rows, width), num_items_in_batch=torch.tensor(sum(counts))
+    )
     # The divergence is a difference of logarithms of the order of 1, in float32.
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=5e-7)
-    assert trainer.compute_loss(model, padded(rows, width)).item() == pytest.approx(expected, rel=1e-5, abs=5e-7)
+    assert trainer.compute_loss(model, padded(rows, width)).item() == pytest.approx(
+        expected, rel=1e-5, abs=5e-7
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["labels", "smoothed"])
 @pytest.mark.parametrize("weight", [0.5, 1.0])
-def test_accumulated_batches_equal_one(weight, smoothing, make_peft, distilling, gradients, step_logs):
+def test_accumulated_batches_equal_one(
+    weight, smoothing, make_peft, distilling, gradients, step_logs
+):
     found, logs = [], []
     for size, steps in ((4, 1), (2, 2)):
         trainer = distilling(
             make_peft(init_weights=False),
-            options={"train_dataset": unequal_rows(), "data_collator": padded, "callbacks": [gradients]},
+            options={
+                "train_dataset": unequal_rows(),
+                "data_collator": padded,
+                "callbacks": [gradients],
+            },
             max_steps=1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
@@ -416,7 +483,9 @@ def test_accumulated_batches_equal_one(weight, smoothing, make_peft, distilling,
     for other, log in zip(found[1:], logs[1:]):
         for name, gradient in found[0].items():
             # Sums of float32 in another order.
-            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
+            torch.testing.assert_close(
+                other[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()
+            )
         for key in ("loss", "distillation_loss"):
             assert log[key] == pytest.approx(logs[0][key], rel=1e-5, abs=5e-7)
 
@@ -429,13 +498,17 @@ def test_label_smoothing_is_the_tasks(make_base, make_peft, distilling, token_ro
     gold = -log_p.gather(-1, batch["labels"][:, 1:, None]).mean()
     task = 0.9 * gold + 0.1 * -log_p.mean()
     divergence = divergence_of(model, teacher, batch)
-    trainer = distilling(model, teacher, {"train_dataset": rows}, max_steps=1, label_smoothing_factor=0.1)
+    trainer = distilling(
+        model, teacher, {"train_dataset": rows}, max_steps=1, label_smoothing_factor=0.1
+    )
     trainer.train()
     (log,) = step_logs(trainer)
     assert log["loss"] == pytest.approx(0.5 * task.item() + 0.5 * divergence, rel=1e-5)
 
 
-def test_the_logged_divergence_is_the_mean_of_the_steps_since_the_last_log(distilling, step_logs, tmp_path):
+def test_the_logged_divergence_is_the_mean_of_the_steps_since_the_last_log(
+    distilling, step_logs, tmp_path
+):
     fields = {"max_steps": 6, "optim": "sgd", "learning_rate": 1e-9, "scale_learning_rate": 1e-12}
     each = distilling(**fields)
     each.train()
@@ -469,24 +542,39 @@ def test_other_architectures(architecture, make_base, make_peft, batch_for, dist
     elif architecture == "t5":  # aligned with its labels
         student, scored = outputs.logits, torch.ones(2, 12, dtype=torch.bool)
     else:
-        student, target, scored = outputs.logits[:, :-1], target[:, :-1], torch.ones(2, 11, dtype=torch.bool)
+        student, target, scored = (
+            outputs.logits[:, :-1],
+            target[:, :-1],
+            torch.ones(2, 11, dtype=torch.bool),
+        )
     rows = [{name: value[i] for name, value in batch.items()} for i in range(2)]
     expected = naive(student, target, scored, 1.0).item()
-    trainer = distilling(model, teacher, {"train_dataset": rows}, max_steps=1, distillation_weight=0.25)
+    trainer = distilling(
+        model, teacher, {"train_dataset": rows}, max_steps=1, distillation_weight=0.25
+    )
     trainer.train()
     (log,) = step_logs(trainer)
     # GPT-2's task loss is divided by all labels, the first included: the Trainer does not know that it shifts them.
     share = 11 / 12 if architecture == "gpt2" else 1
     assert log["distillation_loss"] == pytest.approx(share * expected, rel=1e-4)
-    assert log["loss"] == pytest.approx(share * (0.75 * outputs.loss.item() + 0.25 * expected), rel=1e-4)
+    assert log["loss"] == pytest.approx(
+        share * (0.75 * outputs.loss.item() + 0.25 * expected), rel=1e-4
+    )
 
 
-def test_decoder_inputs_of_a_collator_reach_the_teacher(make_base, make_peft, distilling, batch_for, step_logs):
+def test_decoder_inputs_of_a_collator_reach_the_teacher(
+    make_base, make_peft, distilling, batch_for, step_logs
+):
     """With label smoothing an encoder-decoder model sees no labels; the collator makes the decoder's input."""
     model, teacher, batch = make_peft("t5", init_weights=False), make_base("t5"), batch_for("t5")
     decoder_inputs = teacher.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    rows = [{**{n: v[i] for n, v in batch.items()}, "decoder_input_ids": decoder_inputs[i]} for i in range(2)]
-    trainer = distilling(model, teacher, {"train_dataset": rows}, max_steps=1, label_smoothing_factor=0.1)
+    rows = [
+        {**{n: v[i] for n, v in batch.items()}, "decoder_input_ids": decoder_inputs[i]}
+        for i in range(2)
+    ]
+    trainer = distilling(
+        model, teacher, {"train_dataset": rows}, max_steps=1, label_smoothing_factor=0.1
+    )
     trainer.train()
     assert step_logs(trainer)[0]["distillation_loss"] > 0
 
@@ -506,11 +594,15 @@ def test_a_loss_that_hands_out_no_logits_is_refused(make_peft, make_base, lrqat_
         train_dataset=token_rows(),
         teacher_model=make_base(),
     )
-    with pytest.raises(ValueError, match="the loss of SilentLRQAT does not hand them out; use LRQATTrainer"):
+    with pytest.raises(
+        ValueError, match="the loss of SilentLRQAT does not hand them out; use LRQATTrainer"
+    ):
         trainer.train()
 
 
-def test_a_distilled_adapter_is_like_any_other(make_peft, make_base, distilling, logits_of, tmp_path):
+def test_a_distilled_adapter_is_like_any_other(
+    make_peft, make_base, distilling, logits_of, tmp_path
+):
     trainer = distilling(make_peft())
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -521,13 +613,16 @@ def test_a_distilled_adapter_is_like_any_other(make_peft, make_base, distilling,
 def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp_path):
     """A classifier made from a language model has one until it is trained; loading it again draws another."""
     config = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, intermediate_size=48)).save_pretrained(
-        tmp_path / "base"
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**config, intermediate_size=48)
+    ).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3
     )
-    base = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     model = get_peft_model(base, make_config("classifier"))
     with pytest.raises(
-        ValueError, match=r"has no weights for score.weight: a teacher from there would have random ones"
+        ValueError,
+        match=r"has no weights for score.weight: a teacher from there would have random ones",
     ):
         lrqat_trainer(model, distillation_weight=0.5)
 
@@ -535,7 +630,9 @@ def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp
 def test_the_teacher_keeps_no_cache(make_base, make_peft, distilling):
     trainer = distilling(make_peft(), make_base())
     caches = []
-    trainer.teacher.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+    trainer.teacher.register_forward_hook(
+        lambda module, args, output: caches.append(output.past_key_values)
+    )
     trainer.train()
     assert set(caches) == {None}
 
@@ -563,7 +660,12 @@ def test_a_second_attempt_logs_its_own_divergence(make_base, make_peft, distilli
                 self.raised = True
                 raise RuntimeError("CUDA out of memory.")
 
-    options = {"logging_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    options = {
+        "logging_steps": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "auto_find_batch_size": True,
+    }
     trainer = distilling(make_peft(), make_base(), **options)
     callback = OutOfMemory()
     trainer.add_callback(callback)

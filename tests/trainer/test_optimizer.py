@@ -32,7 +32,11 @@ def factory_run(make_peft, lrqat_args, token_rows):
     """An unmodified Trainer with the factory, after training."""
 
     def run(options, model=None, callbacks=(), **fields):
-        fields = {"learning_rate": 7.0, "max_grad_norm": 0.0, **fields}  # the factory's rates count: 7.0 would be seen
+        fields = {
+            "learning_rate": 7.0,
+            "max_grad_norm": 0.0,
+            **fields,
+        }  # the factory's rates count: 7.0 would be seen
         trainer = transformers.Trainer(
             model=model or make_peft(init_weights=False),
             args=lrqat_args(transformers.TrainingArguments, **fields),
@@ -47,7 +51,9 @@ def factory_run(make_peft, lrqat_args, token_rows):
 
 
 def largest_move(before, after, kind):
-    return max((after[name] - tensor).abs().max() for name, tensor in before.items() if f".{kind}." in name)
+    return max(
+        (after[name] - tensor).abs().max() for name, tensor in before.items() if f".{kind}." in name
+    )
 
 
 # Groups
@@ -85,7 +91,9 @@ def test_factors_take_the_common_rate_unless_they_have_their_own(make_peft):
 
 
 def test_empty_groups_are_left_out(make_base, make_peft):
-    (group,) = parameter_groups(get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"])), **RATES)
+    (group,) = parameter_groups(
+        get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"])), **RATES
+    )
     assert (group["name"], group["lr"]) == ("other", 1e-3)
     model = make_peft()
     for name, parameter in model.named_parameters():
@@ -100,10 +108,18 @@ REFUSED = [name for name in OptimizerNames if name.value.startswith(OWN_GROUPS)]
 
 
 @pytest.mark.parametrize("optim", [o.value for o in OptimizerNames if o not in REFUSED])
-def test_every_optimizer_trains_every_group_at_its_rate(optim, lrqat_trainer, trained_tensors, step_logs):
+def test_every_optimizer_trains_every_group_at_its_rate(
+    optim, lrqat_trainer, trained_tensors, step_logs
+):
     rates = {"A": 1e-3, "B": 2e-3, "scales": 1e-6}
-    fields = {"A_learning_rate": rates["A"], "B_learning_rate": rates["B"], "scale_learning_rate": rates["scales"]}
-    trainer = lrqat_trainer(optim=optim, learning_rate=3e-3, max_steps=6, **fields)  # RAdam begins to move at the fifth
+    fields = {
+        "A_learning_rate": rates["A"],
+        "B_learning_rate": rates["B"],
+        "scale_learning_rate": rates["scales"],
+    }
+    trainer = lrqat_trainer(
+        optim=optim, learning_rate=3e-3, max_steps=6, **fields
+    )  # RAdam begins to move at the fifth
     try:
         trainer.create_optimizer()
     except (ImportError, ValueError) as error:  # transformers has both for what is not installed
@@ -113,7 +129,9 @@ def test_every_optimizer_trains_every_group_at_its_rate(optim, lrqat_trainer, tr
     before = trained_tensors(trainer.model)
     trainer.train()
     assert rates_of(plain(trainer.optimizer)) == rates
-    assert [{n: log[f"learning_rate_{n}"] for n in rates} for log in step_logs(trainer)] == 6 * [rates]
+    assert [{n: log[f"learning_rate_{n}"] for n in rates} for log in step_logs(trainer)] == 6 * [
+        rates
+    ]
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
@@ -121,7 +139,9 @@ def test_every_optimizer_trains_every_group_at_its_rate(optim, lrqat_trainer, tr
 
 @pytest.mark.parametrize("optim", [name.value for name in REFUSED])
 def test_optimizers_with_groups_of_their_own_are_refused(optim, lrqat_args):
-    with pytest.raises(ValueError, match=f"`optim` '{optim}' makes its own parameter groups.*such as 'adamw_torch'"):
+    with pytest.raises(
+        ValueError, match=f"`optim` '{optim}' makes its own parameter groups.*such as 'adamw_torch'"
+    ):
         lrqat_args(optim=optim)
 
 
@@ -154,7 +174,9 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", [s.value for s in SchedulerType])
-def test_every_schedule_keeps_the_ratio_of_the_rates(schedule, lrqat_trainer, token_rows, step_logs):
+def test_every_schedule_keeps_the_ratio_of_the_rates(
+    schedule, lrqat_trainer, token_rows, step_logs
+):
     trainer = lrqat_trainer(
         options={"eval_dataset": token_rows(2)},
         max_steps=6,
@@ -169,7 +191,9 @@ def test_every_schedule_keeps_the_ratio_of_the_rates(schedule, lrqat_trainer, to
         metric_for_best_model="loss",
     )
     trainer.train()
-    logged = [[log[f"learning_rate_{name}"] for name in FACTORS_AND_SCALES] for log in step_logs(trainer)]
+    logged = [
+        [log[f"learning_rate_{name}"] for name in FACTORS_AND_SCALES] for log in step_logs(trainer)
+    ]
     for factors, b, scales in logged:
         assert b == pytest.approx(2 * factors)
         assert scales == pytest.approx(factors / 400)
@@ -181,7 +205,11 @@ def test_every_schedule_keeps_the_ratio_of_the_rates(schedule, lrqat_trainer, to
 
 def test_bounds_given_group_by_group_are_kept(lrqat_trainer, token_rows):
     bounds = [1e-3, 2e-3, 3e-5]
-    fields = {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": bounds}, "eval_strategy": "steps"}
+    fields = {
+        "lr_scheduler_type": "greedy",
+        "lr_scheduler_kwargs": {"min_lr": bounds},
+        "eval_strategy": "steps",
+    }
     trainer = lrqat_trainer(options={"eval_dataset": token_rows(2)}, **fields)
     trainer.create_optimizer_and_scheduler(3)
     assert trainer.lr_scheduler.min_lrs == bounds
@@ -191,7 +219,11 @@ def test_bounds_given_group_by_group_are_kept(lrqat_trainer, token_rows):
 
 
 def norm_of(gradients, marker):
-    return torch.stack([g.double().norm() for name, g in gradients.items() if marker in name]).norm().item()
+    return (
+        torch.stack([g.double().norm() for name, g in gradients.items() if marker in name])
+        .norm()
+        .item()
+    )
 
 
 MARKERS = {"A": ".lrqat_A.", "B": ".lrqat_B.", "scales": ".lrqat_scale."}
@@ -212,17 +244,27 @@ def test_each_group_is_clipped_by_its_own_norm():
     whole = torch.cat([t.flatten() for t in tensors[:2]]).norm()
     torch.testing.assert_close(norms["large"], whole)
     clipped = torch.cat([p.grad.flatten() for p in groups[0]["params"]])
-    torch.testing.assert_close(clipped, torch.cat([t.flatten() for t in tensors[:2]]) * 0.5 / whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        clipped, torch.cat([t.flatten() for t in tensors[:2]]) * 0.5 / whole, rtol=1e-5, atol=0
+    )
     assert clipped.norm() <= 0.5
     assert torch.equal(groups[1]["params"][0].grad, small)
 
 
 def test_factors_have_a_limit_of_their_own():
-    groups = [{"name": name, "params": [nn.Parameter(torch.ones(4))]} for name in ("A", "B", "scales", "other")]
+    groups = [
+        {"name": name, "params": [nn.Parameter(torch.ones(4))]}
+        for name in ("A", "B", "scales", "other")
+    ]
     for group in groups:
         group["params"][0].grad = torch.ones(4)
     norms = clip_by_group(groups, 1.0, 0.1)
-    assert {name: float(norm) for name, norm in norms.items()} == {"A": 2, "B": 2, "scales": 2, "other": 2}
+    assert {name: float(norm) for name, norm in norms.items()} == {
+        "A": 2,
+        "B": 2,
+        "scales": 2,
+        "other": 2,
+    }
     after = {group["name"]: float(group["params"][0].grad.norm()) for group in groups}
     assert after == pytest.approx({"A": 0.1, "B": 0.1, "scales": 1.0, "other": 1.0}, rel=1e-5)
 
@@ -247,11 +289,15 @@ def test_groups_are_clipped_one_by_one_and_their_norms_logged(lrqat_trainer, gra
         else:
             assert limit * (1 - 1e-4) < norm_of(own, marker) <= limit
             for n, g in own.items():  # only shorter
-                torch.testing.assert_close(g, unclipped[0][n] * limit / raw[name], rtol=1e-4, atol=1e-12)
+                torch.testing.assert_close(
+                    g, unclipped[0][n] * limit / raw[name], rtol=1e-4, atol=1e-12
+                )
     overall = sum(norm**2 for norm in raw.values()) ** 0.5
     assert logged["grad_norm"] == pytest.approx(overall, rel=1e-5)
     # Without clipping the same is logged.
-    assert {k: v for k, v in free[0].items() if "norm" in k} == {k: v for k, v in logged.items() if "norm" in k}
+    assert {k: v for k, v in free[0].items() if "norm" in k} == {
+        k: v for k, v in logged.items() if "norm" in k
+    }
 
 
 def test_the_factory_clips_like_the_trainer(lrqat_trainer, factory_run, trained_tensors):
@@ -278,21 +324,28 @@ def test_the_factory_clips_each_step(factory_run):
 
     factory_run({**RATES, "max_grad_norm": 1e-4, "factor_max_grad_norm": 1e-4}, callbacks=[Norms()])
     assert len(norms) == 3
-    assert all(norm == pytest.approx(1e-4, rel=1e-2) and norm <= 1e-4 for step in norms for norm in step)
+    assert all(
+        norm == pytest.approx(1e-4, rel=1e-2) and norm <= 1e-4 for step in norms for norm in step
+    )
 
 
 # The factory in an unmodified Trainer
 
 
 def test_factory_makes_adamw_with_the_groups(make_peft, factory_run, trained_tensors):
-    model, options = make_peft(), {**RATES, "betas": (0.8, 0.9), "eps": 1e-12, "scale_weight_decay": 0.3}
+    model, options = (
+        make_peft(),
+        {**RATES, "betas": (0.8, 0.9), "eps": 1e-12, "scale_weight_decay": 0.3},
+    )
     before = trained_tensors(model)
     trainer = factory_run(options, model)
     optimizer = plain(trainer.optimizer)
     assert type(optimizer) is torch.optim.AdamW
     assert rates_of(optimizer) == {"A": 1e-3, "B": 1e-3, "scales": 1e-5}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0, 0.3]
-    assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-12 for group in optimizer.param_groups)
+    assert all(
+        group["betas"] == (0.8, 0.9) and group["eps"] == 1e-12 for group in optimizer.param_groups
+    )
     assert options == {**RATES, "betas": (0.8, 0.9), "eps": 1e-12, "scale_weight_decay": 0.3}
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -303,7 +356,9 @@ def test_first_step_is_as_long_as_the_rate(make_peft, factory_run, trained_tenso
     """Adam's first step has the length of the learning rate wherever the gradient is not zero."""
     model = make_peft()
     before = trained_tensors(model)
-    after = trained_tensors(factory_run({**RATES, "lr_B": 2e-3, "eps": 1e-12}, model, max_steps=1).model)
+    after = trained_tensors(
+        factory_run({**RATES, "lr_B": 2e-3, "eps": 1e-12}, model, max_steps=1).model
+    )
     assert largest_move(before, after, "lrqat_B") == pytest.approx(2e-3, rel=1e-4)
     # Scales of 1e-2 resolve a step of 1e-5 to their own rounding.
     assert largest_move(before, after, "lrqat_scale") == pytest.approx(1e-5, rel=1e-3)
@@ -311,21 +366,31 @@ def test_first_step_is_as_long_as_the_rate(make_peft, factory_run, trained_tenso
 
 
 def test_schedule_keeps_the_ratio_of_the_factory(factory_run):
-    trainer = factory_run({**RATES, "lr_A": 4e-3}, lr_scheduler_type="linear", warmup_steps=1, max_steps=4)
+    trainer = factory_run(
+        {**RATES, "lr_A": 4e-3}, lr_scheduler_type="linear", warmup_steps=1, max_steps=4
+    )
     a, b, scales = trainer.lr_scheduler.get_last_lr()
     assert (a, scales) == (pytest.approx(4 * b), pytest.approx(b / 100))
-    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    logged = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry
+    ]
     assert max(logged) == pytest.approx(4e-3)  # of the first group
 
 
-def test_resumed_is_uninterrupted(factory_run, make_peft, trained_tensors, tmp_path, lrqat_args, token_rows):
+def test_resumed_is_uninterrupted(
+    factory_run, make_peft, trained_tensors, tmp_path, lrqat_args, token_rows
+):
     """Bit for bit, with every group's state."""
     options = {**RATES, "lr_B": 2e-3, "max_grad_norm": 1e-2}
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = trained_tensors(factory_run(options, make_peft(), output_dir=str(tmp_path / "whole"), **fields).model)
+    whole = trained_tensors(
+        factory_run(options, make_peft(), output_dir=str(tmp_path / "whole"), **fields).model
+    )
     trainer = transformers.Trainer(
         model=make_peft(),
-        args=lrqat_args(transformers.TrainingArguments, max_steps=4, max_grad_norm=0.0, learning_rate=7.0),
+        args=lrqat_args(
+            transformers.TrainingArguments, max_steps=4, max_grad_norm=0.0, learning_rate=7.0
+        ),
         train_dataset=token_rows(),
         optimizer_cls_and_kwargs=(LRQATOptimizerFactory, options),
     )
@@ -348,7 +413,9 @@ def test_bad_rate_is_refused(name, value, make_peft):
 def test_rates_of_other_number_types_are_taken_and_strings_are_not(make_peft):
     groups = parameter_groups(make_peft(), lr=np.float32(1e-3), scale_lr=1)
     assert [group["lr"] for group in groups] == [np.float32(1e-3), np.float32(1e-3), 1]
-    with pytest.raises(ValueError, match=r"`lr` must be a number, but is the string '5e-3'; .* write 5.0e-3"):
+    with pytest.raises(
+        ValueError, match=r"`lr` must be a number, but is the string '5e-3'; .* write 5.0e-3"
+    ):
         parameter_groups(make_peft(), lr="5e-3", scale_lr=1e-5)
 
 
@@ -360,5 +427,8 @@ def test_both_rates_must_be_given(make_peft):
 
 
 def test_model_with_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match=r"no trainable parameters; wrap it with get_peft_model\(model, LRQATConfig"):
+    with pytest.raises(
+        ValueError,
+        match=r"no trainable parameters; wrap it with get_peft_model\(model, LRQATConfig",
+    ):
         LRQATOptimizerFactory()(nn.Linear(2, 2).requires_grad_(False), **RATES)

@@ -52,7 +52,12 @@ print(json.dumps({"digest": digest(t.model), "eval_loss": metrics["eval_loss"]})
 """
     done = json.loads(run_client(hub, PREPARE + code, tmp_path).splitlines()[-1])
     files = hub.repos["user/end"].files
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"} <= files.keys()
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "training_args.bin",
+    } <= files.keys()
     assert not any("checkpoint" in name or "_incomplete" in name for name in files)
     card = files["README.md"].decode()
     # Ours, over the Trainer's own: import line, bits, recipe and metrics.
@@ -71,9 +76,7 @@ print(json.dumps({"digest": digest(t.model), "eval_loss": metrics["eval_loss"]})
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_trainer_pushes_while_training(strategy, hub, tmp_path):
     """Uploads run in the background while a checkpoint is renamed into place and older ones are deleted."""
-    options = (
-        f'hub_model_id="user/{strategy}", hub_strategy="{strategy}", hub_always_push=True, save_steps=2, max_steps=4'
-    )
+    options = f'hub_model_id="user/{strategy}", hub_strategy="{strategy}", hub_always_push=True, save_steps=2, max_steps=4'
     code = f"""
 t = trainer({options})
 t.train()
@@ -97,12 +100,15 @@ print(digest(t.model))
             "rng_state.pth",
             "trainer_state.json",
         } <= names
-    assert run_client(hub, PREPARE + LOAD.replace("NAME", strategy), tmp_path).splitlines()[-1] == digest
+    assert (
+        run_client(hub, PREPARE + LOAD.replace("NAME", strategy), tmp_path).splitlines()[-1]
+        == digest
+    )
 
 
 def test_command_line_pushes(hub, tmp_path):
     code = """
-from peft_lrqat.cli import main
+from peft_lrqat.cli.main import main
 from peft_lrqat.demo import model_path
 open("text.txt", "w").write("The quick brown fox jumps over the lazy dog. " * 60)
 code = main(

@@ -10,21 +10,26 @@ import transformers
 from safetensors.torch import load_file
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.metrics import compute_metrics, preprocess_logits_for_metrics
 from peft_lrqat.trainer import LRQATArguments, LRQATTrainer, LRQATTrainerMixin
+from peft_lrqat.trainer.metrics import compute_metrics, preprocess_logits_for_metrics
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.* is deprecated:FutureWarning")
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(second[name], t) for name, t in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(second[name], t) for name, t in first.items()
+    )
 
 
 def plain_loop(model, rows, args, steps):
     """The training loop as anyone would write it: AdamW, one clipping norm for each kind, a linear schedule with warm-up."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kinds = [[p for name, p in named.items() if kind in name] for kind in (".lrqat_A.", ".lrqat_B.", ".lrqat_scale.")]
+    kinds = [
+        [p for name, p in named.items() if kind in name]
+        for kind in (".lrqat_A.", ".lrqat_B.", ".lrqat_scale.")
+    ]
     rates = [args.learning_rate, args.learning_rate, args.scale_learning_rate]
     limits = [args.factor_max_grad_norm, args.factor_max_grad_norm, args.max_grad_norm]
     betas = (args.adam_beta1, args.adam_beta2)
@@ -48,7 +53,9 @@ def plain_loop(model, rows, args, steps):
     return losses
 
 
-def test_a_run_is_the_loop_that_it_describes(lrqat_trainer, make_peft, token_rows, trained_tensors, step_logs):
+def test_a_run_is_the_loop_that_it_describes(
+    lrqat_trainer, make_peft, token_rows, trained_tensors, step_logs
+):
     fields = {
         "max_steps": 6,
         "lr_scheduler_type": "linear",
@@ -77,31 +84,44 @@ def test_a_run_is_the_loop_that_it_describes(lrqat_trainer, make_peft, token_row
 @pytest.mark.parametrize(("size", "steps"), [(2, 2), (1, 4)])
 def test_accumulated_batches_equal_one(size, steps, lrqat_trainer, gradients, step_logs):
     def run(size, steps):
-        fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}
+        fields = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_grad_norm": 0.0,
+        }
         trainer = lrqat_trainer(options={"callbacks": [gradients]}, max_steps=1, **fields)
         trainer.train()
         return gradients.steps.pop(), step_logs(trainer)[0]
 
     (whole, log), (parts, accumulated) = run(4, 1), run(size, steps)
     for name, gradient in whole.items():  # sums of float32 in another order
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
+        torch.testing.assert_close(
+            parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()
+        )
     for key in ("loss", "grad_norm", "grad_norm_A", "grad_norm_B", "grad_norm_scales"):
         assert accumulated[key] == pytest.approx(log[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_activation_checkpointing_changes_no_bit(dtype, reentrant, lrqat_trainer, make_peft, trained_tensors):
+def test_activation_checkpointing_changes_no_bit(
+    dtype, reentrant, lrqat_trainer, make_peft, trained_tensors
+):
     trainer = lrqat_trainer(make_peft(dtype=dtype), max_steps=2)
     trainer.train()
-    fields = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    fields = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
     checkpointed = lrqat_trainer(make_peft(dtype=dtype), max_steps=2, **fields)
     checkpointed.train()
     assert checkpointed.model.is_gradient_checkpointing
     assert same(trained_tensors(trainer.model), trained_tensors(checkpointed.model))
 
 
-def test_autocast_trains_the_same_integers(lrqat_trainer, make_peft, lrqat_layers, step_logs, trained_tensors):
+def test_autocast_trains_the_same_integers(
+    lrqat_trainer, make_peft, lrqat_layers, step_logs, trained_tensors
+):
     """In bfloat16 all products but those that make the integers: the losses agree to its 8 bits, the factors stay wide."""
     wide, narrow = lrqat_trainer(), lrqat_trainer(bf16=True)
     for trainer in (wide, narrow):
@@ -117,7 +137,9 @@ def test_autocast_trains_the_same_integers(lrqat_trainer, make_peft, lrqat_layer
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5", "classifier"])
-def test_other_architectures_train(architecture, lrqat_trainer, make_peft, batch_for, trained_tensors, step_logs):
+def test_other_architectures_train(
+    architecture, lrqat_trainer, make_peft, batch_for, trained_tensors, step_logs
+):
     rows = [{name: value[i] for name, value in batch_for(architecture).items()} for i in range(2)]
     model = make_peft(architecture, init_weights=False)
     before = trained_tensors(model)
@@ -195,7 +217,10 @@ def test_the_best_model_is_loaded_at_the_end(lrqat_trainer, token_rows, trained_
     assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-1")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
     saved = load_file(tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors")
-    loaded = {name.replace(".default", ""): tensor for name, tensor in trained_tensors(trainer.model).items()}
+    loaded = {
+        name.replace(".default", ""): tensor
+        for name, tensor in trained_tensors(trainer.model).items()
+    }
     assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items())
 
 
@@ -210,18 +235,29 @@ def test_two_runs_are_equal_bit_for_bit(lrqat_trainer, trained_tensors):
 
 
 def test_a_second_training_goes_on_at_the_same_rates(lrqat_trainer, step_logs):
-    trainer = lrqat_trainer(lr_scheduler_type="linear", learning_rate=3e-3, scale_learning_rate=3e-5)
+    trainer = lrqat_trainer(
+        lr_scheduler_type="linear", learning_rate=3e-3, scale_learning_rate=3e-5
+    )
     for _ in range(2):
         trainer.train()
-        assert [log["learning_rate_A"] for log in step_logs(trainer)] == pytest.approx([3e-3, 2e-3, 1e-3])
-        assert [log["learning_rate_scales"] for log in step_logs(trainer)] == pytest.approx([3e-5, 2e-5, 1e-5])
+        assert [log["learning_rate_A"] for log in step_logs(trainer)] == pytest.approx(
+            [3e-3, 2e-3, 1e-3]
+        )
+        assert [log["learning_rate_scales"] for log in step_logs(trainer)] == pytest.approx(
+            [3e-5, 2e-5, 1e-5]
+        )
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "schedule_free_adamw"])
 def test_resumed_is_uninterrupted(optim, lrqat_trainer, trained_tensors, tmp_path):
     if optim.startswith("schedule_free"):
         pytest.importorskip("schedulefree")
-    fields = {"optim": optim, "max_steps": 4, "lr_scheduler_type": "linear", "B_learning_rate": 2e-3}
+    fields = {
+        "optim": optim,
+        "max_steps": 4,
+        "lr_scheduler_type": "linear",
+        "B_learning_rate": 2e-3,
+    }
     fields["warmup_steps"] = 0.3
     whole = lrqat_trainer(save_strategy="steps", save_steps=2, **fields)
     whole.train()
@@ -243,7 +279,9 @@ def test_hyperparameter_search(lrqat_trainer, make_peft, token_rows, tmp_path):
 
     def space(trial):
         return {
-            "scale_learning_rate": trial.suggest_categorical("scale_learning_rate", [1e-6, 1e-5, 1e-4]),
+            "scale_learning_rate": trial.suggest_categorical(
+                "scale_learning_rate", [1e-6, 1e-5, 1e-4]
+            ),
             "B_learning_rate": trial.suggest_float("B_learning_rate", 1e-3, 1e-2, log=True),
         }
 
@@ -260,7 +298,11 @@ def test_hyperparameter_search(lrqat_trainer, make_peft, token_rows, tmp_path):
         save_steps=2,
     )
     best = trainer.hyperparameter_search(
-        space, n_trials=3, direction="minimize", backend="optuna", sampler=optuna.samplers.RandomSampler(seed=0)
+        space,
+        n_trials=3,
+        direction="minimize",
+        backend="optuna",
+        sampler=optuna.samplers.RandomSampler(seed=0),
     )
     assert len({scales for scales, _ in tried}) > 1
     assert len({b for _, b in tried}) == 3
@@ -269,7 +311,9 @@ def test_hyperparameter_search(lrqat_trainer, make_peft, token_rows, tmp_path):
     runs = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert runs == ["run-0", "run-1", "run-2"]
     for number in range(3):
-        assert (tmp_path / "out" / f"run-{number}" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+        assert (
+            tmp_path / "out" / f"run-{number}" / "checkpoint-2" / "adapter_model.safetensors"
+        ).is_file()
 
 
 def test_model_init(lrqat_trainer, make_peft, trained_tensors):
@@ -283,7 +327,9 @@ def test_model_init(lrqat_trainer, make_peft, trained_tensors):
 # The mixin
 
 
-def test_the_mixin_goes_over_a_trainer_of_ones_own(make_peft, lrqat_args, token_rows, trained_tensors, lrqat_trainer):
+def test_the_mixin_goes_over_a_trainer_of_ones_own(
+    make_peft, lrqat_args, token_rows, trained_tensors, lrqat_trainer
+):
     class Doubled(transformers.Trainer):
         def compute_loss(self, *args, **kwargs):
             return 2 * super().compute_loss(*args, **kwargs)
@@ -307,7 +353,9 @@ def test_the_mixin_goes_over_a_trainer_of_ones_own(make_peft, lrqat_args, token_
 
 
 def test_the_record_names_what_was_done(lrqat_trainer, token_rows):
-    trainer = lrqat_trainer(options={"eval_dataset": token_rows(2)}, eval_strategy="steps", B_learning_rate=2e-3)
+    trainer = lrqat_trainer(
+        options={"eval_dataset": token_rows(2)}, eval_strategy="steps", B_learning_rate=2e-3
+    )
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
@@ -340,7 +388,11 @@ def test_the_record_has_the_rates_that_were_used(lrqat_trainer):
     resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
     for each in (trainer, resumed):
         settings = each.model.peft_config["default"].training_record["settings"]
-        assert settings["learning rate of scales"] == trainer.args.scale_learning_rate != asked["scale_learning_rate"]
+        assert (
+            settings["learning rate of scales"]
+            == trainer.args.scale_learning_rate
+            != asked["scale_learning_rate"]
+        )
 
 
 def test_a_model_saved_by_itself_has_the_record(lrqat_trainer, make_peft, token_rows, tmp_path):
@@ -370,7 +422,10 @@ def test_metrics_of_the_record_are_of_these_weights(lrqat_trainer, token_rows):
 
 def test_infinite_metrics_are_kept_in_words(lrqat_trainer, token_rows):
     """JSON has no infinity, and a perplexity at 2 bits may well be."""
-    options = {"eval_dataset": token_rows(2), "compute_metrics": lambda _: {"perplexity": float("inf")}}
+    options = {
+        "eval_dataset": token_rows(2),
+        "compute_metrics": lambda _: {"perplexity": float("inf")},
+    }
     trainer = lrqat_trainer(options=options)
     trainer.evaluate()
     trainer.save_model()
@@ -380,7 +435,9 @@ def test_infinite_metrics_are_kept_in_words(lrqat_trainer, token_rows):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_without_labels_teaches_nothing(accumulation, lrqat_trainer, token_rows, step_logs, caplog):
+def test_a_batch_without_labels_teaches_nothing(
+    accumulation, lrqat_trainer, token_rows, step_logs, caplog
+):
     """As completions that were cut off; a mean over none of them is 0 / 0."""
     rows = token_rows(6)
     for row in rows[2:4]:
@@ -401,14 +458,19 @@ def test_a_trial_that_diverges_does_not_end_the_search(lrqat_trainer, make_peft,
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     trainer = lrqat_trainer(
-        options={"model_init": lambda: make_peft(init_weights=False), "eval_dataset": token_rows(2)},
+        options={
+            "model_init": lambda: make_peft(init_weights=False),
+            "eval_dataset": token_rows(2),
+        },
         eval_strategy="steps",
         eval_steps=3,
     )
     rates = {"scale_learning_rate": [1e38, 1e-5]}
     best = trainer.hyperparameter_search(
         lambda trial: {
-            "scale_learning_rate": trial.suggest_categorical("scale_learning_rate", rates["scale_learning_rate"])
+            "scale_learning_rate": trial.suggest_categorical(
+                "scale_learning_rate", rates["scale_learning_rate"]
+            )
         },
         n_trials=2,
         direction="minimize",

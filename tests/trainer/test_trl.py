@@ -13,7 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from peft_lrqat.trainer import LRQATArguments, LRQATCallback, LRQATOptimizerFactory, LRQATTrainerMixin
+from peft_lrqat.trainer import (
+    LRQATArguments,
+    LRQATCallback,
+    LRQATOptimizerFactory,
+    LRQATTrainerMixin,
+)
 
 
 trl = pytest.importorskip("trl")
@@ -75,7 +80,11 @@ def make_trainer(make_base, make_config, lrqat_args, tokenizer):
 
     def make(kind, model=None, options=None, **fields):
         trainer, config = OURS[kind]
-        given = {"model": model} if model is not None else {"model": make_base(), "peft_config": make_config(bits=3)}
+        given = (
+            {"model": model}
+            if model is not None
+            else {"model": make_base(), "peft_config": make_config(bits=3)}
+        )
         torch.manual_seed(0)
         return trainer(
             args=lrqat_args(config, **{**FIELDS, **fields}),
@@ -90,11 +99,18 @@ def make_trainer(make_base, make_config, lrqat_args, tokenizer):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_groups_rates_and_figures(kind, make_trainer, step_logs, trained_tensors):
-    fields = {"learning_rate": 1e-2, "B_learning_rate": 2e-2, "scale_learning_rate": 1e-5, "max_steps": 6}
+    fields = {
+        "learning_rate": 1e-2,
+        "B_learning_rate": 2e-2,
+        "scale_learning_rate": 1e-5,
+        "max_steps": 6,
+    }
     trainer = make_trainer(kind, max_grad_norm=1e-3, **fields)
     before = trained_tensors(trainer.model)
     trainer.train()
-    groups = {g["name"]: (g["lr"], g["weight_decay"], g["betas"]) for g in trainer.optimizer.param_groups}
+    groups = {
+        g["name"]: (g["lr"], g["weight_decay"], g["betas"]) for g in trainer.optimizer.param_groups
+    }
     assert groups == {
         "A": (1e-2, 0.0, (0.9, 0.95)),
         "B": (2e-2, 0.0, (0.9, 0.95)),
@@ -103,7 +119,11 @@ def test_groups_rates_and_figures(kind, make_trainer, step_logs, trained_tensors
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
     for log in step_logs(trainer):
-        assert (log["learning_rate_A"], log["learning_rate_B"], log["learning_rate_scales"]) == (1e-2, 2e-2, 1e-5)
+        assert (log["learning_rate_A"], log["learning_rate_B"], log["learning_rate_scales"]) == (
+            1e-2,
+            2e-2,
+            1e-5,
+        )
         assert {"clipped_weights", "changed_integers_since_log", "grad_norm_scales"} <= log.keys()
         assert ("rewards/margins" if kind == "dpo" else "mean_token_accuracy") in log  # TRL's own
     assert step_logs(trainer)[-1]["changed_integers"] > 0
@@ -115,10 +135,15 @@ def test_resumed_is_uninterrupted_and_saved_is_loaded(
 ):
     whole = make_trainer(kind, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=2e-2)
     whole.train()
-    resumed = make_trainer(kind, max_steps=4, output_dir=str(tmp_path / "resumed"), learning_rate=2e-2)
+    resumed = make_trainer(
+        kind, max_steps=4, output_dir=str(tmp_path / "resumed"), learning_rate=2e-2
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     expected = trained_tensors(whole.model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_tensors(resumed.model).items())
+    assert all(
+        torch.equal(tensor, expected[name])
+        for name, tensor in trained_tensors(resumed.model).items()
+    )
 
     resumed.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(make_base(), tmp_path / "adapter").eval()
@@ -128,7 +153,9 @@ def test_resumed_is_uninterrupted_and_saved_is_loaded(
     assert torch.isfinite(logits_of(merged)).all()
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "import peft_lrqat" in card
-    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["training_record"]
+    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "training_record"
+    ]
     assert record["steps"] == 4
 
 
@@ -144,7 +171,9 @@ def test_a_model_that_is_wrapped_already(kind, make_trainer, make_peft, trained_
     assert all(name.endswith(".default") for name in trained)
     assert trained == {name for name in before if ".lrqat_" in name and name.endswith(".default")}
     after = dict(model.named_parameters())
-    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == trained
+    assert {
+        name for name, tensor in before.items() if not torch.equal(after[name], tensor)
+    } == trained
     assert model.active_adapters == ["default"]
     with safe_open(tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors", "pt") as file:
         assert not any("ref" in name.split(".") for name in set(file.keys()))
@@ -153,18 +182,26 @@ def test_a_model_that_is_wrapped_already(kind, make_trainer, make_peft, trained_
 def test_accumulated_batches_equal_one(make_trainer, gradients):
     found = []
     for size, steps in ((4, 1), (2, 2)):
-        fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}
+        fields = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_grad_norm": 0.0,
+        }
         make_trainer("sft", options={"callbacks": [gradients]}, max_steps=1, **fields).train()
         found.append(gradients.steps.pop())
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()
+        )
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_distillation_is_refused_where_there_are_no_logits(kind, make_trainer, make_base):
     trainer = make_trainer(kind, options={"teacher_model": make_base()}, distillation_weight=0.5)
     name = type(trainer).__name__
-    with pytest.raises(ValueError, match=f"the loss of {name} does not hand them out; use LRQATTrainer, or set"):
+    with pytest.raises(
+        ValueError, match=f"the loss of {name} does not hand them out; use LRQATTrainer, or set"
+    ):
         trainer.train()
 
 
@@ -172,13 +209,20 @@ def test_distillation_is_refused_where_there_are_no_logits(kind, make_trainer, m
 def test_plain_arguments_of_trl_are_refused(kind, make_peft, lrqat_args, tokenizer):
     trainer, _ = OURS[kind]
     config = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[kind]
-    with pytest.raises(ValueError, match=f"`args` must be LRQATTrainingArguments, but is {config.__name__};"):
+    with pytest.raises(
+        ValueError, match=f"`args` must be LRQATTrainingArguments, but is {config.__name__};"
+    ):
         trainer(
-            model=make_peft(), args=lrqat_args(config, **FIELDS), train_dataset=DATA[kind], processing_class=tokenizer
+            model=make_peft(),
+            args=lrqat_args(config, **FIELDS),
+            train_dataset=DATA[kind],
+            processing_class=tokenizer,
         )
 
 
-def test_sft_trainer_as_it_is(make_base, make_config, lrqat_args, tokenizer, trained_tensors, step_logs, tmp_path):
+def test_sft_trainer_as_it_is(
+    make_base, make_config, lrqat_args, tokenizer, trained_tensors, step_logs, tmp_path
+):
     """The factory in an unmodified SFTTrainer, which wraps the model itself."""
     options = {"lr": 1e-3, "lr_B": 2e-3, "scale_lr": 1e-5, "max_grad_norm": 1.0}
     trainer = trl.SFTTrainer(
@@ -194,7 +238,14 @@ def test_sft_trainer_as_it_is(make_base, make_config, lrqat_args, tokenizer, tra
     trainer.train()
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert {g["name"]: g["lr"] for g in trainer.optimizer.param_groups} == {"A": 1e-3, "B": 2e-3, "scales": 1e-5}
-    assert all(log["learning_rate_scales"] == 1e-5 and "clipped_weights" in log for log in step_logs(trainer))
+    assert {g["name"]: g["lr"] for g in trainer.optimizer.param_groups} == {
+        "A": 1e-3,
+        "B": 2e-3,
+        "scales": 1e-5,
+    }
+    assert all(
+        log["learning_rate_scales"] == 1e-5 and "clipped_weights" in log
+        for log in step_logs(trainer)
+    )
     trainer.save_model(str(tmp_path / "adapter"))
     assert "import peft_lrqat" in (tmp_path / "adapter" / "README.md").read_text()

@@ -1,0 +1,98 @@
+"""A cache for generation that holds the integers which ``kv_cache_bits`` stands for, packed, instead of rounding again and again.
+
+A token of a head takes ``ceil(head_dim * bits / 8)`` bytes and 5 more: its step, float32, and its zero point (4 on a symmetric
+grid). What attention gets from there is, bit for bit, what it gets from a cache of 16-bit values and rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..quant import Grid, decode_tokens, encode_tokens, pack, packed_bytes, unpack
+from .attention import kv_cache_grid, mark_rounded
+
+
+def pack_tokens(x: Tensor, grid: Grid) -> Tensor:
+    """(..., n) -> (..., bytes) uint8: for each token its packed integers, its step, its zero point."""
+    codes, step, zero_point = encode_tokens(x, grid)
+    unsigned = (codes.to(torch.int16) - grid.qmin).to(torch.uint8)
+    packed = pack(unsigned.flatten(0, -2), grid.bits).view(
+        *x.shape[:-1], packed_bytes(x.shape[-1], grid.bits)
+    )
+    parts = [packed, step.view(torch.uint8)]
+    return torch.cat(parts if zero_point is None else [*parts, zero_point], -1)
+
+
+def unpack_tokens(packed: Tensor, grid: Grid, n: int, dtype: torch.dtype) -> Tensor:
+    """(..., bytes) uint8 -> (..., n) in ``dtype``; `quantized_tokens` of what was packed."""
+    size = packed_bytes(n, grid.bits)
+    codes = unpack(packed[..., :size].reshape(-1, size), grid.bits, n).view(*packed.shape[:-1], n)
+    step = (
+        packed[..., size : size + 4]
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.float32)
+    )
+    if grid.symmetric:
+        return decode_tokens(codes.to(torch.int16) + grid.qmin, step, None, dtype)
+    return decode_tokens(codes, step, packed[..., size + 4 :], dtype)
+
+
+class LowBitCacheLayer(DynamicLayer):
+    """``keys`` and ``values`` are (batch, heads, tokens, bytes) uint8. All that moves tokens or rows about is transformers' own."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty, for keys and values of these widths."""
+        super().lazy_initialization(key_states, value_states)
+        self.widths = key_states.shape[-1], value_states.shape[-1]
+        self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens; all keys and values of the cache, rounded."""
+        packed = pack_tokens(key_states, self.grid), pack_tokens(value_states, self.grid)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # The bytes are joined as transformers joins values.
+        stored = super().update(*packed)
+        keys, values = (
+            unpack_tokens(s, self.grid, n, self.dtype)
+            for s, n in zip(stored, self.widths, strict=True)
+        )
+        return mark_rounded(keys, self.grid), mark_rounded(values, self.grid)
+
+
+def low_bit_cache(model: nn.Module) -> Cache:
+    """An empty cache of ``kv_cache_bits`` for ``model.generate(..., past_key_values=low_bit_cache(model))``, used once.
+
+    Layers whose keys and values are not rounded, and those with a sliding window, keep transformers' own cache. ValueError for an
+    encoder-decoder model, and where nothing would be low-bit.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            "the low-bit cache is for decoders; leave `past_key_values` out: keys and values are rounded as used"
+        )
+    cache = DynamicCache(config=model.config)
+    for module in model.modules():
+        index, grid = getattr(module, "layer_idx", None), kv_cache_grid(module)
+        if (
+            isinstance(index, int)
+            and grid is not None
+            and type(cache.layers[index]) is DynamicLayer
+        ):
+            cache.layers[index] = LowBitCacheLayer(grid)
+    if not any(isinstance(layer, LowBitCacheLayer) for layer in cache.layers):
+        raise ValueError(
+            "no layer of this model has keys and values to keep in low bits: no adapter with `kv_cache_bits` is active, or each "
+            "layer has a sliding window"
+        )
+    return cache

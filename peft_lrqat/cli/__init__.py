@@ -1,0 +1,1 @@
+"""The command `lrqat`, one file per command."""

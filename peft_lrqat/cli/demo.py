@@ -1,0 +1,34 @@
+"""`lrqat demo`: LR-QAT against its baselines on a small model, offline."""
+
+import sys
+from collections.abc import Sequence
+
+from .parser import Parser
+
+
+def run_demo(argv: Sequence[str]) -> int:
+    """`lrqat demo`."""
+    try:
+        from peft_lrqat.demo.run import DemoArguments, check_arguments, run
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        print(
+            "lrqat demo: error: the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`",
+            file=sys.stderr,
+        )
+        return 2
+
+    parser = Parser(
+        "demo",
+        "[options]",
+        [DemoArguments],
+        "Quantises a small language model to a few bits in three ways (round-to-nearest, training the scales only,\n"
+        "LR-QAT), on this machine and without a network: Python's own help topics are the text. Prints one table, plots the\n"
+        "losses, and checks that the saved and the merged adapters give the same perplexity to the last digit.",
+        "  lrqat demo\n  lrqat demo --model smollm2 --bits 3 --output smollm2-demo",
+    )
+    (args,) = parser.parse(argv)
+    with parser.user_errors():
+        check_arguments(args)
+    return run(args)

@@ -1,0 +1,161 @@
+"""`lrqat export` and `lrqat recipe`: a model for a runtime, and settings to train with for one."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftConfig, PeftModel
+
+from peft_lrqat.export import export_model, verify_export
+from peft_lrqat.formats.capabilities import RUNTIMES
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.shared.staging import check_target
+from peft_lrqat.trainer.pipeline import load_base
+
+from .parser import Parser, print_table
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Which model is exported, and how."""
+
+    adapter: str = field(metadata={"help": "directory or hub name of an LR-QAT adapter"})
+    output: str = field(
+        metadata={"help": "directory to be made; one that is not empty is not written over"}
+    )
+    format: Literal["compressed-tensors", "gguf", "gptq", "packed", "dequantized"] = field(
+        default="compressed-tensors",
+        metadata={"help": "see the table in the README; `lrqat recipe` chooses before training"},
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "directory or hub name; left out: the base model that --adapter names"},
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the model; auto: as saved"}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "bytes of tensors in a file"})
+    container_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "store integers at this width: 3 bits as 4, for a runtime that reads only those"
+        },
+    )
+    activations: Literal["write", "ignore"] = field(
+        default="write",
+        metadata={
+            "help": "of an adapter with activation_bits or kv_cache_bits. write: as part of the export, or it is refused; ignore:"
+            " the weights alone"
+        },
+    )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "load the export, compare every weight and some logits, and fail if one differs"
+        },
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+
+
+@dataclass(kw_only=True)
+class RecipeForArguments:
+    """For which runtime."""
+
+    bits: int = field(default=4, metadata={"help": "bits per weight"})
+    activation_bits: int | None = field(
+        default=None, metadata={"help": "bits of the inputs of the quantised layers; left out: 16"}
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+
+
+def run_export(argv: Sequence[str]) -> int:
+    """`lrqat export`."""
+    parser = Parser(
+        "export",
+        "--adapter ADAPTER --output DIRECTORY [options]",
+        [ExportArguments],
+        "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales of training, no weight changed.",
+        "  lrqat export --adapter lrqat-4bit --output model-ct --verify\n"
+        "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf",
+    )
+    (args,) = parser.parse(argv)
+    with parser.user_errors():
+        check_target(args.output)
+        name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        if name is None:
+            raise ValueError(
+                f"the adapter in {args.adapter} does not name its base model; give --model"
+            )
+        model, tokenizer = load_base(name, args.dtype)
+        model = PeftModel.from_pretrained(model, args.adapter).eval()
+        export_model(
+            model,
+            args.output,
+            format=args.format,
+            tokenizer=tokenizer,
+            max_shard_size=args.max_shard_size,
+            container_bits=args.container_bits,
+            activations=args.activations,
+        )
+    if not args.verify:
+        size = sum(file.stat().st_size for file in Path(args.output).iterdir())
+        print(
+            json.dumps(vars(args) | {"bytes": size})
+            if args.json
+            else f"{size:,} bytes in {args.output}"
+        )
+        return 0
+    found = verify_export(model, args.output, format=args.format)
+    if args.json:
+        print(json.dumps(vars(args) | dataclasses.asdict(found) | {"exact": found.exact}))
+    else:
+        logits = "not run" if found.logits_difference is None else f"{found.logits_difference:.3g}"
+        print_table(
+            {
+                "loaded by": found.loader,
+                "layers whose weights differ": f"{len(found.different_layers)} of {found.layers}",
+                "other tensors that differ": f"{len(found.different_tensors)}",
+                "largest difference of a logit": logits,
+                "bytes": f"{found.bytes:,}",
+            }
+        )
+        print(
+            "every weight is what was trained"
+            if found.exact
+            else "the export is NOT what was trained"
+        )
+    return 0 if found.exact else 1
+
+
+def run_recipe(argv: Sequence[str]) -> int:
+    """`lrqat recipe`."""
+    parser = Parser(
+        "recipe",
+        "--for RUNTIME [options]",
+        [RecipeForArguments],
+        "Settings to train with, so that a runtime loads the result as it is.",
+        "  lrqat recipe --for vllm\n  lrqat recipe --for llama.cpp --bits 2",
+    )
+    parser.add_argument(
+        "--for", dest="runtime", choices=RUNTIMES, required=True, help="what is to run the model"
+    )
+    args, place = parser.parse(argv)
+    with parser.user_errors():
+        config = LRQATConfig.for_runtime(
+            place.runtime, bits=args.bits, activation_bits=args.activation_bits
+        )
+    names = ("bits", "group_size", "symmetric", "scale_dtype")
+    if args.activation_bits is not None:
+        names += ("activation_bits",)
+    fields = {name: getattr(config, name) for name in names}
+    format = RUNTIMES[place.runtime].format
+    if args.json:
+        print(json.dumps({"runtime": place.runtime, "format": format, **fields}))
+        return 0
+    options = " ".join(f"--{name} {value}" for name, value in fields.items())
+    print(f"lrqat train --model MODEL --dataset TEXT --output_dir ADAPTER {options}")
+    print(f"lrqat export --adapter ADAPTER --format {format} --output DIRECTORY --verify")
+    return 0

@@ -1,0 +1,244 @@
+"""`lrqat train`: trains an LR-QAT adapter on a text."""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from peft import get_peft_model
+from transformers import PreTrainedModel, set_seed
+
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.shared.config import AdapterConfig
+from peft_lrqat.trainer import LRQATTrainingArguments, last_complete_checkpoint
+from peft_lrqat.trainer.checkpoint import why_incomplete
+from peft_lrqat.trainer.data import load_blocks
+from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
+
+from .parser import Parser, escaped
+
+
+# Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
+NOT_FOR_TRAINING = {
+    "base_dtype",
+    "base_dtype_pattern",
+    "packed_factors",
+    "training_record",
+    "verify_base",
+}
+NAME = re.compile(
+    r"[\w.]+"
+)  # of a module; anything else in `--target_modules` is a regular expression
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A dict from the command line, such as ``'{"down_proj": 4}'``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r} ({error})'
+        raise argparse.ArgumentTypeError(message) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r}'
+        )
+    return value
+
+
+def _command_line_type(hint: Any) -> Any:
+    """The type hint of a config field as `HfArgumentParser` understands it."""
+    lists = [option for option in get_args(hint) if get_origin(option) is list]
+    if lists:
+        return (
+            lists[0] | None
+        )  # one value is a list of one here; `adapter_config` tells names and patterns apart
+    return json_object if get_origin(hint) is dict else hint
+
+
+def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
+    """Name, type and default of each LR-QAT option; the help text is the config's own."""
+    left_out = NOT_FOR_TRAINING | {
+        inherited.name for inherited in dataclasses.fields(AdapterConfig)
+    }
+    hints = get_type_hints(LRQATConfig)
+    fields = []
+    for option in dataclasses.fields(LRQATConfig):
+        if option.name in left_out:
+            continue
+        metadata = escaped(option)
+        kind, factory = _command_line_type(hints[option.name]), option.default_factory
+        if (
+            option.name == "target_modules"
+        ):  # here a whole model is quantised, not PEFT's choice for LoRA
+            copy = dataclasses.field(default_factory=lambda: ["all-linear"], metadata=metadata)
+        else:
+            copy = dataclasses.field(
+                default=option.default, default_factory=factory, metadata=metadata
+            )
+        fields.append((option.name, kind, copy))
+    return fields
+
+
+AdapterArguments = dataclasses.make_dataclass(
+    "AdapterArguments", _adapter_fields(), namespace={"_argument_group_name": "LR-QAT adapter"}
+)
+
+
+def adapter_config(options: Any) -> LRQATConfig:
+    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`."""
+    values = dataclasses.asdict(options)
+    for name in ("target_modules", "exclude_modules"):
+        given = values[name]
+        if (
+            given is not None
+            and len(given) == 1
+            and (given[0] == "all-linear" or not NAME.fullmatch(given[0]))
+        ):
+            values[name] = given[0]
+    return LRQATConfig(task_type="CAUSAL_LM", **values)
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """What is trained, and on which text."""
+
+    _argument_group_name = "model and data"
+
+    model: str = field(
+        metadata={"help": "directory or hub name of a causal language model, not quantised"}
+    )
+    dataset: list[str] = field(
+        metadata={
+            "help": "training text: one or more files (plain text, one document each; or jsonl, csv, parquet), a data set"
+            " directory, or a hub data set as `name` or `name:config`"
+        }
+    )
+    eval_dataset: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "text for the perplexity before and after training, given like --dataset"
+        },
+    )
+    split: str = field(
+        default="train", metadata={"help": "split of a training data set that has several"}
+    )
+    eval_split: str = field(
+        default="validation", metadata={"help": "split of an evaluation data set that has several"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    block_size: int = field(
+        default=512, metadata={"help": "tokens per training example, and per evaluation window"}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the training data while training, for sets larger than the disk; needs --max_steps"
+        },
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the base model; auto: as saved"}
+    )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(LRQATTrainingArguments):
+    """`LRQATTrainingArguments` as the command line has them."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = field(
+        metadata={"help": "directory for the adapter, its tokenizer and the checkpoints"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "checkpoint directory to go on from, or `last` for the newest whole one in --output_dir"
+        },
+    )
+
+
+def run_train(argv: Sequence[str]) -> int:
+    """`lrqat train`."""
+    parser = Parser(
+        "train",
+        "--model M --dataset D [D ...] --output_dir DIR [options]",
+        [DataArguments, AdapterArguments, TrainArguments],
+        "Trains an LR-QAT adapter: the linear layers of a causal language model are rounded to a few bits, and low-rank\n"
+        "factors inside the rounding win back what that costs. The adapter and the tokenizer are saved in --output_dir.",
+        "  lrqat train --model ./my-llama --dataset corpus.txt --target_modules all-linear --bits 3 --output_dir out\n"
+        "  lrqat train --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1 \\\n"
+        "      --eval_dataset Salesforce/wikitext:wikitext-2-raw-v1 --target_modules all-linear --bits 4 \\\n"
+        "      --group_size 64 --max_steps 1000 --output_dir out",
+    )
+    data, adapter, args = parser.parse(argv)
+    with parser.user_errors():
+        _check_training(data, args)
+        config = adapter_config(adapter)
+        model, tokenizer = load_base(data.model, data.dtype)
+        _check_block_size(model, data.block_size)
+        options = {"block_size": data.block_size, "text_column": data.text_column}
+        train_set = load_blocks(
+            data.dataset, tokenizer, split=data.split, streaming=data.streaming, **options
+        )
+        eval_set = data.eval_dataset and load_blocks(
+            data.eval_dataset, tokenizer, split=data.eval_split, **options
+        )
+        set_seed(args.seed)  # for the factors A
+        model = get_peft_model(model, config)
+        resume = _checkpoint(args)
+
+        trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+
+    say = print if trainer.is_world_process_zero() else lambda *_: None
+    say(describe_size(model))
+    before = trainer.evaluate() if eval_set else None
+    trainer.train(resume_from_checkpoint=resume)
+    after = trainer.evaluate() if before else None
+    # With --push_to_hub this publishes as well, and the card has the metrics of the line above.
+    trainer.save_model()
+    trainer.save_state()
+    if after:
+        say(
+            f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, after"
+            f" {after['eval_perplexity']:.3f}; {after['eval_tokens']:,} tokens scored, windows of {data.block_size}"
+        )
+    say(f"adapter saved in {args.output_dir}")
+    return 0
+
+
+def _check_training(data: DataArguments, args: TrainArguments) -> None:
+    if data.streaming and args.max_steps <= 0:
+        raise ValueError(
+            "--streaming needs --max_steps: a stream has no length from which to plan the learning rate"
+        )
+
+
+def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and block_size > context:
+        raise ValueError(
+            f"--block_size must fit in the model's context of {context} tokens, but it is {block_size}"
+        )
+
+
+def _checkpoint(args: TrainArguments) -> str | None:
+    """What `Trainer.train` takes as ``resume_from_checkpoint``."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "last":
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint last finds no whole checkpoint in {args.output_dir}; checkpoints are written every"
+                " --save_steps steps"
+            )
+        return checkpoint
+    if reason := why_incomplete(args.resume_from_checkpoint):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint must be a checkpoint directory of the Trainer, or `last`, but"
+            f" {args.resume_from_checkpoint!r} cannot be resumed from: {reason}"
+        )
+    return args.resume_from_checkpoint

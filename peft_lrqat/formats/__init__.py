@@ -1,0 +1,1 @@
+"""File formats and the runtimes that load them."""

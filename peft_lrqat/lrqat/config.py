@@ -1,0 +1,391 @@
+"""The configuration of an LR-QAT adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Optional, Union
+
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from ..formats.capabilities import RUNTIMES, preset, why_not_activations, why_not_for
+from ..quant import DOWNCASTS, RANGES, Grid, WeightFormat
+from ..quant.grid import SCALE_DTYPES
+from ..shared.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_items,
+    check_json,
+    check_names,
+    check_regex,
+)
+from ..shared.config import AdapterConfig
+
+
+# Raised when the same file would give other integers than before.
+FORMAT_VERSION = 1
+
+
+@dataclass
+class LRQATConfig(AdapterConfig):
+    """Configuration of LR-QAT, low-rank quantisation-aware training (arXiv 2406.06385).
+
+    Each target linear's weight is replaced by a downcast one on an integer grid; rank-``r`` factors inside the rounding and
+    the scales are trained. ``merge_and_unload()`` gives one integer matrix times its scales.
+
+    Example:
+        ```py
+        from peft import get_peft_model
+        from peft_lrqat import LRQATConfig
+
+        model = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=3))
+        ```
+    """
+
+    newest_format: ClassVar[int] = FORMAT_VERSION
+
+    r: int = field(
+        default=32,
+        metadata={"help": "Rank of the factors lrqat_A and lrqat_B. Default 32, as in the paper."},
+    )
+    lora_alpha: float = field(
+        default=32,
+        metadata={
+            "help": "The low-rank product is multiplied by gamma = lora_alpha / r. Default 32: gamma = 1, with which the factors "
+            "move integers soonest at a given learning rate. The paper uses 1 (gamma = 1/32 at r = 32)."
+        },
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear': every "
+            "Linear and Conv1D but the output layer, which is what the paper quantises and what the command line takes by "
+            "default. Without a value in Python: PEFT's LoRA targets of the architecture, often only two in each block."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Modules to leave alone: names or endings of names, or one regular expression."
+        },
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Further modules to train in full and to save with the adapter, such as a classification head."
+        },
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None,
+        metadata={
+            "help": "Index or indices of the layers to work on; with target_modules as a list of names."
+        },
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Name of the ModuleList that layers_to_transform counts in, where it is not 'layers' or 'h'."
+        },
+    )
+    bits: int = field(
+        default=4,
+        metadata={"help": "Bits per weight, 2 to 8. Default 4; the paper has 4, 3 and 2."},
+    )
+    group_size: int = field(
+        default=-1,
+        metadata={
+            "help": "Weights of a row that share a scale; it must divide in_features. -1, the default: the whole row ('per "
+            "channel'). As in GPTQ and AWQ configurations. The paper has -1 and 128."
+        },
+    )
+    symmetric: bool = field(
+        default=True,
+        metadata={
+            "help": "True, the default: signed integers -2^(b-1)..2^(b-1)-1. False: 0..2^b-1 with an integer zero point per group, "
+            "which the paper uses at 2 bits."
+        },
+    )
+    downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
+        default="fixed8",
+        metadata={
+            "help": "How the frozen weight is kept during training. fixed8 (default): 8-bit fixed point, b integer and 8-b "
+            "fractional bits (the paper's Q4.4 at 4 bits), 1 byte a weight. int: rounded integers, densely packed, b/8 bytes a "
+            "weight. fp32, bf16, fp16: for reference."
+        },
+    )
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16",
+        metadata={
+            "help": "The scales are trained in float32 and rounded to this dtype in every forward pass, so that the file format "
+            "they ship in changes nothing. Default bfloat16, which every format holds exactly."
+        },
+    )
+    activation_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Bits of the inputs of the target modules, 2 to 8; the paper has 8 and 4. Dynamic: each token has a range of "
+            "its own, found in every forward pass. Attention's softmax, norms and residuals stay in the model's dtype. Left out: "
+            "the inputs stay as they are."
+        },
+    )
+    kv_cache_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Bits of the keys (after rotary embedding) and values in the attention layers that target modules lie in, 2 to "
+            "8; the paper has 8 and 4. One range for each token and head. Left out: they stay as they are."
+        },
+    )
+    activation_symmetric: bool = field(
+        default=False,
+        metadata={
+            "help": "Ranges of activation_bits and kv_cache_bits. False, the default and the paper's: from the smallest to the "
+            "largest value, with a zero point. True: as far below zero as above."
+        },
+    )
+    range_estimator: Literal["minmax", "lp"] = field(
+        default="lp",
+        metadata={
+            "help": "First scales. lp (default): a search for the least sum of |error|^range_p in each group, as in the paper. "
+            "minmax: the smallest grid that covers every weight."
+        },
+    )
+    range_p: float = field(
+        default=4.0,
+        metadata={
+            "help": "Exponent of range_estimator='lp', 1 to 8. Default 4, of the paper's 2.4 to 5."
+        },
+    )
+    clipped_gradient: Literal["zero", "pass_through"] = field(
+        default="zero",
+        metadata={
+            "help": "What a weight outside the grid hands on to A and B. zero (default): nothing, the exact gradient of the clip. "
+            "pass_through: as if it lay inside, which saves a little time."
+        },
+    )
+    bits_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Bits of single modules, by name, ending of a name or regular expression, as LoRA's rank_pattern: "
+            '{"down_proj": 4} in a 3-bit model. Default: none.'
+        },
+    )
+    group_size_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Group sizes of single modules, by name as in bits_pattern. Default: none."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True, the default: A Kaiming-uniform and B zero, so that training starts from round-to-nearest. False: B "
+            "random, of one grid step; useful in tests only."
+        },
+    )
+    base_dtype: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "The dtype of the base weights that the frozen weights are made from; filled in when the adapter is created. A "
+            "base loaded in a wider dtype is rounded to it first, so that the same integers come out."
+        },
+    )
+    base_dtype_pattern: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "The modules whose base weight had another dtype, by full name; filled in like base_dtype."
+        },
+    )
+    verify_base: bool = field(
+        default=True,
+        metadata={
+            "help": "Refuse to load the adapter on a base model other than the one it was trained on. Not saved. Default True; "
+            "False is for those who know that the difference does no harm."
+        },
+    )
+    training_record: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "What the trainer writes down for the model card: steps, settings, metrics; filled in. It changes nothing else."
+        },
+    )
+    packed_factors: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "How A and B lie in the saved file, where they are packed (`peft_lrqat.loraquant.quantize_adapter`); filled in "
+            "by the conversion, and None once they are loaded."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LRQAT
+        self.base_dtype_filled_in = (
+            False  # by LRQATModel, from a base model; no field, so never saved
+        )
+        self._check_choices()
+        self._check_numbers()
+        self._check_targets()
+        _check_record(self.training_record)
+        if self.packed_factors is not None and not isinstance(self.packed_factors, dict):
+            raise ValueError(
+                f"`packed_factors` must be None or a dict, but is {self.packed_factors!r}"
+            )
+
+    def _check_choices(self) -> None:
+        for name, known in (
+            ("downcast", DOWNCASTS),
+            ("scale_dtype", SCALE_DTYPES),
+            ("range_estimator", RANGES),
+            ("clipped_gradient", ("zero", "pass_through")),
+            ("base_dtype", (*SCALE_DTYPES, None)),
+        ):
+            check_choice(name, getattr(self, name), known)
+        for name in ("symmetric", "activation_symmetric", "init_weights", "verify_base"):
+            check_flag(name, getattr(self, name))
+
+    def _check_numbers(self) -> None:
+        check_integer("r", self.r, 1)
+        _check_bits("bits", self.bits)
+        for name in ("activation_bits", "kv_cache_bits"):
+            if getattr(self, name) is not None:
+                _check_bits(name, getattr(self, name), or_none=True)
+        _check_group_size("group_size", self.group_size)
+        for name, check in (
+            ("bits_pattern", _check_bits),
+            ("group_size_pattern", _check_group_size),
+        ):
+            for key, value in check_items(name, getattr(self, name), "integers"):
+                check(f"{name}[{key!r}]", value)
+                check_regex(name, key)
+        if (
+            isinstance(self.lora_alpha, bool)
+            or not isinstance(self.lora_alpha, int | float)
+            or not 0 < self.lora_alpha < 1e6
+        ):
+            raise ValueError(f"`lora_alpha` must be a positive number, but is {self.lora_alpha!r}")
+        if (
+            isinstance(self.range_p, bool)
+            or not isinstance(self.range_p, int | float)
+            or not 1 <= self.range_p <= 8
+        ):
+            raise ValueError(f"`range_p` must be 1 to 8, but is {self.range_p!r}")
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(name, getattr(self, name), one_string=True)
+        check_names("modules_to_save", self.modules_to_save, one_string=False)
+        layers = self.layers_to_transform
+        if layers is not None:
+            for index in layers if isinstance(layers, list | tuple | set) else [layers]:
+                check_integer("layers_to_transform", index, 0)
+        if isinstance(self.target_modules, str) and layers is not None:
+            # One expression is matched as it is, and 'all-linear' becomes full names, which PEFT takes whatever their layer.
+            raise ValueError(
+                "`layers_to_transform` needs `target_modules` as a list of names, such as ['q_proj', 'down_proj'], but it is "
+                f"{self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "`layers_pattern` needs `layers_to_transform`: it only says where its indices count"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_regex(name, getattr(self, name))
+
+    @classmethod
+    def for_runtime(cls, runtime: str, *, bits: int = 4, **fields: Any) -> LRQATConfig:
+        """A configuration whose result a runtime runs as it is: ``transformers``, ``vllm`` or ``llama.cpp``.
+
+        ``fields`` are those of the class and go before the preset's; ValueError for what the runtime does not run.
+
+        Example:
+            ```py
+            model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
+            ```
+        """
+        config = cls(**{**preset(runtime), "bits": bits, **fields})
+        for b in {config.bits, *config.bits_pattern.values()}:
+            for size in {config.group_size, *config.group_size_pattern.values()}:
+                grid = Grid(bits=b, symmetric=config.symmetric, group_size=size)
+                reason = why_not_for(runtime, grid, config.scale_dtype) or why_not_activations(
+                    RUNTIMES[runtime].format,
+                    grid,
+                    config.activation_grid,
+                    config.kv_cache_grid,
+                    name=runtime,
+                )
+                if reason is not None:
+                    raise ValueError(reason)
+        return config
+
+    @property
+    def activation_grid(self) -> Grid | None:
+        """The grid of each token of a target's input; None: it stays as it is."""
+        return self._token_grid(self.activation_bits)
+
+    @property
+    def kv_cache_grid(self) -> Grid | None:
+        """The grid of each token and head of keys and values; None: they stay as they are."""
+        return self._token_grid(self.kv_cache_bits)
+
+    def _token_grid(self, bits: int | None) -> Grid | None:
+        return None if bits is None else Grid(bits=bits, symmetric=self.activation_symmetric)
+
+    def base_dtype_of(self, module_name: str) -> str | None:
+        """The dtype that the frozen weight of one target is made from; None before it is filled in."""
+        return self.base_dtype_pattern.get(module_name, self.base_dtype)
+
+    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
+        """The format of one target; ValueError with the module's name when the group size does not fit its width."""
+        bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
+        group_size = self.group_size_pattern.get(
+            get_pattern_key(self.group_size_pattern, module_name), self.group_size
+        )
+        grid = Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+        try:
+            return WeightFormat(
+                grid=grid,
+                downcast=self.downcast,
+                scale_dtype=self.scale_dtype,
+                in_features=in_features,
+            )
+        except ValueError as error:
+            raise ValueError(f"`{module_name}`: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; `verify_base` belongs to one run and is left out."""
+        fields = super().to_dict()
+        del fields["verify_base"]
+        return fields
+
+
+def _check_record(record: object) -> None:
+    if record is None:
+        return
+    parts = (
+        [record, record.get("settings", {}), record.get("metrics", {})]
+        if isinstance(record, dict)
+        else [record]
+    )
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            '`training_record` must be None or a dict such as {"steps": 10, "settings": {"lr": 0.1}, "metrics": {"loss": 2.5}}, '
+            f"but is {record!r}"
+        )
+    check_json("training_record", record, allow_nan=False)
+
+
+def _check_bits(name: str, value: object, *, or_none: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise ValueError(
+            f"`{name}` must be an integer from 2 to 8{', or None' if or_none else ''}, but is {value!r}"
+        )
+
+
+def _check_group_size(name: str, value: object) -> None:
+    if value != -1:
+        try:
+            check_integer(name, value, 1)
+        except ValueError as error:
+            raise ValueError(f"{error}; -1 is one group per row") from None

@@ -1,0 +1,366 @@
+"""The LR-QAT layer: one downcast weight, and for each adapter its factors and scales inside the rounding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..activations.attention import GRID
+from ..quant import (
+    Grid,
+    LowRankWeight,
+    WeightFormat,
+    fake_quant_linear,
+    fake_quantize_tokens,
+    quantized_codes,
+    quantized_tokens,
+    quantized_weight,
+)
+from ..shared.casts import keep_values
+from .downcast import DowncastLinear
+
+
+if TYPE_CHECKING:
+    from ..shared.tensor_cache import TensorCache
+    from .config import LRQATConfig
+
+logger = logging.get_logger(__name__)
+# For more tokens than this, making the weight again costs little beside multiplying with it.
+CACHED_TOKENS = 256
+
+
+class _ExactParameterDict(nn.ParameterDict):
+    """Parameters whose values ``.half()`` and ``.to(dtype)`` leave alone: they decide which integers ship."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactParameterDict:
+        return super()._apply(keep_values(fn, widen=True), recurse)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+class LRQATLayer(BaseTunerLayer):
+    """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
+
+    adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "pass_through",
+        "lrqat_fingerprint",
+        "activations",
+        "kv_cache",
+    )
+
+    def __init__(
+        self, base_layer: DowncastLinear, name: str = "", cache: TensorCache | None = None
+    ) -> None:
+        self.base_layer = base_layer
+        self._name, self._cache = name, cache
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # gamma = lora_alpha / r
+        self.pass_through: dict[str, bool] = {}
+        # The grids of this layer's input, and of the keys and values where it is part of attention; None: left alone.
+        self.activations: dict[str, Grid | None] = {}
+        self.kv_cache: dict[str, Grid | None] = {}
+        self.lrqat_A = _ExactParameterDict({})
+        self.lrqat_B = _ExactParameterDict({})
+        self.lrqat_scale = _ExactParameterDict({})
+        # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
+        self.lrqat_fingerprint = BufferDict({}, persistent=True)
+        self._verified: dict[str, int] = {}  # adapter: the fingerprint it was compared with
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: LRQATConfig) -> None:
+        """Adds an adapter that starts from round-to-nearest of the downcast weight."""
+        base = self.base_layer
+        device = base.phi.device
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = config.lora_alpha / config.r
+        self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
+        self.activations[adapter_name], self.kv_cache[adapter_name] = (
+            config.activation_grid,
+            config.kv_cache_grid,
+        )
+        self.lrqat_A[adapter_name] = nn.Parameter(
+            torch.empty(config.r, self.in_features, device=device)
+        )
+        self.lrqat_B[adapter_name] = nn.Parameter(
+            torch.zeros(self.out_features, config.r, device=device)
+        )
+        self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
+        # Packed factors bring theirs when they are unpacked; a loader that passes them over leaves an adapter that refuses to run.
+        fingerprint = base.fingerprint if config.packed_factors is None else -1
+        self.lrqat_fingerprint[adapter_name] = torch.tensor(fingerprint, device=device)
+        self._verified.pop(adapter_name, None)
+        if not config.verify_base:
+            self._verified[adapter_name] = base.fingerprint
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """A Kaiming-uniform and B zero; or, with ``init_weights=False``, B such that gamma * B @ A has a deviation of one step."""
+        nn.init.kaiming_uniform_(self.lrqat_A[adapter_name], a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.lrqat_B[adapter_name])
+        else:
+            # The entries of A have variance 1 / (3 in).
+            std = (
+                math.sqrt(3 * self.in_features / self.r[adapter_name]) / self.scaling[adapter_name]
+            )
+            nn.init.normal_(self.lrqat_B[adapter_name], std=std)
+
+    def low_rank_weight(self, adapter_name: str) -> LowRankWeight:
+        """The tensors that decide the integers of this layer under one adapter; the only way to forward, merge and export."""
+        self._verify_base(adapter_name)
+        base = self.base_layer
+        return LowRankWeight(
+            format=base.format,
+            phi=base.phi,
+            zero_point=base.zero_point,
+            A=self.lrqat_A[adapter_name],
+            B=self.lrqat_B[adapter_name],
+            scale=self.lrqat_scale[adapter_name],
+            gamma=self.scaling[adapter_name],
+            dtype=base.dtype,
+            pass_through=self.pass_through[adapter_name],
+        )
+
+    def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:
+        """W_hat, (out, in) in the base's dtype: held from an earlier call, if it was made of the very same values."""
+        w = self.low_rank_weight(adapter_name)
+        # A version counter would miss what is written through `.data`, as averages of weights are.
+        constants = torch.tensor([float(w.gamma)]), torch.tensor([self.base_layer.fingerprint])
+        made_from = (w.A, w.B, w.scale, *constants)
+        weight, *known = (
+            (None,) if self._cache is None else self._cache.get(self._name, adapter_name) or (None,)
+        )
+        if weight is not None and weight.dtype == w.dtype and all(map(_same, known, made_from)):
+            return weight
+        weight = quantized_weight(w)
+        if self._cache is not None and x.numel() <= CACHED_TOKENS * self.in_features:
+            self._cache.put(
+                self._name,
+                adapter_name,
+                (weight, *(tensor.detach().clone() for tensor in made_from)),
+            )
+        return weight
+
+    def _forget_weight(self, adapter_name: str) -> None:
+        if self._cache is not None:
+            self._cache.drop(self._name, adapter_name)
+
+    def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
+        """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by default."""
+        name = adapter_name or self._adapter_to_run()
+        if name is None:
+            raise ValueError("no adapter of this layer is active; give `adapter_name`")
+        return quantized_codes(self.low_rank_weight(name))
+
+    def matches_base(self, adapter_name: str, fingerprint: Tensor) -> bool:
+        """Whether ``fingerprint`` of a saved adapter is that of the downcast weight here."""
+        return int(fingerprint) == self.base_layer.fingerprint
+
+    def _verify_base(self, adapter_name: str) -> None:
+        if self._verified.get(adapter_name) == self.base_layer.fingerprint:
+            return
+        # PEFT's loaders are checked before anything is loaded (LRQATModel); transformers' own loader only passes here.
+        if not self.matches_base(adapter_name, self.lrqat_fingerprint[adapter_name]):
+            raise ValueError(
+                f"adapter `{adapter_name}` was trained on another base model, or on this one in another dtype: its integers "
+                "cannot be rebuilt from these weights. Load the base model named in its card; to go on all the same, set "
+                "`verify_base=False` in its config"
+            )
+        self._verified[adapter_name] = self.base_layer.fingerprint
+
+    def _adapter_to_run(self) -> str | None:
+        active = [name for name in self.active_adapters if name in self.lrqat_A]
+        if len(active) > 1:
+            raise ValueError(
+                f"one weight has one set of integers: adapters {active} cannot be active on it together"
+            )
+        return active[0] if active else None
+
+    def _adapter_that_runs(self) -> str | None:
+        """The adapter that decides what this layer computes now, merged or not; None: the frozen weight alone."""
+        if self.disable_adapters:
+            return None
+        return self.merged_adapters[0] if self.merged else self._adapter_to_run()
+
+    @property
+    def kv_cache_grid(self) -> Grid | None:
+        """For the attention that this layer is part of; read there (`peft_lrqat.activations.attention`)."""
+        adapter_name = self._adapter_that_runs()
+        return None if adapter_name is None else self.kv_cache[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._verified.pop(adapter_name, None)
+        self._forget_weight(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """To the device only: PEFT's own method would round fresh scales to the base's dtype."""
+        device = device or self.base_layer.phi.device
+        for name in (*self.adapter_layer_names, "lrqat_fingerprint"):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """The factors and scales to the dtype of the base weight, as PEFT's ``autocast_adapter_dtype=False`` asks."""
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                parameter = getattr(self, name)[adapter_name]
+                parameter.data = parameter.data.to(self.base_layer.dtype)
+
+
+class InputQuantization:
+    """The forward pre-hook of a merged layer: its input is rounded as it was in training."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return fake_quantize_tokens(x, self.grid), *others
+
+
+def _keep_activations(plain: nn.Module, activations: Grid | None, kv_cache: Grid | None) -> None:
+    """Lets a merged module, which has no place for it, go on rounding its input, and say the grid of keys and values."""
+    if activations is None and kv_cache is None:
+        return
+    if activations is not None:
+        plain.register_forward_pre_hook(InputQuantization(activations))
+    setattr(plain, GRID, kv_cache)
+    logger.warning_once(
+        "the merged model goes on rounding its activations as in training, in this process: `save_pretrained` writes its weights "
+        "alone, and what is loaded from there computes with 16-bit activations. `export_model` writes both where a format can"
+    )
+
+
+class LRQATLinear(nn.Module, LRQATLayer):
+    """LR-QAT on `nn.Linear` and transformers' `Conv1D`; replaces the module and frees its weight."""
+
+    def __init__(
+        self,
+        linear: nn.Linear | Conv1D,
+        adapter_name: str,
+        format: WeightFormat,
+        config: LRQATConfig,
+        base_dtype: torch.dtype | None = None,  # the weight's own
+        name: str = "",  # in the model; for the cache
+        cache: TensorCache | None = None,  # the model's, of dense weights
+    ) -> None:
+        super().__init__()
+        base = DowncastLinear(
+            linear,
+            format,
+            estimator=config.range_estimator,
+            p=config.range_p,
+            base_dtype=base_dtype or linear.weight.dtype,
+        )
+        LRQATLayer.__init__(self, base, name, cache)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapter_name = self._adapter_that_runs()
+        grid = None if adapter_name is None else self.activations[adapter_name]
+        base = self.base_layer
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.dtype
+        if self.merged or adapter_name is None:
+            if grid is None:
+                return base(x, *args, **kwargs)
+            y = base(fake_quantize_tokens(x.to(dtype), grid), *args, **kwargs)
+            return y if autocast else y.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        if self._infers():
+            tokens = x.to(dtype) if grid is None else quantized_tokens(x.to(dtype), grid)
+            y = nn.functional.linear(
+                tokens, self._inference_weight(adapter_name, x).to(dtype), bias
+            )
+        else:
+            self._forget_weight(adapter_name)
+            y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias, grid)
+        return y if autocast else y.to(x.dtype)
+
+    def _infers(self) -> bool:
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Computes with the dense weight s * Q from here on; the downcast weight stays, so that unmerging is exact."""
+        names = [
+            name for name in check_adapters_to_merge(self, adapter_names) if name in self.lrqat_A
+        ]
+        if not names:
+            return
+        if len(names) + len(self.merged_adapters) > 1:
+            raise ValueError(
+                f"one weight has one set of integers: adapters {self.merged_adapters + names} cannot be merged together"
+            )
+        self.base_layer.merged_weight = self._merged_weight(names[0], safe_merge)
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Back to the downcast weight, exactly."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.merged_weight = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear | Conv1D:
+        """The plain module with weight s * Q. PEFT calls this from ``merge_and_unload``; ``unload`` does not come this far."""
+        if not self.merged:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.base_layer
+        plain = base.to_plain(
+            base.stored_weight() if base.merged_weight is None else base.merged_weight
+        )
+        if self.merged:
+            _keep_activations(
+                plain,
+                self.activations[self.merged_adapters[0]],
+                self.kv_cache[self.merged_adapters[0]],
+            )
+        # PEFT reads `base_layer.weight` once more after this.
+        self.base_layer = plain
+        return plain
+
+    def _merged_weight(self, adapter_name: str, safe_merge: bool) -> Tensor:
+        weight = quantized_weight(self.low_rank_weight(adapter_name))
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(
+                # PEFT's words first, which callers know.
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: the merged weight of "
+                f"adapter `{adapter_name}` is not finite"
+            )
+        return weight
+
+    def __repr__(self) -> str:
+        return "lrqat." + super().__repr__()

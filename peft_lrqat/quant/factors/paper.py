@@ -1,0 +1,88 @@
+"""LoRAQuant as published (arXiv 2510.26690, section 3): SVD split, round-to-nearest for the high part, signs for the low part.
+
+SVD     B A = U S V^T;  B' = U sqrt(S),  A' = sqrt(S) V^T
+split   h = the fewest leading components whose squared singular values reach the share ``ratio`` of the total
+high    the first h components: round-to-nearest, then refined: min || b a^T - Q(b') Q(a')^T ||_F over b', a', straight-through
+low     the others: sign(x) * mean|x| of each group
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .groups import GroupCodes, fake_rtn, quantize_midrise, quantize_rtn
+from .svd import product_svd
+
+
+STEPS = 200  # of the refinement
+LEARNING_RATE = 0.05  # of Adam, in units of the root mean square of a vector
+
+
+def high_components(singular_values: Tensor, ratio: float) -> Tensor:
+    """The fewest leading components whose squares reach the share ``ratio`` of their sum; (L, r) -> (L,), 0 for a zero product."""
+    energy = singular_values.double().square()
+    total = energy.sum(-1, keepdim=True)
+    # Sums are rounded: a share that is reached exactly must count as reached.
+    below = energy.cumsum(-1) < ratio * total * (1 - 1e-12)
+    return (below.sum(-1) + 1).clamp(max=energy.shape[-1]).where(total[:, 0] > 0, 0)
+
+
+def quantize_paper(
+    B: Tensor, A: Tensor, *, bits_high: int, ratio: float, group_size: int, scale_dtype: torch.dtype
+) -> list[list[tuple[GroupCodes, GroupCodes]]]:
+    """The components of each product of a batch, B (L, m, r) and A (L, r, n): for each, pairs of the codes of b and of a."""
+    u, s, v = product_svd(B, A)
+    root = s.sqrt()[:, None]
+    b, a = (u * root).float().mT, (v * root).float().mT  # (L, r, m) and (L, r, n)
+    high = torch.arange(s.shape[1]) < high_components(s, ratio)[:, None]
+    low = ~high & (s[:, :1] > 0)
+    options = {"group_size": group_size, "scale_dtype": scale_dtype}
+    found: dict[tuple[int, int], tuple[GroupCodes, GroupCodes]] = {}
+    for part, bits in ((high, bits_high), (low, 1)):
+        if not part.any():
+            continue
+        b_part, a_part = b[part], a[part]
+        width = torch.full((len(b_part),), bits)
+        if part is high:
+            pairs = refine(b_part, a_part, width, **options)
+        else:
+            pairs = (
+                quantize_midrise(b_part, width, **options),
+                quantize_midrise(a_part, width, **options),
+            )
+        for row, index in enumerate(part.nonzero().tolist()):
+            found[tuple(index)] = pairs[0][row : row + 1], pairs[1][row : row + 1]
+    return [
+        [found[row, k] for k in range(s.shape[1]) if (row, k) in found] for row in range(len(s))
+    ]
+
+
+def refine(
+    b: Tensor, a: Tensor, bits: Tensor, *, group_size: int, scale_dtype: torch.dtype
+) -> tuple[GroupCodes, GroupCodes]:
+    """Codes of b (N, m) and a (N, n) that lower ``|| b a^T - Q(b') Q(a')^T ||_F``; of each pair the best that was seen."""
+    rms = [x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30) for x in (b, a)]
+    target = [b / rms[0], a / rms[1]]
+    moved = [x.clone().requires_grad_() for x in target]
+    best = [x.detach().clone() for x in moved]
+    norm = target[0].square().sum(-1) * target[1].square().sum(-1)
+    least = torch.full_like(norm, torch.inf)
+    optimizer = torch.optim.Adam(moved, lr=LEARNING_RATE)
+    for _ in range(STEPS + 1):
+        q_b, q_a = (fake_rtn(x, bits, group_size=group_size) for x in moved)
+        both = (target[0] * q_b).sum(-1) * (target[1] * q_a).sum(-1)
+        error = norm + q_b.square().sum(-1) * q_a.square().sum(-1) - 2 * both
+        better = error.detach() < least
+        least = torch.where(better, error.detach(), least)
+        best = [
+            torch.where(better[:, None], x.detach(), kept)
+            for x, kept in zip(moved, best, strict=True)
+        ]
+        optimizer.zero_grad()
+        (error / norm).sum().backward()
+        optimizer.step()
+    options = {"group_size": group_size, "scale_dtype": scale_dtype}
+    return quantize_rtn(best[0] * rms[0], bits, **options), quantize_rtn(
+        best[1] * rms[1], bits, **options
+    )

@@ -1,0 +1,297 @@
+"""Components of a few bits as dense bytes: what a LORAQUANT adapter stores of one module, version 1 of the format.
+
+The product B A of a module, B (m, K) and A (K, n), is kept as K components, each a column of B and a row of A at bits of its own,
+in order of non-increasing bits. Components of equal bits form a run. Every kind of data is one flat tensor, run after run, and
+of a run of c components
+
+    codes        the c rows of B, ceil(m * bits / 8) bytes each, then the c rows of A, ceil(n * bits / 8) bytes each; uint8
+    scales       the c rows of B, ceil(m / group_size) scales each, then the c rows of A, ceil(n / group_size) each
+    zero_points  one integer of ``bits`` bits for each scale, in rows like the codes; uint8. Only with ``zero_points`` and
+                 only where bits > 1: for other components the tensor has nothing, and where it is empty it is left out
+
+with value = scale * (code - zero_point), and zero_point = (2^bits - 1) / 2 where none is stored. Rows are packed as in
+quant/packing.py: little-endian, value i of a row starts at its bit i * bits, the bits after the last value are zero. Scales are
+bfloat16, float16 or float32, little-endian, finite and not negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..packing import pack, packed_bytes
+from .groups import MAX_BITS, GroupCodes, num_groups
+
+
+FORMAT_VERSION = 1
+LARGEST = (
+    2**30
+)  # entries of the B and A of one module as LoRA has them: those of a vocabulary of 2**20 at rank 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The rows of one run on one side, and where they lie in the flat tensors."""
+
+    side: int  # 0: columns of B, 1: rows of A
+    bits: int
+    components: slice
+    length: int  # m or n
+    codes: slice
+    scales: slice
+    zero_points: slice | None
+
+    @property
+    def count(self) -> int:
+        return self.components.stop - self.components.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFormat:
+    """How one module is stored: the bits of its components, one digit each, its shape, and how groups are kept."""
+
+    bits: str
+    rows: int  # m
+    columns: int  # n
+    group_size: int
+    scale_dtype: torch.dtype
+    zero_points: bool
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """B and A of each run, in the order of storage."""
+        found = []
+        first = codes = scales = zero_points = 0
+        for digit, run in groupby(self.bits):
+            bits, count = int(digit), len(list(run))
+            for side, length in enumerate((self.rows, self.columns)):
+                groups = num_groups(length, self.group_size)
+                next_codes = codes + count * packed_bytes(length, bits)
+                next_scales = scales + count * groups
+                stored = self.zero_points and bits > 1
+                next_zero_points = zero_points + count * packed_bytes(groups, bits) * stored
+                found.append(
+                    Block(
+                        side=side,
+                        bits=bits,
+                        components=slice(first, first + count),
+                        length=length,
+                        codes=slice(codes, next_codes),
+                        scales=slice(scales, next_scales),
+                        zero_points=slice(zero_points, next_zero_points) if stored else None,
+                    )
+                )
+                codes, scales, zero_points = next_codes, next_scales, next_zero_points
+            first += count
+        return tuple(found)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of elements of each tensor that is stored."""
+        sizes = {"codes": 0, "scales": 0}
+        for block in self.blocks:
+            sizes["codes"], sizes["scales"] = block.codes.stop, block.scales.stop
+            if block.zero_points is not None:
+                sizes["zero_points"] = block.zero_points.stop
+        return sizes
+
+    def dtype(self, kind: str) -> torch.dtype:
+        """The dtype of one of the tensors in ``sizes``."""
+        return self.scale_dtype if kind == "scales" else torch.uint8
+
+
+def check_bits(bits: object) -> None:
+    """Raises ValueError unless ``bits`` is a string of digits from 1 to 8 that do not increase."""
+    known = "".join(map(str, range(1, MAX_BITS + 1)))
+    if not isinstance(bits, str) or bits.strip(known) or list(bits) != sorted(bits, reverse=True):
+        raise ValueError(
+            f"the bits of the components must be digits from 1 to {MAX_BITS} that do not increase, such as '4421', but are {bits!r}"
+        )
+
+
+def check_rank(format: PackedFormat, rank: int) -> None:
+    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory; allocates nothing."""
+    if len(format.bits) > rank:
+        raise ValueError(f"there are {len(format.bits)} components, but the rank is {rank}")
+    if rank * (format.rows + format.columns) > LARGEST:
+        raise ValueError(
+            f"factors of rank {rank} for a module of shape ({format.rows}, {format.columns}) are larger than any adapter's"
+        )
+
+
+def pack_components(
+    components: Sequence[tuple[GroupCodes, GroupCodes]],
+    *,
+    rows: int,
+    columns: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    zero_points: bool,
+) -> tuple[PackedFormat, dict[str, Tensor]]:
+    """Pairs of the codes of b (N, m) and of a (N, n) -> the format they are stored in, and its tensors.
+
+    The order of components of equal bits is kept; those of 0 bits are left out. With ``zero_points``, all above 1 bit need them.
+    """
+    pairs = []
+    for pair in components:
+        if pair[0].bits.tolist() != pair[1].bits.tolist():
+            raise ValueError(
+                f"b and a of a component need equal bits, but have {pair[0].bits} and {pair[1].bits}"
+            )
+        pairs += [
+            (bits, [codes[i : i + 1] for codes in pair])
+            for i, bits in enumerate(pair[0].bits.tolist())
+            if bits > 0
+        ]
+    pairs.sort(key=lambda pair: -pair[0])
+    format = PackedFormat(
+        bits="".join(str(bits) for bits, _ in pairs),
+        rows=rows,
+        columns=columns,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        zero_points=zero_points,
+    )
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in format.sizes}
+    for block in format.blocks:
+        vectors = [sides[block.side] for _, sides in pairs[block.components]]
+        _check_vectors(vectors, block, format)
+        parts["codes"].append(pack(torch.cat([v.codes for v in vectors]), block.bits))
+        parts["scales"].append(torch.cat([v.scale for v in vectors]))
+        if block.zero_points is not None:
+            parts["zero_points"].append(
+                pack(torch.cat([v.zero_point for v in vectors]), block.bits)
+            )
+    tensors = {
+        kind: torch.cat([part.flatten() for part in found])
+        if found
+        else torch.empty(0, dtype=format.dtype(kind))
+        for kind, found in parts.items()
+    }
+    check_packed(format, tensors)
+    return format, tensors
+
+
+def _check_vectors(vectors: list[GroupCodes], block: Block, format: PackedFormat) -> None:
+    wanted = (block.length, format.group_size, format.scale_dtype, block.zero_points is not None)
+    for vector in vectors:
+        present = (
+            vector.codes.shape[1],
+            vector.group_size,
+            vector.scale.dtype,
+            vector.zero_point is not None,
+        )
+        if present != wanted:
+            raise ValueError(
+                f"a component of {block.bits} bits must have (length, group size, dtype of scales, zero points) {wanted}, but "
+                f"has {present}"
+            )
+
+
+def expand(
+    format: PackedFormat, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """B (m, K) and A (K, n) in ``dtype``; in float32 the very values of the `GroupCodes` that were packed."""
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for block in format.blocks:
+        values = _unpack(tensors["codes"][block.codes], block.bits, block.count, block.length)
+        if block.zero_points is None:
+            values.sub_((2**block.bits - 1) / 2)
+        else:
+            groups = num_groups(block.length, format.group_size)
+            zero_points = _unpack(
+                tensors["zero_points"][block.zero_points], block.bits, block.count, groups
+            )
+            values.sub_(_spread(zero_points, block, format))
+        values.mul_(
+            _spread(tensors["scales"][block.scales].view(block.count, -1).float(), block, format)
+        )
+        sides[block.side].append(values.to(dtype))
+    if not format.blocks:
+        codes = tensors["codes"]
+        empty = (
+            codes.new_zeros(format.rows, 0, dtype=dtype),
+            codes.new_zeros(0, format.columns, dtype=dtype),
+        )
+        return empty
+    b, a = (torch.cat(side) if len(side) > 1 else side[0] for side in sides)
+    return b.T, a
+
+
+def _spread(per_group: Tensor, block: Block, format: PackedFormat) -> Tensor:
+    """(count, groups) -> (count, length)."""
+    return per_group.repeat_interleave(min(format.group_size, block.length), dim=1)[
+        :, : block.length
+    ]
+
+
+def _unpack(packed: Tensor, bits: int, count: int, length: int) -> Tensor:
+    """As ``unpack`` of quant/packing.py, but (count, length) float32, in few operations: small tensors cost by the operation."""
+    if 8 % bits == 0:
+        return _table(bits, packed.device).index_select(0, packed.int()).view(count, -1)[:, :length]
+    packed = packed.view(count, -1)
+    if padding := -packed.shape[1] % bits:
+        packed = torch.nn.functional.pad(packed, (0, padding))
+    # Eight values are one integer of `bits` bytes.
+    octets = packed.unflatten(1, (-1, bits)).long()
+    words = (octets << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(-1, keepdim=True)
+    values = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)).bitwise_and_(
+        2**bits - 1
+    )
+    return values.flatten(1)[:, :length].float()
+
+
+@lru_cache
+def _table(bits: int, device: torch.device) -> Tensor:
+    """The values in each byte, (256, 8 / bits) float32."""
+    in_byte = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device)
+    return (in_byte % 2**bits).float()
+
+
+def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless ``tensors`` are those that ``format`` describes, down to the bits that must be zero."""
+    if extra := sorted(set(tensors) - set(format.sizes)):
+        raise ValueError(
+            f"{extra[0]} are stored, but components of bits {format.bits!r} here have none"
+        )
+    for kind, size in format.sizes.items():
+        if kind not in tensors:
+            raise ValueError(f"the {kind} are missing")
+        tensor, dtype = tensors[kind], format.dtype(kind)
+        if tensor.shape != (size,) or tensor.dtype != dtype:
+            raise ValueError(
+                f"the {kind} must be {size} of {dtype} for components of bits {format.bits!r} on a module of shape ({format.rows}, "
+                f"{format.columns}), but are {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    scales = tensors["scales"]
+    for fault, found in (
+        ("NaN", scales.isnan()),
+        ("infinite", scales.isinf()),
+        ("negative", scales < 0),
+    ):
+        if found.any():
+            raise ValueError(
+                f"scales must be finite and not negative, but {int(found.sum())} of {len(scales)} are {fault}"
+            )
+    for block in format.blocks:
+        _check_padding("codes", tensors["codes"][block.codes], block, block.length)
+        if block.zero_points is not None:
+            groups = num_groups(block.length, format.group_size)
+            _check_padding("zero_points", tensors["zero_points"][block.zero_points], block, groups)
+
+
+def _check_padding(kind: str, packed: Tensor, block: Block, length: int) -> None:
+    used = length * block.bits % 8
+    if used and (packed.view(block.count, -1)[:, -1] >> used).any():
+        raise ValueError(
+            f"the bits after the last value of a row must be zero, but some of the {kind} of {'BA'[block.side]} at {block.bits} "
+            "bits are not; the data is damaged"
+        )

@@ -1,0 +1,1 @@
+"""What both tuners, the export and the trainer build on; knows neither method."""

@@ -1,0 +1,80 @@
+"""The published procedure: split, high and low part, refinement."""
+
+import pytest
+import torch
+
+from peft_lrqat.quant.factors.groups import quantize_rtn
+from peft_lrqat.quant.factors.paper import high_components, quantize_paper, refine
+from peft_lrqat.quant.factors.svd import product_svd
+
+
+OPTIONS = {"group_size": 16, "scale_dtype": torch.float32}
+
+
+def factors(decay, batch=2, m=48, n=40, r=6):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(batch, m, r, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(batch, n, r, generator=generator)).Q
+    root = decay ** (torch.arange(r) / 2)
+    return u * root, (v * root).mT
+
+
+@pytest.mark.parametrize(
+    ("values", "ratio", "expected"),
+    [
+        ([3.0, 1.0, 1.0], 0.8, 1),  # 9 / 11 = 0.818
+        ([3.0, 1.0, 1.0], 0.85, 2),
+        ([2.0, 1.0], 0.8, 1),  # reached exactly
+        ([1.0, 1.0, 1.0, 1.0], 0.75, 3),
+        ([1.0, 1.0, 1.0, 1.0], 1.0, 4),
+        ([5.0, 0.0, 0.0], 1.0, 1),
+        ([0.0, 0.0], 0.9, 0),
+    ],
+)
+def test_fewest_components_that_reach_the_share(values, ratio, expected):
+    assert high_components(torch.tensor([values]), ratio).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_split_bits_and_zero_points(bits):
+    B, A = factors(0.7)
+    _, s, v = product_svd(B, A)
+    high = high_components(s, 0.8)
+    for row, components in enumerate(quantize_paper(B, A, bits_high=bits, ratio=0.8, **OPTIONS)):
+        assert [int(b.bits) for b, _ in components] == [bits] * int(high[row]) + [1] * (
+            6 - int(high[row])
+        )
+        for k, (b, a) in enumerate(components):
+            assert (b.codes.shape[1], a.codes.shape[1]) == (48, 40)
+            assert (b.zero_point is not None) == (a.zero_point is not None) == (k < high[row])
+            if k >= high[row]:  # sign(x) * mean|x|
+                x = (v[row, :, k] * s[row, k].sqrt()).float()
+                expected = torch.cat([x_g.sign() * x_g.abs().mean() for x_g in x.split(16)])
+                torch.testing.assert_close(a.values()[0], expected, rtol=1e-5, atol=0)
+
+
+def test_zero_product_has_no_components():
+    B, A = factors(0.7)
+    B[1] = 0
+    first, second = quantize_paper(B, A, bits_high=2, ratio=0.8, **OPTIONS)
+    assert len(first) == 6
+    assert second == []
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_refinement_helps_and_never_harms(bits):
+    """In long groups above all, whose extremes lie far out."""
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(8, 256, generator=generator), torch.randn(8, 128, generator=generator)
+    options = {"group_size": 128, "scale_dtype": torch.float32}
+    width = torch.full((8,), bits)
+
+    def error(codes_b, codes_a):
+        product = codes_b.values()[..., None] * codes_a.values()[:, None]
+        return (b[..., None] * a[:, None] - product).square().sum((1, 2))
+
+    before = error(quantize_rtn(b, width, **options), quantize_rtn(a, width, **options))
+    after = error(*refine(b, a, width, **options))
+    assert (after <= before * (1 + 1e-5)).all()
+    if bits == 2:
+        assert after.sum() < 0.75 * before.sum()

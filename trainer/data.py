@@ -1,0 +1,257 @@
+"""Text for language modelling: a file, a directory or a hub data set becomes blocks of token ids, cached by `datasets`."""
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+AnyDataset = Dataset | IterableDataset
+
+# Readers of `datasets` by file suffix; a file with any other suffix is plain text, and one document.
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*(?::[\w.-]+)?")
+DOCUMENTS_AT_A_TIME = 1000
+
+
+def load_documents(
+    source: str | Sequence[str],
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+) -> AnyDataset:
+    """One row per document, in the single column ``text_column``.
+
+    ``source`` is one of
+
+    - one or more files: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` with a text column; anything else is plain UTF-8
+      text, where one file is one document, line breaks included;
+    - a directory: written by ``save_to_disk``, or one that ``load_dataset`` understands;
+    - a data set on the hub, ``name`` or ``name:config``.
+
+    ``split`` chooses among the splits of a directory or hub data set; files have one only, and ignore it.
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    if not names or "" in names:
+        raise ValueError(f"a data set needs at least one file or name, but got {source!r}")
+    if len(names) > 1 or Path(names[0]).is_file():
+        documents = _from_files(names, streaming)
+    elif Path(names[0]).is_dir():
+        documents = _choose_split(_from_directory(names[0], streaming), split, names[0])
+    else:
+        documents = _choose_split(_from_hub(names[0], streaming), split, names[0])
+    return _only_text(documents, text_column, ", ".join(names))
+
+
+def tokenize(
+    documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, *, text_column: str = "text"
+) -> AnyDataset:
+    """Token ids of each document: what the tokenizer makes of it, then its end-of-text token, if it has one.
+
+    Blank documents have no row. A tokenizer that puts a token in front of every text (``<s>``) keeps doing so.
+    """
+    return documents.map(
+        _tokenize,
+        batched=True,
+        batch_size=DOCUMENTS_AT_A_TIME,
+        remove_columns=[text_column],
+        fn_kwargs={"tokenizer": tokenizer, "text_column": text_column},
+        **({} if isinstance(documents, IterableDataset) else {"desc": "tokenising"}),
+    )
+
+
+def pack(
+    documents: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    text_column: str = "text",
+) -> AnyDataset:
+    """Blocks of exactly ``block_size`` tokens, cut from the documents laid end to end; ``labels`` equal ``input_ids``.
+
+    Packing runs over 1,000 documents at a time, and the tokens left over at the end of each run (fewer than
+    ``block_size``) are not used.
+    """
+    if block_size < 2:
+        raise ValueError(
+            f"`block_size` must be at least 2 (a block predicts its own next tokens), but it is {block_size}"
+        )
+    tokens = tokenize(documents, tokenizer, text_column=text_column)
+    blocks = tokens.map(
+        _pack,
+        batched=True,
+        batch_size=DOCUMENTS_AT_A_TIME,
+        fn_kwargs={"block_size": block_size},
+        **({} if isinstance(tokens, IterableDataset) else {"desc": "packing"}),
+    )
+    if next(iter(blocks), None) is None:
+        count = sum(len(row["input_ids"]) for row in tokens)
+        if count == 0:
+            raise ValueError(
+                "the data set has no text: every document is empty or blank; give one with text in it"
+            )
+        raise ValueError(
+            f"the data must fill at least one block, but it has {count} tokens and `block_size` is {block_size};"
+            f" use more text, or a `block_size` of {count} or less"
+        )
+    return blocks
+
+
+def load_blocks(
+    source: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+) -> AnyDataset:
+    """Training data: `load_documents`, then `pack`.
+
+    With ``streaming`` the result is an ``IterableDataset`` that reads as it goes; training then needs ``max_steps``.
+    """
+    documents = load_documents(source, split=split, text_column=text_column, streaming=streaming)
+    return pack(documents, tokenizer, block_size=block_size, text_column=text_column)
+
+
+def load_tokens(
+    source: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+) -> Tensor:
+    """Evaluation data: all documents laid end to end in one row of token ids, int64, nothing left out."""
+    documents = load_documents(source, split=split, text_column=text_column)
+    return concatenate(tokenize(documents, tokenizer, text_column=text_column))
+
+
+def concatenate(tokens: Dataset) -> Tensor:
+    """All rows of `tokenize` in one row, (T,), int64."""
+    rows: Iterable[Tensor] = (
+        torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in tokens.with_format("numpy")
+    )
+    joined = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+    if len(joined) == 0:
+        raise ValueError(
+            "the data set has no text: every document is empty or blank; give one with text in it"
+        )
+    return joined
+
+
+def _tokenize(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, text_column: str
+) -> dict[str, list[Any]]:
+    texts = [text for text in batch[text_column] if text and not text.isspace()]
+    # `verbose=False`: a document longer than the model's context is fine here, it will be cut into blocks.
+    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    eos = tokenizer.eos_token_id
+    return {"input_ids": [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in ids]}
+
+
+def _pack(batch: dict[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
+    stream = list(chain.from_iterable(batch["input_ids"]))
+    blocks = [
+        stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)
+    ]
+    return {"input_ids": blocks, "labels": blocks}
+
+
+def _from_files(names: list[str], streaming: bool) -> AnyDataset:
+    for name in names:
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"no such file: {name!r}; several names must all be files (a directory or hub data set is given alone)"
+            )
+    readers = {READERS.get(Path(name).suffix.lower(), "text") for name in names}
+    if len(readers) > 1:
+        raise ValueError(
+            f"files of one data set must have one format, but these are {' and '.join(sorted(readers))}:"
+            f" {', '.join(names)}; convert them, or train on one kind"
+        )
+    reader = readers.pop()
+    options = {"sample_by": "document"} if reader == "text" else {}
+    try:
+        return load_dataset(reader, data_files=names, split="train", streaming=streaming, **options)
+    except DatasetsError as error:
+        raise ValueError(
+            f"cannot read {', '.join(names)} as {reader}: {error.__cause__ or error}"
+        ) from error
+
+
+def _from_directory(name: str, streaming: bool) -> Any:
+    try:
+        if any((Path(name) / file).exists() for file in SAVED_DATASET_FILES):
+            saved = load_from_disk(name)
+            if not streaming:
+                return saved
+            return (
+                IterableDatasetDict(
+                    {key: part.to_iterable_dataset() for key, part in saved.items()}
+                )
+                if isinstance(saved, DatasetDict)
+                else saved.to_iterable_dataset()
+            )
+        return load_dataset(name, streaming=streaming)
+    except DatasetsError as error:
+        raise ValueError(f"cannot read a data set from the directory {name!r}: {error}") from error
+
+
+def _from_hub(name: str, streaming: bool) -> Any:
+    if not HUB_NAME.fullmatch(name) or Path(name).suffix.lower() in {*READERS, ".txt"}:
+        raise FileNotFoundError(
+            f"no such file or directory: {name!r}; give a text, jsonl, csv or parquet file, a data set directory, or the"
+            " `name` or `name:config` of a hub data set"
+        )
+    path, _, config = name.partition(":")
+    try:
+        return load_dataset(path, config or None, streaming=streaming)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no file or directory here, and could not be loaded as a hub data set: {error}"
+        ) from error
+
+
+def _choose_split(dataset: Any, split: str, name: str) -> AnyDataset:
+    if not isinstance(dataset, DatasetDict | IterableDatasetDict):
+        return dataset
+    if split not in dataset:
+        raise ValueError(
+            f"the data set {name!r} has no split {split!r}; it has {', '.join(map(repr, dataset))}"
+        )
+    return dataset[split]
+
+
+def _only_text(documents: AnyDataset, text_column: str, name: str) -> AnyDataset:
+    # A stream may know its columns only after its first row.
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if not columns:
+        raise ValueError(f"the data set {name} is empty: it has no rows; give one with text in it")
+    if text_column not in columns:
+        raise ValueError(
+            f"the data set {name} has no text column {text_column!r}; it has {', '.join(map(repr, columns))}"
+            " (`text_column` chooses one)"
+        )
+    first = next(iter(documents), {text_column: ""})[text_column]
+    if not isinstance(first, str | None):
+        raise ValueError(
+            f"the column {text_column!r} of {name} must hold text, but its first row is {type(first).__name__};"
+            f" choose another of {', '.join(map(repr, columns))} as `text_column`"
+        )
+    return documents.select_columns([text_column])

@@ -1,0 +1,212 @@
+"""Perplexity of a causal language model: one metric for the Trainer, for fixed windows and for sliding windows."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+
+
+IGNORED = -100  # label of a token that is not scored, as everywhere in transformers
+
+
+class Perplexity(evaluate.Metric):
+    """``exp`` of the mean negative log-likelihood (nats) of all scored tokens, each token with the same weight.
+
+    ``predictions`` are rows of negative log-likelihoods, ``references`` rows of labels of the same length; a token whose
+    label is -100 is not scored. Batches add up through ``add_batch``; nothing is fetched from a hub.
+
+    >>> Perplexity(keep_in_memory=True).compute(predictions=[[0.0, 2.0, 9.0]], references=[[5, 7, -100]])
+    {'perplexity': 2.718281828459045, 'nats_per_token': 1.0, 'tokens': 2}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Perplexity from per-token negative log-likelihoods.",
+            citation="",
+            inputs_description="predictions: rows of nats; references: rows of labels, -100 where not scored.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def _compute(
+        self, predictions: list[list[float]], references: list[list[int]]
+    ) -> dict[str, float | int]:
+        lengths = [
+            (len(nats), len(labels)) for nats, labels in zip(predictions, references, strict=True)
+        ]
+        for row, (nats, labels) in enumerate(lengths):
+            if nats != labels:
+                raise ValueError(
+                    f"every label needs one negative log-likelihood, but row {row} has {nats} of them for {labels} labels;"
+                    " the labels must be shifted as `preprocess_logits_for_metrics` does"
+                )
+        nats = np.concatenate([np.asarray(row, dtype=np.float64) for row in predictions])
+        scored = np.concatenate([np.asarray(row, dtype=np.int64) for row in references]) != IGNORED
+        if not scored.any():
+            raise ValueError(
+                "perplexity needs at least one scored token, but every label is -100; check the padding mask"
+            )
+        mean = nats[scored].mean()
+        with np.errstate(
+            over="ignore"
+        ):  # a ruined model may exceed 709 nats; its perplexity is inf
+            return {
+                "perplexity": float(np.exp(mean)),
+                "nats_per_token": float(mean),
+                "tokens": int(scored.sum()),
+            }
+
+
+def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Negative log-likelihoods in nats, float32: (batch, T, vocabulary) and (batch, T) -> (batch, T - 1).
+
+    Column t belongs to label t + 1: the first token has no prediction, and the last prediction has no token. With this
+    hook a Trainer keeps one number per token instead of the logits. A position whose label is -100 holds 0.
+    """
+    if isinstance(logits, tuple):  # a model that also returns hidden states or a cache
+        logits = logits[0]
+    # Row by row, so that only one row of logits is ever copied to float32.
+    rows = zip(logits[:, :-1], labels[:, 1:].to(logits.device), strict=True)
+    return torch.stack(
+        [
+            F.cross_entropy(row.float(), gold, ignore_index=IGNORED, reduction="none")
+            for row, gold in rows
+        ]
+    )
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
+    """Perplexity for a Trainer that was also given ``preprocess_logits_for_metrics``.
+
+    ``Trainer(..., compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)``
+    """
+    nats, labels = prediction.predictions, prediction.label_ids
+    if np.ndim(nats) != 2:
+        raise ValueError(
+            f"`compute_metrics` takes (rows, tokens - 1) nats, but got {np.ndim(nats)} dimensions;"
+            " pass `preprocess_logits_for_metrics=preprocess_logits_for_metrics` to the Trainer as well"
+        )
+    return Perplexity(keep_in_memory=True).compute(predictions=nats, references=labels[:, 1:])
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, float | int]:
+    """Perplexity of one long text, a row of token ids (T,), seen through windows of ``window`` tokens.
+
+    ``stride`` None or equal to ``window``: windows do not overlap, the first token of each is not scored, and an
+    incomplete last window is dropped. This is what papers on quantisation report, and what a Trainer computes on blocks.
+
+    ``stride`` below ``window``: each window starts ``stride`` tokens after the one before, and scores only the tokens
+    that no earlier window scored; the last window may be shorter. Every token but the first is scored exactly once, with
+    at least ``window - stride`` tokens of context (past the first window). This is the procedure of the transformers
+    documentation, "Perplexity of fixed-length models"; its figures are lower, so always state both numbers.
+    """
+    check_window(model, input_ids, window=window, stride=stride, batch_size=batch_size)
+    stride = window if stride is None else stride
+    metric = Perplexity(keep_in_memory=True)
+    spans = list(_spans(len(input_ids), window, stride))
+    was_training = model.training
+    model.eval()
+    try:
+        bar = tqdm(
+            total=len(spans), desc="perplexity", unit="window", leave=False, disable=not progress
+        )
+        with torch.no_grad(), bar:
+            for batch in _batches(spans, batch_size):
+                tokens = torch.stack([input_ids[start:end] for start, end, _ in batch]).to(
+                    model.device
+                )
+                labels = tokens.clone()
+                for row, (start, _, first_scored) in zip(labels, batch, strict=True):
+                    row[: first_scored - start] = IGNORED
+                logits = model(input_ids=tokens, use_cache=False).logits
+                nats = preprocess_logits_for_metrics(logits, labels)
+                metric.add_batch(
+                    predictions=nats.cpu().numpy(), references=labels[:, 1:].cpu().numpy()
+                )
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    return metric.compute()
+
+
+def check_window(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 1,
+) -> None:
+    """ValueError unless the windows suit the model and the text; `evaluate_perplexity` begins with it."""
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but it is {batch_size}")
+    if input_ids.ndim != 1:
+        raise ValueError(
+            f"`input_ids` must be one row of token ids, but its shape is {tuple(input_ids.shape)}; pass `input_ids[0]`"
+            " for a batch of one text"
+        )
+    if window < 2:
+        raise ValueError(
+            f"`window` must be at least 2 (the first token of a window is not scored), but it is {window}"
+        )
+    if stride is not None and not 1 <= stride <= window:
+        raise ValueError(
+            f"`stride` must be between 1 and `window`, but it is {stride} with a window of {window}"
+        )
+    context: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and window > context:
+        raise ValueError(
+            f"`window` must fit in the context of the model, but {window} is more than its {context} tokens"
+            f" (`max_position_embeddings`); use {context} or less"
+        )
+    if len(input_ids) < window:
+        raise ValueError(
+            f"the text must fill at least one window, but it has {len(input_ids)} tokens and the window is {window};"
+            f" use a longer text or a smaller window"
+        )
+
+
+Span = tuple[int, int, int]  # start and end of a window, and its first token that is scored
+
+
+def _spans(length: int, window: int, stride: int) -> Iterator[Span]:
+    """Windows over ``length`` tokens; see `evaluate_perplexity`. The first token of a text is never scored."""
+    if stride == window:
+        yield from (
+            (start, start + window, start + 1) for start in range(0, length - window + 1, window)
+        )
+        return
+    scored = 1
+    for start in range(0, length, stride):
+        end = min(start + window, length)
+        yield start, end, scored
+        scored = end
+        if end == length:
+            return
+
+
+def _batches(spans: list[Span], batch_size: int) -> Iterator[list[Span]]:
+    """Consecutive windows of the same length, at most ``batch_size`` at a time."""
+    for _, group in groupby(spans, key=lambda span: span[1] - span[0]):
+        same = list(group)
+        yield from (same[i : i + batch_size] for i in range(0, len(same), batch_size))
