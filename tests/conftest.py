@@ -16,6 +16,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lrqat import LRQATConfig, LRQATLinear
+from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
 
 
 torch.set_num_threads(1)
@@ -46,6 +47,8 @@ CONFIGS = {
     ),
     "classifier": lambda: transformers.LlamaConfig(**GATED, **NO_SPECIAL, num_labels=3),
 }
+# Bits of the components of a packed pair of factors, a digit each.
+FACTOR_BITS = ["", "1", "2", "4321", "3311"]
 TASKS = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
 AUTO_MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -176,3 +179,29 @@ def disturb():
         return model
 
     return move
+
+
+@pytest.fixture(params=FACTOR_BITS, ids=lambda bits: bits or "none")
+def bits(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_components():
+    """``make_components(bits, rows, columns, ...)``: pairs of codes of random vectors, one pair per digit."""
+
+    def quantize(length, digit, group_size, scale_dtype, zero_points):
+        function = quantize_rtn if zero_points and digit > 1 else quantize_midrise
+        x = torch.randn(1, length) * 0.3
+        return function(x, torch.tensor([digit]), group_size=group_size, scale_dtype=scale_dtype)
+
+    def make(bits, rows, columns, group_size=7, scale_dtype=torch.bfloat16, zero_points=False):
+        return [
+            tuple(
+                quantize(n, int(digit), group_size, scale_dtype, zero_points)
+                for n in (rows, columns)
+            )
+            for digit in bits
+        ]
+
+    return make

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from peft_lrqat import LRQATConfig, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.lrqat.size import deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.trainer import LRQATTrainingArguments
 from peft_lrqat.trainer.data import load_tokens, pack
 from peft_lrqat.trainer.metrics import evaluate_perplexity

@@ -20,7 +20,7 @@ from ..shared.staging import check_target
 from ..shared.words import some
 from .config import LoRAQuantConfig
 from .files import from_files, from_model, write_adapter, write_packed
-from .layer import _check_magnitude
+from .layer import check_magnitude
 from .lrqat import dequantize_lrqat, quantize_lrqat
 from .quantize import check_factors, quantize_factors, report, stored_zero_points
 
@@ -320,7 +320,7 @@ def _as_lora(
     found = {}
     if config.use_dora:
         found[MAGNITUDE] = packed.pop("magnitude", None)
-        _check_magnitude(found[MAGNITUDE], rows)
+        check_magnitude(found[MAGNITUDE], rows)
     format = config.packed_format(module, rows, columns)
     check_packed(format, packed)
     B, A = expand(format, packed, torch.float32)

@@ -100,7 +100,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         packed = {name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()}
         try:
             if adapter_name in self.loraquant_magnitude:
-                _check_magnitude(packed.pop("magnitude", None), self.out_features)
+                check_magnitude(packed.pop("magnitude", None), self.out_features)
             check_packed(self.format[adapter_name], packed)
         except ValueError as error:
             raise ValueError(
@@ -315,7 +315,7 @@ class LoRAQuantEmbedding(LoRAQuantLayer):
         return product if scale is None else product * scale.to(product.dtype)
 
 
-def _check_magnitude(magnitude: Tensor | None, length: int) -> None:
+def check_magnitude(magnitude: Tensor | None, length: int) -> None:
     if magnitude is None:
         raise ValueError("the magnitude is missing")
     if (

@@ -8,38 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat.loraquant import LoRAQuantConfig
-from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
 from peft_lrqat.quant.factors.storage import pack_components
 from peft_lrqat.quant.grid import SCALE_DTYPES
-
-
-BITS = ["", "1", "2", "4321", "3311"]
-
-
-@pytest.fixture(params=BITS, ids=lambda bits: bits or "none")
-def bits(request):
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def make_components():
-    """``make_components(bits, rows, columns, ...)``: pairs of codes of random vectors, one pair per digit."""
-
-    def quantize(length, digit, group_size, scale_dtype, zero_points):
-        function = quantize_rtn if zero_points and digit > 1 else quantize_midrise
-        x = torch.randn(1, length) * 0.3
-        return function(x, torch.tensor([digit]), group_size=group_size, scale_dtype=scale_dtype)
-
-    def make(bits, rows, columns, group_size=7, scale_dtype=torch.bfloat16, zero_points=False):
-        return [
-            tuple(
-                quantize(n, int(digit), group_size, scale_dtype, zero_points)
-                for n in (rows, columns)
-            )
-            for digit in bits
-        ]
-
-    return make
 
 
 def expanded(components, rows, columns):
