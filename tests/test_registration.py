@@ -19,6 +19,7 @@ from peft.mapping import (
 
 import peft_lrqat
 from peft_lrqat import LRQATConfig, LRQATModel
+from peft_lrqat.lrqat.card import describe_adapter
 from peft_lrqat.registration import OWN_TYPES, register
 
 
@@ -161,7 +162,7 @@ def test_registering_again_changes_nothing():
         return list(PeftType), *tables, set(OWN_TYPES), peft.PeftModel.push_to_hub
 
     before = state()
-    register("lrqat", LRQATConfig, LRQATModel)
+    register("lrqat", LRQATConfig, LRQATModel, describe_adapter)
     assert state() == before
     assert PeftType.LRQAT in OWN_TYPES
 

@@ -355,6 +355,7 @@ class LRQATConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; `verify_base` belongs to one run and is left out."""
+        _check_record(self.training_record)  # the trainer sets it on a finished config
         fields = super().to_dict()
         del fields["verify_base"]
         return fields

@@ -30,6 +30,7 @@ class AdapterConfig(PeftConfig):
     )
     library_version: Optional[str] = field(
         default=None,
+        compare=False,
         metadata={"help": "The release of peft_lrqat that saved the adapter; filled in."},
     )
 
