@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"_version", "_moved", "quant"},
     {"shared", "formats", "activations"},
+    {"base"},
     {"registration", "lrqat"},
     {"hub", "loraquant", "export"},
     {"trainer"},

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
 
+from ..base.settings import WeightSettings, check_bits
 from ..formats.capabilities import RUNTIMES, preset, why_not_activations, why_not_for
-from ..quant import DOWNCASTS, RANGES, Grid, WeightFormat
+from ..quant import Grid
 from ..quant.grid import SCALE_DTYPES
 from ..shared.checks import (
     check_choice,
     check_flag,
     check_integer,
-    check_items,
     check_json,
     check_names,
     check_regex,
@@ -28,7 +27,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass
-class LRQATConfig(AdapterConfig):
+class LRQATConfig(WeightSettings, AdapterConfig):
     """Configuration of LR-QAT, low-rank quantisation-aware training (arXiv 2406.06385).
 
     Each target linear's weight is replaced by a downcast one on an integer grid; rank-``r`` factors inside the rounding and
@@ -88,39 +87,6 @@ class LRQATConfig(AdapterConfig):
             "help": "Name of the ModuleList that layers_to_transform counts in, where it is not 'layers' or 'h'."
         },
     )
-    bits: int = field(
-        default=4,
-        metadata={"help": "Bits per weight, 2 to 8. Default 4; the paper has 4, 3 and 2."},
-    )
-    group_size: int = field(
-        default=-1,
-        metadata={
-            "help": "Weights of a row that share a scale; it must divide in_features. -1, the default: the whole row ('per "
-            "channel'). As in GPTQ and AWQ configurations. The paper has -1 and 128."
-        },
-    )
-    symmetric: bool = field(
-        default=True,
-        metadata={
-            "help": "True, the default: signed integers -2^(b-1)..2^(b-1)-1. False: 0..2^b-1 with an integer zero point per group, "
-            "which the paper uses at 2 bits."
-        },
-    )
-    downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
-        default="fixed8",
-        metadata={
-            "help": "How the frozen weight is kept during training. fixed8 (default): 8-bit fixed point, b integer and 8-b "
-            "fractional bits (the paper's Q4.4 at 4 bits), 1 byte a weight. int: rounded integers, densely packed, b/8 bytes a "
-            "weight. fp32, bf16, fp16: for reference."
-        },
-    )
-    scale_dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="bfloat16",
-        metadata={
-            "help": "The scales are trained in float32 and rounded to this dtype in every forward pass, so that the file format "
-            "they ship in changes nothing. Default bfloat16, which every format holds exactly."
-        },
-    )
     activation_bits: Optional[int] = field(
         default=None,
         metadata={
@@ -143,37 +109,11 @@ class LRQATConfig(AdapterConfig):
             "largest value, with a zero point. True: as far below zero as above."
         },
     )
-    range_estimator: Literal["minmax", "lp"] = field(
-        default="lp",
-        metadata={
-            "help": "First scales. lp (default): a search for the least sum of |error|^range_p in each group, as in the paper. "
-            "minmax: the smallest grid that covers every weight."
-        },
-    )
-    range_p: float = field(
-        default=4.0,
-        metadata={
-            "help": "Exponent of range_estimator='lp', 1 to 8. Default 4, of the paper's 2.4 to 5."
-        },
-    )
     clipped_gradient: Literal["zero", "pass_through"] = field(
         default="zero",
         metadata={
             "help": "What a weight outside the grid hands on to A and B. zero (default): nothing, the exact gradient of the clip. "
             "pass_through: as if it lay inside, which saves a little time."
-        },
-    )
-    bits_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Bits of single modules, by name, ending of a name or regular expression, as LoRA's rank_pattern: "
-            '{"down_proj": 4} in a 3-bit model. Default: none.'
-        },
-    )
-    group_size_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Group sizes of single modules, by name as in bits_pattern. Default: none."
         },
     )
     init_weights: bool = field(
@@ -223,6 +163,7 @@ class LRQATConfig(AdapterConfig):
         self.base_dtype_filled_in = (
             False  # by LRQATModel, from a base model; no field, so never saved
         )
+        self.check_weight_settings()
         self._check_choices()
         self._check_numbers()
         self._check_targets()
@@ -234,42 +175,24 @@ class LRQATConfig(AdapterConfig):
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("downcast", DOWNCASTS),
-            ("scale_dtype", SCALE_DTYPES),
-            ("range_estimator", RANGES),
             ("clipped_gradient", ("zero", "pass_through")),
             ("base_dtype", (*SCALE_DTYPES, None)),
         ):
             check_choice(name, getattr(self, name), known)
-        for name in ("symmetric", "activation_symmetric", "init_weights", "verify_base"):
+        for name in ("activation_symmetric", "init_weights", "verify_base"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
         check_integer("r", self.r, 1)
-        _check_bits("bits", self.bits)
         for name in ("activation_bits", "kv_cache_bits"):
             if getattr(self, name) is not None:
-                _check_bits(name, getattr(self, name), or_none=True)
-        _check_group_size("group_size", self.group_size)
-        for name, check in (
-            ("bits_pattern", _check_bits),
-            ("group_size_pattern", _check_group_size),
-        ):
-            for key, value in check_items(name, getattr(self, name), "integers"):
-                check(f"{name}[{key!r}]", value)
-                check_regex(name, key)
+                check_bits(name, getattr(self, name), or_none=True)
         if (
             isinstance(self.lora_alpha, bool)
             or not isinstance(self.lora_alpha, int | float)
             or not 0 < self.lora_alpha < 1e6
         ):
             raise ValueError(f"`lora_alpha` must be a positive number, but is {self.lora_alpha!r}")
-        if (
-            isinstance(self.range_p, bool)
-            or not isinstance(self.range_p, int | float)
-            or not 1 <= self.range_p <= 8
-        ):
-            raise ValueError(f"`range_p` must be 1 to 8, but is {self.range_p!r}")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -336,23 +259,6 @@ class LRQATConfig(AdapterConfig):
         """The dtype that the frozen weight of one target is made from; None before it is filled in."""
         return self.base_dtype_pattern.get(module_name, self.base_dtype)
 
-    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
-        """The format of one target; ValueError with the module's name when the group size does not fit its width."""
-        bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
-        group_size = self.group_size_pattern.get(
-            get_pattern_key(self.group_size_pattern, module_name), self.group_size
-        )
-        grid = Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
-        try:
-            return WeightFormat(
-                grid=grid,
-                downcast=self.downcast,
-                scale_dtype=self.scale_dtype,
-                in_features=in_features,
-            )
-        except ValueError as error:
-            raise ValueError(f"`{module_name}`: {error}") from error
-
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; `verify_base` belongs to one run and is left out."""
         _check_record(self.training_record)  # the trainer sets it on a finished config
@@ -375,18 +281,3 @@ def _check_record(record: object) -> None:
             f"but is {record!r}"
         )
     check_json("training_record", record, allow_nan=False)
-
-
-def _check_bits(name: str, value: object, *, or_none: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-        raise ValueError(
-            f"`{name}` must be an integer from 2 to 8{', or None' if or_none else ''}, but is {value!r}"
-        )
-
-
-def _check_group_size(name: str, value: object) -> None:
-    if value != -1:
-        try:
-            check_integer(name, value, 1)
-        except ValueError as error:
-            raise ValueError(f"{error}; -1 is one group per row") from None

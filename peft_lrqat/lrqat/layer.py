@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..activations.attention import GRID
+from ..base.downcast import DowncastLinear
 from ..quant import (
     Grid,
     LowRankWeight,
@@ -26,7 +27,6 @@ from ..quant import (
     quantized_weight,
 )
 from ..shared.casts import keep_values
-from .downcast import DowncastLinear
 
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..activations.attention import check_attention, route_attention, unroute_attention
+from ..base.downcast import range_name
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
-from .downcast import range_name
 from .layer import LRQATLayer, LRQATLinear
 from .packed_factors import unpack_factors
 

@@ -21,7 +21,7 @@ import yaml
 from models import make_models
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.lrqat import downcast
+from peft_lrqat.base import downcast
 from peft_lrqat.quant import Grid, estimate_range, low_rank
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat import LRQATModel, target_weight_bytes
-from peft_lrqat.lrqat.downcast import DowncastLinear
+from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.quant import DOWNCASTS, Grid, WeightFormat, blocks, estimate_range, packed_bytes
 
 

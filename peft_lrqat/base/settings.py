@@ -1,0 +1,129 @@
+"""What decides the frozen integers of a weight: grid, downcast, scales, first ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.utils.other import get_pattern_key
+
+from ..quant import DOWNCASTS, RANGES, Grid, WeightFormat
+from ..quant.grid import SCALE_DTYPES
+from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_regex
+
+
+@dataclass
+class WeightSettings:
+    """Fields that `LRQATConfig` and `LowBitConfig` share."""
+
+    bits: int = field(
+        default=4,
+        metadata={"help": "Bits per weight, 2 to 8. Default 4; the paper has 4, 3 and 2."},
+    )
+    group_size: int = field(
+        default=-1,
+        metadata={
+            "help": "Weights of a row that share a scale; it must divide in_features. The default "
+            "-1 is one scale for the whole row ('per channel'), as in GPTQ and AWQ "
+            "configurations. The paper has -1 and 128."
+        },
+    )
+    symmetric: bool = field(
+        default=True,
+        metadata={
+            "help": "True, the default: signed integers -2^(b-1)..2^(b-1)-1. False: 0..2^b-1 with "
+            "an integer zero point per group, which the paper uses at 2 bits."
+        },
+    )
+    downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
+        default="fixed8",
+        metadata={
+            "help": "How the frozen weight is kept during training. fixed8 (default): 8-bit fixed "
+            "point, b integer and 8-b fractional bits (the paper's Q4.4 at 4 bits), 1 byte a "
+            "weight. int: rounded integers, densely packed, b/8 bytes a weight. fp32, bf16, fp16: "
+            "for reference."
+        },
+    )
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="bfloat16",
+        metadata={
+            "help": "The scales are trained in float32 and rounded to this dtype in every forward "
+            "pass, so storing them in this dtype changes nothing. Default bfloat16, which every "
+            "format holds exactly."
+        },
+    )
+    range_estimator: Literal["minmax", "lp"] = field(
+        default="lp",
+        metadata={
+            "help": "First scales. lp (default): a search for the least sum of |error|^range_p in "
+            "each group, as in the paper. minmax: the smallest grid that covers every weight."
+        },
+    )
+    range_p: float = field(
+        default=4.0,
+        metadata={
+            "help": "Exponent of range_estimator='lp', 1 to 8. Default 4; the paper has 2.4 to 5."
+        },
+    )
+    bits_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Bits of single modules, by name, ending of a name or regular expression, like "
+            'LoRA\'s rank_pattern: {"down_proj": 4} in a 3-bit model. Default: none.'
+        },
+    )
+    group_size_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Group sizes of single modules, by name like bits_pattern. Default: none."
+        },
+    )
+
+    def check_weight_settings(self) -> None:
+        """Raises ValueError for a field with a value that is not allowed."""
+        check_choice("downcast", self.downcast, DOWNCASTS)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_choice("range_estimator", self.range_estimator, RANGES)
+        check_flag("symmetric", self.symmetric)
+        check_bits("bits", self.bits)
+        check_group_size("group_size", self.group_size)
+        for name, check in (("bits_pattern", check_bits), ("group_size_pattern", check_group_size)):
+            for key, value in check_items(name, getattr(self, name), "integers"):
+                check(f"{name}[{key!r}]", value)
+                check_regex(name, key)
+        p = self.range_p
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 8:
+            raise ValueError(f"`range_p` must be 1 to 8, but is {p!r}")
+
+    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
+        """The format of one target; ValueError with its name if the group size does not fit."""
+        bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
+        group_size = self.group_size_pattern.get(
+            get_pattern_key(self.group_size_pattern, module_name), self.group_size
+        )
+        grid = Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+        try:
+            return WeightFormat(
+                grid=grid,
+                downcast=self.downcast,
+                scale_dtype=self.scale_dtype,
+                in_features=in_features,
+            )
+        except ValueError as error:
+            raise ValueError(f"`{module_name}`: {error}") from error
+
+
+def check_bits(name: str, value: object, *, or_none: bool = False) -> None:
+    """An integer from 2 to 8."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        allowed = f"an integer from 2 to 8{', or None' if or_none else ''}"
+        raise ValueError(f"`{name}` must be {allowed}, but is {value!r}")
+
+
+def check_group_size(name: str, value: object) -> None:
+    """A positive integer, or -1."""
+    if value != -1:
+        try:
+            check_integer(name, value, 1)
+        except ValueError as error:
+            raise ValueError(f"{error}; -1 is one group per row") from None
