@@ -1,6 +1,7 @@
 """Text for language modelling: a file, a directory or a hub data set becomes blocks of token ids, cached by `datasets`."""
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -76,18 +77,31 @@ def tokenize(
     )
 
 
-def pack(
-    documents: AnyDataset,
+def make_blocks(
+    documents: AnyDataset | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     block_size: int,
     text_column: str = "text",
 ) -> AnyDataset:
-    """Blocks of exactly ``block_size`` tokens, cut from the documents laid end to end; ``labels`` equal ``input_ids``.
+    """Training data: blocks of exactly ``block_size`` tokens; ``labels`` equal ``input_ids``.
 
-    Packing runs over 1,000 documents at a time, and the tokens left over at the end of each run (fewer than
-    ``block_size``) are not used.
+    The blocks are cut from the documents laid end to end, 1,000 documents at a time. Tokens left
+    over at the end of each thousand, fewer than ``block_size``, are not used.
+
+    Args:
+        documents: a data set with a text column, or a list of texts.
+        tokenizer: the tokenizer of the model.
+        block_size: tokens in a block.
+        text_column: the column that holds the text of a data set.
     """
+    if isinstance(documents, str):
+        raise ValueError(
+            "`documents` must be a data set or a list of texts, but is one string; put it in a "
+            "list, or use `load_blocks` for the name of a file"
+        )
+    if not isinstance(documents, Dataset | IterableDataset):
+        documents = Dataset.from_dict({text_column: list(documents)})
     if block_size < 2:
         raise ValueError(
             f"`block_size` must be at least 2 (a block predicts its own next tokens), but it is {block_size}"
@@ -98,7 +112,7 @@ def pack(
         batched=True,
         batch_size=DOCUMENTS_AT_A_TIME,
         fn_kwargs={"block_size": block_size},
-        **({} if isinstance(tokens, IterableDataset) else {"desc": "packing"}),
+        **({} if isinstance(tokens, IterableDataset) else {"desc": "cutting blocks"}),
     )
     if next(iter(blocks), None) is None:
         count = sum(len(row["input_ids"]) for row in tokens)
@@ -113,6 +127,14 @@ def pack(
     return blocks
 
 
+def pack(documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> AnyDataset:
+    """The name of `make_blocks` in release 0.1.0."""
+    warnings.warn(
+        "`pack` is now called `make_blocks`; use that name", DeprecationWarning, stacklevel=2
+    )
+    return make_blocks(documents, tokenizer, **options)
+
+
 def load_blocks(
     source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -122,12 +144,12 @@ def load_blocks(
     text_column: str = "text",
     streaming: bool = False,
 ) -> AnyDataset:
-    """Training data: `load_documents`, then `pack`.
+    """Training data: `load_documents`, then `make_blocks`.
 
     With ``streaming`` the result is an ``IterableDataset`` that reads as it goes; training then needs ``max_steps``.
     """
     documents = load_documents(source, split=split, text_column=text_column, streaming=streaming)
-    return pack(documents, tokenizer, block_size=block_size, text_column=text_column)
+    return make_blocks(documents, tokenizer, block_size=block_size, text_column=text_column)
 
 
 def load_tokens(

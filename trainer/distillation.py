@@ -122,7 +122,8 @@ def distillation_loss(
     """``T^2 * KL(teacher || student)`` in nats, summed over the scored tokens and divided by their number; a float32 scalar.
 
     Args:
-        student, teacher: logits (..., vocabulary); the gradient goes to the student's.
+        student: logits (..., vocabulary), which get the gradient.
+        teacher: logits of the same shape.
         scored: bool (...), see :func:`scored_tokens`.
         num_items: divide by this instead: the scored tokens of all batches that make one step.
     """

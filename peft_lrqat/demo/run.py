@@ -23,7 +23,7 @@ from peft_lrqat.demo.text import load_topics, model_path
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.lrqat.size import deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.trainer import LRQATTrainingArguments
-from peft_lrqat.trainer.data import load_tokens, pack
+from peft_lrqat.trainer.data import load_tokens, make_blocks
 from peft_lrqat.trainer.metrics import evaluate_perplexity
 from peft_lrqat.trainer.pipeline import load_base, make_trainer
 
@@ -250,7 +250,7 @@ def prepare(args: DemoArguments) -> Experiment:
         seed=args.seed,
         steps=args.steps or setup.steps,
         tokenizer=tokenizer,
-        train_set=pack(
+        train_set=make_blocks(
             Dataset.from_dict({"text": load_topics("train")}), tokenizer, block_size=setup.window
         ),
         heldout_file=heldout_file,

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peft_lrqat.trainer.data import load_blocks, load_documents, load_tokens, pack
+from peft_lrqat.trainer.data import load_blocks, load_documents, load_tokens, make_blocks, pack
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +57,12 @@ def test_blocks_are_the_documents_end_to_end(tmp_path, tokenizer, streaming):
 def test_without_an_eos_token_documents_follow_directly():
     tokenizer = character_tokenizer(eos=None)
     documents = Dataset.from_dict({"text": ["abc", "def"]})
-    assert rows(pack(documents, tokenizer, block_size=6)) == [ids_of("abcdef", tokenizer)]
+    assert rows(make_blocks(documents, tokenizer, block_size=6)) == [ids_of("abcdef", tokenizer)]
 
 
 def test_blank_documents_leave_no_trace(tokenizer):
     documents = Dataset.from_dict({"text": ["", "abc", " \n", None, "de"]})
-    assert rows(pack(documents, tokenizer, block_size=7)) == [
+    assert rows(make_blocks(documents, tokenizer, block_size=7)) == [
         [
             *ids_of("abc", tokenizer),
             tokenizer.eos_token_id,
@@ -74,16 +74,16 @@ def test_blank_documents_leave_no_trace(tokenizer):
 
 def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer):
     documents = Dataset.from_dict({"text": ["abc<eos>"]})
-    assert rows(pack(documents, tokenizer, block_size=4)) == [
+    assert rows(make_blocks(documents, tokenizer, block_size=4)) == [
         [*ids_of("abc", tokenizer), tokenizer.eos_token_id]
     ]
 
 
 def test_one_block_exactly(tokenizer):
     documents = Dataset.from_dict({"text": ["abc"]})
-    assert len(pack(documents, tokenizer, block_size=4)) == 1
+    assert len(make_blocks(documents, tokenizer, block_size=4)) == 1
     with pytest.raises(ValueError, match=r"has 4 tokens and `block_size` is 5; .* of 4 or less"):
-        pack(documents, tokenizer, block_size=5)
+        make_blocks(documents, tokenizer, block_size=5)
 
 
 def test_the_second_time_comes_from_the_cache(tmp_path, tokenizer):
@@ -189,4 +189,21 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_block_needs_something_to_predict(tokenizer):
     with pytest.raises(ValueError, match="`block_size` must be at least 2"):
-        pack(Dataset.from_dict({"text": ["abc"]}), tokenizer, block_size=1)
+        make_blocks(Dataset.from_dict({"text": ["abc"]}), tokenizer, block_size=1)
+
+
+def test_a_list_of_texts_is_a_data_set(tokenizer):
+    texts = ["abcdefgh", "ijkl"]
+    documents = Dataset.from_dict({"text": texts})
+    assert rows(make_blocks(texts, tokenizer, block_size=4)) == rows(
+        make_blocks(documents, tokenizer, block_size=4)
+    )
+    with pytest.raises(ValueError, match="must be a data set or a list of texts"):
+        make_blocks("abcdefgh", tokenizer, block_size=4)
+
+
+def test_the_old_name_warns_and_works(tokenizer):
+    documents = Dataset.from_dict({"text": ["abcdefgh"]})
+    with pytest.warns(DeprecationWarning, match="`make_blocks`"):
+        blocks = pack(documents, tokenizer, block_size=4)
+    assert rows(blocks) == rows(make_blocks(documents, tokenizer, block_size=4))
