@@ -13,12 +13,13 @@ DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0
 TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 trl==1.16.0 \
 	optuna==5.0.0 schedulefree==1.4.1 tensorboard==2.21.0 nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 \
 	compressed-tensors==0.20.0 xllamacpp==2026.10.11549
+DOCS_PINS := mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 
 # No model or data set is fetched: what the demo and the tests need is in the package or installed.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint unit conformance clean
+.PHONY: demo demo-smollm2 test lint unit docs conformance clean
 
 $(BIN)/.demo: pyproject.toml setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -36,13 +37,18 @@ $(BIN)/.test: $(BIN)/.demo $(BIN)/.smollm2
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
 	touch $@
 
+$(BIN)/.docs: $(BIN)/.demo
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(DOCS_PINS)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
+	touch $@
+
 demo: $(BIN)/.demo
 	$(BIN)/lrqat demo --output demo-output
 
 demo-smollm2: $(BIN)/.smollm2
 	$(BIN)/lrqat demo --model smollm2 --output demo-output/smollm2
 
-test: lint unit conformance
+test: lint unit docs conformance
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
@@ -52,8 +58,12 @@ lint: $(BIN)/.test
 unit: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The site, in site/. A broken link, a missing page or an unknown name fails.
+docs: $(BIN)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 conformance: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
 
 clean:
-	rm -rf $(VENV) demo-output .cache build *.egg-info
+	rm -rf $(VENV) demo-output site .cache build *.egg-info

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         LRQATTrainerMixin,
         LRQATTrainingArguments,
     )
+    from .trainer.data import load_blocks, make_blocks
     from .trainer.metrics import evaluate_perplexity
 
 # Imported when they are first asked for: registering the types takes none of them.
@@ -47,8 +48,10 @@ _LAZY = {
     "dequantize_adapter": ".loraquant",
     "evaluate_perplexity": ".trainer.metrics",
     "export_model": ".export",
+    "load_blocks": ".trainer.data",
     "load_quantized": ".export",
     "low_bit_cache": ".activations.cache",
+    "make_blocks": ".trainer.data",
     "quantize_adapter": ".loraquant",
     "verify_export": ".export",
 }
@@ -71,8 +74,10 @@ __all__ = [
     "dequantize_adapter",
     "evaluate_perplexity",
     "export_model",
+    "load_blocks",
     "load_quantized",
     "low_bit_cache",
+    "make_blocks",
     "push_folder_to_hub",
     "push_to_hub",
     "quantize_adapter",

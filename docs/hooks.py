@@ -1,0 +1,38 @@
+"""What mkdocs fills in while it builds the site: tables of config fields, made from the help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib import import_module
+from typing import Any
+
+
+FIELDS = re.compile(r"<!-- fields: (?P<module>[\w.]+)\.(?P<name>\w+) -->")
+FILLED_IN = ("filled in", "leave it to the library")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the table of fields in the place of each ``<!-- fields: package.Config -->``."""
+    return FIELDS.sub(lambda found: field_table(found["module"], found["name"]), markdown)
+
+
+def field_table(module: str, name: str) -> str:
+    """A Markdown table of the fields of a config that a user sets: name, default, help."""
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for option in dataclasses.fields(getattr(import_module(module), name)):
+        text = option.metadata.get("help", "")
+        if not text or any(words in text for words in FILLED_IN):
+            continue
+        rows.append(
+            f"| `{option.name}` | `{_default(option)}` | {text.replace('|', chr(92) + '|')} |"
+        )
+    return "\n".join(rows)
+
+
+def _default(option: dataclasses.Field) -> str:
+    if option.default is not dataclasses.MISSING:
+        return repr(option.default)
+    if option.default_factory is not dataclasses.MISSING:
+        return repr(option.default_factory())
+    return "required"
