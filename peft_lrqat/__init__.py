@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._moved import find_moved_modules
 from ._version import __version__
+from .base.config import LowBitConfig
+from .base.quantizer import register_low_bit
 from .hub import override_push_to_hub, push_folder_to_hub, push_to_hub
 from .loraquant.card import describe_adapter as describe_loraquant
 from .loraquant.config import LoRAQuantConfig
@@ -69,6 +71,7 @@ __all__ = [
     "LoRAQuantCallback",
     "LoRAQuantConfig",
     "LoRAQuantModel",
+    "LowBitConfig",
     "__version__",
     "deployed_weight_bytes",
     "dequantize_adapter",
@@ -99,4 +102,5 @@ def __dir__() -> list[str]:
 find_moved_modules()
 register("lrqat", LRQATConfig, LRQATModel, describe_lrqat)
 register("loraquant", LoRAQuantConfig, LoRAQuantModel, describe_loraquant)
+register_low_bit()
 override_push_to_hub()

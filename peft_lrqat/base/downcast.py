@@ -22,59 +22,113 @@ def range_name(estimator: str, p: float) -> str:
 
 
 class DowncastLinear(nn.Module):
-    """``phi``, its first scales and zero points, and the bias of a linear layer; computes with ``scale0 * (phi - zero_point)``.
+    """A frozen linear layer on an integer grid: ``y = x @ (scale0 * (phi - zero_point)).T + bias``.
 
-    The stored tensors are parameters that need no gradient, not buffers: DDP would send buffers again at every forward pass
-    and FSDP2 would not shard them. ``.half()`` and ``.to(dtype)`` leave them alone; only ``dtype``, that of the weight this layer
-    stands for, follows.
+    ``phi`` (out, row_elements), ``scale0`` (out, groups) float32 and ``zero_point`` (out, groups)
+    uint8, None on a symmetric grid, are parameters that need no gradient, not buffers: DDP would
+    send buffers again at every forward pass and FSDP2 would not shard them. ``.half()`` and
+    ``.to(dtype)`` leave them alone; only ``dtype``, that of the weight this layer stands for,
+    follows.
 
     Args:
-        linear: `nn.Linear`, or transformers' `Conv1D`, whose weight is (in, out).
-        format: how to store the weight.
-        estimator, p: range estimation, see :func:`peft_lrqat.quant.estimate_range`.
-        base_dtype: the weight is rounded to it before anything else, where it is wider.
+        in_features, out_features: the shape of the weight is (out, in).
+        format: how the weight is stored.
+        bias: the bias of the layer, (out,), or None.
+        dtype: of the weight this layer stands for.
+        base_dtype: of the weight that the integers were made from.
+        first_range: how the first scales were found, in words; adapters on it must agree.
+        is_conv1d: whether it stands for transformers' `Conv1D`, whose weight is (in, out).
+        device: where the empty parameters are.
     """
 
-    # Made from real weights even where PEFT creates the adapter's own parameters on the meta device.
-    @skip_init_on_device
     def __init__(
         self,
+        in_features: int,
+        out_features: int,
+        format: WeightFormat,
+        *,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        base_dtype: torch.dtype,
+        first_range: str,
+        is_conv1d: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.is_conv1d = in_features, out_features, is_conv1d
+        self.format, self.dtype, self.bias = format, dtype, bias
+        self.base_dtype, self.range = base_dtype, first_range
+        # The dense weight while an adapter is merged; not part of the state.
+        self.merged_weight: Tensor | None = None
+        groups = (out_features, format.grid.num_groups(in_features))
+        phi = torch.empty(
+            out_features, format.row_elements, dtype=format.storage_dtype, device=device
+        )
+        self.phi = nn.Parameter(phi, requires_grad=False)
+        scale0 = torch.empty(groups, dtype=torch.float32, device=device)
+        self.scale0 = nn.Parameter(scale0, requires_grad=False)
+        self.zero_point = None
+        if not format.grid.symmetric:
+            zero_point = torch.empty(groups, dtype=torch.uint8, device=device)
+            self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self._known_fingerprint: int | None = None
+
+    # Made from real weights even where PEFT creates the adapter's own parameters on the meta device.
+    @classmethod
+    @skip_init_on_device
+    def from_linear(
+        cls,
         linear: nn.Linear | Conv1D,
         format: WeightFormat,
         *,
         estimator: str,
         p: float,
         base_dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.is_conv1d = isinstance(linear, Conv1D)
-        weight = linear.weight.detach().T if self.is_conv1d else linear.weight.detach()
-        self.out_features, self.in_features = weight.shape
-        self.format = format
-        self.dtype = weight.dtype
-        self.bias = linear.bias
-        # The dense weight while an adapter is merged; not part of the state.
-        self.merged_weight: Tensor | None = None
-        if base_dtype.itemsize < weight.dtype.itemsize:
-            weight = weight.to(base_dtype)
-        # What the frozen weight was made from and how: all adapters on it must agree.
-        self.base_dtype, self.range = weight.dtype, range_name(estimator, p)
+    ) -> DowncastLinear:
+        """The layer that stands for ``linear``; the two share the bias.
+
+        Args:
+            linear: `nn.Linear`, or transformers' `Conv1D`, whose weight is (in, out).
+            format: how to store the weight.
+            estimator, p: range estimation, see :func:`peft_lrqat.quant.estimate_range`.
+            base_dtype: a weight in a wider dtype is rounded to it before anything else.
+        """
+        is_conv1d = isinstance(linear, Conv1D)
+        weight = linear.weight.detach().T if is_conv1d else linear.weight.detach()
+        narrower = base_dtype.itemsize < weight.dtype.itemsize
+        out_features, in_features = weight.shape
+        made = cls(
+            in_features,
+            out_features,
+            format,
+            bias=linear.bias,
+            dtype=weight.dtype,
+            base_dtype=base_dtype if narrower else weight.dtype,
+            first_range=range_name(estimator, p),
+            is_conv1d=is_conv1d,
+            device=weight.device,
+        )
+        made._fill(weight.to(base_dtype) if narrower else weight, estimator, p)
+        return made
+
+    def _fill(self, weight: Tensor, estimator: str, p: float) -> None:
+        grid = self.format.grid
         scale0, zero_point = estimate_range(
-            weight, format.grid, estimator=estimator, scale_dtype=format.scale_dtype, p=p
+            weight, grid, estimator=estimator, scale_dtype=self.format.scale_dtype, p=p
         )
-        blocks = list(row_blocks(*weight.shape, weight.device))
-        phi = torch.cat(
-            [
-                format.encode(self._in_units(weight[r].float(), scale0[r], zero_point[r]))
-                for r in blocks
-            ]
-        )
-        self.phi = nn.Parameter(phi, requires_grad=False)
-        self.scale0 = nn.Parameter(scale0, requires_grad=False)
-        self.zero_point = (
-            None if format.grid.symmetric else nn.Parameter(zero_point, requires_grad=False)
-        )
-        self.fingerprint = self._fingerprint()
+        self.scale0.data = scale0
+        if self.zero_point is not None:
+            self.zero_point.data = zero_point
+        for rows in row_blocks(*weight.shape, weight.device):
+            phi = self._in_units(weight[rows].float(), scale0[rows], zero_point[rows])
+            self.phi.data[rows] = self.format.encode(phi)
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits that change whenever anything that the integers are made from does."""
+        if self._known_fingerprint is None:
+            self._known_fingerprint = self._fingerprint()
+        return self._known_fingerprint
 
     def _in_units(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         grid = self.format.grid
@@ -84,7 +138,6 @@ class DowncastLinear(nn.Module):
         )
 
     def _fingerprint(self) -> int:
-        """63 bits that change whenever anything that the integers are made from does."""
         grid = self.format.grid
         fields = (
             grid.bits,
@@ -105,7 +158,7 @@ class DowncastLinear(nn.Module):
         super()._load_from_state_dict(*args)
         # What FSDP2 shards, no rank sees as a whole; the fingerprint stays that of the base it was made from.
         if type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
-            self.fingerprint = self._fingerprint()
+            self._known_fingerprint = None
 
     def stored_weight(self) -> Tensor:
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: the base weight as far as it is still known."""

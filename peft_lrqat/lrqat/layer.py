@@ -272,7 +272,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         cache: TensorCache | None = None,  # the model's, of dense weights
     ) -> None:
         super().__init__()
-        base = DowncastLinear(
+        base = DowncastLinear.from_linear(
             linear,
             format,
             estimator=config.range_estimator,

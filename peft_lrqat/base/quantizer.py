@@ -1,0 +1,380 @@
+"""The door through which transformers loads and makes low-bit bases.
+
+A stored base has ``"quantization_config": {"quant_method": "lrqat", ...}`` in its ``config.json``;
+``from_pretrained`` then puts `DowncastLinear` modules in place before any weight is read. With a
+`LowBitConfig` and a plain checkpoint, each target's weight is turned into one as it arrives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
+
+from ..quant import unpack
+from ..quant.grid import SCALE_DTYPES
+from ..shared.words import some
+from .config import FORMAT_VERSION, METHOD, LowBitConfig, StoredWeight
+from .downcast import DowncastLinear
+
+
+logger = logging.get_logger(__name__)
+DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, nn.Linear | Conv1D]:
+    """The modules that ``config`` names, by name; ValueError where it names none, or a tied one.
+
+    'all-linear' leaves the output layer alone, like PEFT's; so do tied weights.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and name
+    }
+    tied = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if _is_tied(model, n)}
+    if config.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        chosen = {
+            name: module
+            for name, module in linears.items()
+            if module is not head
+            and id(module.weight) not in tied
+            and not _is_named(config, name, "exclude_modules")
+        }
+    else:
+        chosen = {
+            name: m for name, m in linears.items() if check_target_module_exists(config, name)
+        }
+        for name, module in chosen.items():
+            if id(module.weight) in tied:
+                raise ValueError(
+                    f"the weight of `{name}` is tied to another module's, which would be left "
+                    "behind; leave it out of `target_modules`"
+                )
+    if not chosen:
+        raise ValueError(
+            f"`target_modules`={config.target_modules!r} names no Linear or Conv1D of this "
+            f"{type(model).__name__}, whose linears are {some(linears)}"
+        )
+    return chosen
+
+
+def _is_named(config: LowBitConfig, name: str, field: str) -> bool:
+    patterns = getattr(config, field)
+    if patterns is None:
+        return False
+    asked = LowBitConfig(target_modules=patterns)
+    return bool(check_target_module_exists(asked, name))
+
+
+def _is_tied(model: PreTrainedModel, name: str) -> bool:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return name in tied or name in tied.values()
+
+
+def digest(tensor: Tensor) -> str:
+    """64 bits of the dtype, the shape and the bytes of a tensor, as 16 hexadecimal digits."""
+    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
+    state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+class _Downcast(ConversionOps):
+    """Puts a `DowncastLinear` in place of the module whose weight has arrived."""
+
+    def __init__(self, quantizer: LowBitQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        full_layer_name: str | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.rpartition(".")[0]
+        self.hf_quantizer.replace(model, name, weight)
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+class _UnpackZeroPoints(ConversionOps):
+    """Zero points of a packed export, (out, bytes) -> (out, groups) uint8."""
+
+    def __init__(self, quantizer: LowBitQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        (packed,) = input_dict.values()
+        packed = packed[0] if isinstance(packed, list) else packed
+        stored = self.hf_quantizer.stored[full_layer_name.rpartition(".")[0]]
+        grid = stored.format.grid
+        groups = grid.num_groups(stored.shape[1])
+        return {full_layer_name: unpack(packed, grid.bits, groups).contiguous()}
+
+
+class LowBitQuantizer(HfQuantizer):
+    """Loads a stored low-bit base or packed export, or makes a base while a checkpoint is read."""
+
+    quantization_config: LowBitConfig
+
+    def __init__(self, quantization_config: LowBitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.stored: dict[str, StoredWeight] = quantization_config.stored_weights()
+        self._targets: set[str] = set()
+        self._files: list[str] = []
+        self._conversions: list[Any] = []
+        self._not_finite: list[str] = []
+
+    # Before loading
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for what cannot be made."""
+        if self.pre_quantized and not self.stored:
+            raise ValueError(
+                "the quantization config of this checkpoint names no module, so it is not a "
+                "low-bit base; make one with `lrqat prepare`"
+            )
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        if "disk" in places:
+            raise ValueError(
+                "`device_map` puts modules of a low-bit base on disk, where they cannot run; "
+                "leave them on a device or the CPU"
+            )
+
+    @property
+    def is_packed_export(self) -> bool:
+        """Whether the files are those of ``export_model(..., format="packed")``."""
+        return self.pre_quantized and self.quantization_config.format_version == 1
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._files = list(checkpoint_files or [])
+        if not self.pre_quantized:
+            targets = find_targets(model, self.quantization_config)
+            for name, module in targets.items():
+                width = module.nx if isinstance(module, Conv1D) else module.in_features
+                self.quantization_config.weight_format(name, width)
+            self._targets = set(targets)
+            self.quantization_config.made_from = model.config._name_or_path or None
+            return
+        for name, stored in self.stored.items():
+            self._put_empty(model, name, stored)
+
+    def _put_empty(self, model: PreTrainedModel, name: str, stored: StoredWeight) -> None:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the low-bit base has a weight for `{name}`, but {type(model).__name__} has no "
+                "such module; its config.json belongs to another architecture or release"
+            ) from None
+        transposed = isinstance(linear, Conv1D)
+        if not isinstance(linear, nn.Linear | Conv1D) or transposed != stored.transposed:
+            raise ValueError(
+                f"`{name}` is a {type(linear).__name__} in {type(model).__name__}, but the low-bit "
+                "base holds the weight of another kind of module for it"
+            )
+        shape = tuple(linear.weight.shape[::-1] if transposed else linear.weight.shape)
+        if shape != stored.shape:
+            raise ValueError(
+                f"`{name}` has shape {shape} in {type(model).__name__}, but {stored.shape} in the "
+                "low-bit base; its config.json was changed"
+            )
+        made = DowncastLinear(
+            stored.shape[1],
+            stored.shape[0],
+            stored.format,
+            bias=linear.bias,
+            dtype=linear.weight.dtype,
+            base_dtype=SCALE_DTYPES[stored.base_dtype],
+            first_range=stored.first_range,
+            is_conv1d=transposed,
+            device="meta",
+        )
+        model.set_submodule(name, made)
+
+    # While loading
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether this is the weight of a target that is still a plain module."""
+        module, _, kind = param_name.rpartition(".")
+        return not self.pre_quantized and kind == "weight" and module in self._targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Downcast(self)
+
+    def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Puts the downcast layer of ``weight`` in place of the plain module ``name``."""
+        config = self.quantization_config
+        linear = model.get_submodule(name)
+        width = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
+        if not torch.stack(torch.aminmax(weight)).isfinite().all():
+            # An exception here would end as a conversion that "encountered some issues".
+            self._not_finite.append(name)
+            return
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        made = DowncastLinear.from_linear(
+            linear,
+            config.weight_format(name, width),
+            estimator=config.range_estimator,
+            p=config.range_p,
+            base_dtype=weight.dtype,
+        )
+        # transformers initialises what does not have this mark.
+        for tensor in (made.phi, made.scale0, made.zero_point):
+            if tensor is not None:
+                tensor._is_hf_initialized = True
+        made._is_hf_initialized = True
+        model.set_submodule(name, made)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """A packed export calls the same bytes by other names."""
+        if not self.is_packed_export:
+            return []
+        self._conversions = [
+            WeightRenaming(r"\.codes$", ".phi"),
+            WeightRenaming(r"\.scale$", ".scale0"),
+            WeightConverter("zero_points", "zero_point", [_UnpackZeroPoints(self)]),
+        ]
+        return self._conversions
+
+    # After loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._not_finite:
+            raise ValueError(
+                f"the weights of {some(self._not_finite)} have NaN or infinite entries; repair the "
+                "base model first"
+            )
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
+        for name, layer in layers.items():
+            for kind in ("phi", "scale0", "zero_point"):
+                tensor = getattr(layer, kind)
+                if tensor is None:
+                    continue
+                tensor.requires_grad_(False)
+                if tensor.device.type == "meta":
+                    raise ValueError(
+                        f"the low-bit base has no `{name}.{kind}`: its files are not whole"
+                    )
+        if self.pre_quantized:
+            self._verify(layers)
+        elif missing := self._targets - layers.keys():
+            raise ValueError(
+                f"the checkpoint has no weight for {some(missing)}; its files are not whole, or "
+                "belong to another architecture"
+            )
+        # Saved again, a packed export is a low-bit base.
+        ours = set(map(id, self._conversions))
+        model._weight_conversions = [c for c in model._weight_conversions if id(c) not in ours]
+        self.quantization_config.format_version = FORMAT_VERSION
+        self.quantization_config.modules = {n: describe(m).to_dict() for n, m in layers.items()}
+        model.config.quantization_config = self.quantization_config
+
+    def _verify(self, layers: dict[str, DowncastLinear]) -> None:
+        """Raises ValueError unless all that is stored is what was written."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            prints = dict(
+                zip(layers, pool.map(lambda m: m.fingerprint, layers.values()), strict=True)
+            )
+        wrong = [
+            name
+            for name, stored in self.stored.items()
+            if stored.fingerprint not in (None, prints.get(name))
+        ]
+        wrong += self._different_tensors()
+        if wrong:
+            raise ValueError(
+                f"the files of this low-bit base are damaged or were changed: {some(wrong)} are not "
+                "what was stored. Make the base again, or download it again"
+            )
+
+    def _different_tensors(self) -> list[str]:
+        """Names of tensors in the files, other than the targets', whose digest is another one."""
+        wrong, expected = [], dict(self.quantization_config.digests)
+        for file in self._files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, it is no dict
+                    if name in expected and digest(opened.get_tensor(name)) != expected.pop(name):
+                        wrong.append(name)
+        return wrong + sorted(expected)
+
+    # Saving and training
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
+        """Fills the digests of all tensors that are no target's into the configuration."""
+        layers = {n for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
+        parts = ("phi", "scale0", "zero_point")
+        targets = {f"{name}.{part}" for name in layers for part in parts}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        state = model.state_dict()
+        config = model.config.quantization_config
+        config.digests = {
+            name: digest(tensor)
+            for name, tensor in state.items()
+            if name not in targets and name not in tied
+        }
+        config.modules = {
+            name: describe(module).to_dict()
+            for name, module in model.named_modules()
+            if isinstance(module, DowncastLinear)
+        }
+        return None, {}
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters: the Trainer refuses the base alone, and says to attach adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def describe(layer: DowncastLinear) -> StoredWeight:
+    """What the configuration says of a layer."""
+    grid = layer.format.grid
+    return StoredWeight(
+        bits=grid.bits,
+        shape=(layer.out_features, layer.in_features),
+        symmetric=grid.symmetric,
+        group_size=grid.group_size,
+        downcast=layer.format.downcast,
+        scale_dtype=layer.format.scale_dtype,
+        base_dtype=DTYPE_NAMES[layer.base_dtype],
+        first_range=layer.range,
+        transposed=layer.is_conv1d,
+        fingerprint=layer.fingerprint,
+    )
+
+
+def register_low_bit() -> None:
+    """Registers the quantizer with transformers. Calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(LowBitConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(LowBitQuantizer)
