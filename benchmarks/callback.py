@@ -1,8 +1,8 @@
-"""What LRQATCallback costs: its time per log against the time of the training steps between two logs.
+"""The cost of LRQATCallback: its time per log, compared with the steps between two logs.
 
     python benchmarks/callback.py          # about 3 minutes on 2 idle cores
 
-Two models in one process each: the demo model, and one of SmolLM2-135M's shape with random weights in bfloat16.
+Two models: the demo model, and one of SmolLM2-135M's shape with random weights in bfloat16.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def measured(name: str) -> str:
     log = statistics.median(spent[1:])
     share = log / (args.logging_steps * step)
     return (
-        f"{name}: step {step:.3f} s ({batch} x {length} tokens), figures of one log {log:.4f} s = {log / step:.1%} of a step;"
-        f" every {args.logging_steps} steps: {share:.2%} of training"
+        f"{name}: step {step:.3f} s ({batch} x {length} tokens), figures of one log {log:.4f} s = "
+        f"{log / step:.1%} of a step; every {args.logging_steps} steps: {share:.2%} of training"
     )
 
 

@@ -1,9 +1,11 @@
 """Does distillation from the unquantised model lower perplexity at equal tokens?
 
-    python benchmarks/distillation.py                             # the demo model, 2 and 3 bits: about 6 minutes on 2 idle cores
-    python benchmarks/distillation.py --model smollm2 --bits 3    # SmolLM2-135M: about 6 minutes for each row
+    python benchmarks/distillation.py                           # demo model, 2 and 3 bits
+    python benchmarks/distillation.py --model smollm2 --bits 3  # SmolLM2-135M
 
-Every row trains from the same adapter on the same batches; only the loss differs. Perplexity: held-out help topics.
+The first takes about 6 minutes on 2 idle cores, the second about 6 minutes per row. Every row
+trains from the same adapter on the same batches; only the loss differs. Perplexity is that of
+held-out help topics.
 """
 
 import argparse
@@ -31,13 +33,13 @@ def main() -> None:
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=[1.0], help="distillation_temperature"
     )
-    parser.add_argument("--steps", type=int, help="left out: as in the demo")
+    parser.add_argument("--steps", type=int, help="default: as in the demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--learning_rates",
         type=float,
         nargs=2,
-        help="of the factors, of the scales; left out: the demo's",
+        help="of the factors and of the scales; default: as in the demo",
     )
     parser.add_argument(
         "--factor_max_grad_norm", type=float, default=0.01, help="as in LRQATTrainingArguments"

@@ -1,10 +1,13 @@
-"""Memory of LR-QAT: bytes of the target weights against the formula, and the peak of a training step against other ways.
+"""Memory of LR-QAT: bytes of the target weights, and the peak of a training step.
 
-    python benchmarks/memory.py                     a Llama of 264 M decoder weights, bf16, 1 x 256 tokens, about 5 minutes
+    python benchmarks/memory.py
     python benchmarks/memory.py --hidden 512 --layers 4
 
-Every variant runs in a process of its own. Weights are random: memory does not depend on their values. On Linux the peak is
-that of the process's resident set (VmHWM, reset before the step); on CUDA that of torch's allocator.
+The bytes are compared with the formula, and the peak with other ways to train. By default the model
+is a Llama of 264 M decoder weights in bf16 with 1 x 256 tokens, which takes about 5 minutes. Every
+variant runs in its own process. Weights are random: memory does not depend on their values. On
+Linux the peak is that of the process's resident set (VmHWM, reset before the step); on CUDA that of
+torch's allocator.
 """
 
 from __future__ import annotations
@@ -117,17 +120,20 @@ def main() -> None:
     }
     reference = rows[REFERENCE]
     print(
-        f"{reference['before'] / MB:.0f} MB of bf16 target weights, {args.bits} bits, 1 x {args.tokens} tokens, {args.device}"
+        f"{reference['before'] / MB:.0f} MB of bf16 target weights, {args.bits} bits, "
+        f"1 x {args.tokens} tokens, {args.device}"
     )
     print(
-        f"{'':32} {'target weights, MB':>20} {'formula':>9} {'peak of a step, MB':>20} {'of LoRA':>8}"
+        f"{'':32} {'target weights, MB':>20} {'formula':>9} "
+        f"{'peak of a step, MB':>20} {'of LoRA':>8}"
     )
     failed = False
     for variant, row in rows.items():
         peak = row["peak"] - row["start"]
         share = peak / (reference["peak"] - reference["start"])
         print(
-            f"{variant:32} {row['held'] / MB:20.1f} {row['formula'] / MB:9.1f} {peak / MB:20.0f} {share:8.2f}"
+            f"{variant:32} {row['held'] / MB:20.1f} {row['formula'] / MB:9.1f} "
+            f"{peak / MB:20.0f} {share:8.2f}"
         )
         failed |= variant.startswith("LR-QAT") and row["held"] != row["formula"]
         failed |= variant in ("LR-QAT, fixed8", "LR-QAT, int") and share >= 1

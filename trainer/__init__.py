@@ -1,4 +1,4 @@
-"""Training LR-QAT adapters with the transformers Trainer; and what LORAQUANT adds to the training of LoRA."""
+"""Training of LR-QAT adapters with the transformers Trainer; packed adapters of LoRA training."""
 
 from .arguments import LRQATArguments, LRQATTrainingArguments
 from .checkpoint import last_complete_checkpoint

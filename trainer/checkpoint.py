@@ -1,4 +1,4 @@
-"""Checkpoints that are there as a whole or not at all, and which of those that lie in a directory can be used."""
+"""Checkpoints that are there completely or not at all, and the search for the last such one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .part import TrainerPart
+
 
 logger = logging.get_logger(__name__)
-# Beside the checkpoints. No checkpoint's name, so nobody looks in it; with an underscore, so that it is not pushed to a hub.
+# Beside the checkpoints. It is not a checkpoint's name, so nobody looks in it; and it begins with
+# an underscore, so that it is not pushed to a hub.
 STAGING = "_incomplete"
-# What the Trainer goes on from, in the spellings of one process, of DDP and of FSDP; with `save_only_model` all three are missing.
+# What the Trainer resumes from, as one process, DDP and FSDP write it; with `save_only_model` all
+# three are missing.
 RESUMED_FROM = ("optimizer*", "scheduler.pt", "rng_state*.pth")
-# Of an adapter's config: where it came from, how it is checked and what was noted down, not what it is.
+# Fields of an adapter's config that say where it came from, how it is checked and what was noted,
+# but not what it is.
 NOT_COMPARED = {
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
     "init_weights",
+    "library_version",
     "peft_version",
     "revision",
     "training_record",
@@ -38,10 +45,142 @@ NOT_COMPARED = {
 }
 
 
-def why_incomplete(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint directory of the Trainer; None where every file in it is whole.
+class WholeCheckpoints(TrainerPart):
+    """Writes every checkpoint beside its place and renames it when it is complete.
 
-    The Trainer writes `trainer_state.json` last; a file cut off by a crash or a full disk is found by its own format.
+    Resumes only from complete checkpoints, with the adapters that wrote them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._staging: Path | None = None  # while a checkpoint is being written
+        self._push_when_in_place = False
+        self._trial: Any = None  # of a hyperparameter search
+        super().__init__(*args, **kwargs)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains; True resumes from the last complete checkpoint, an incomplete one is refused."""
+        self._trial = trial
+        if self.args.should_save:
+            tidy_up(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"there is no whole checkpoint in {self.args.output_dir} to resume from"
+                )
+        elif resume_from_checkpoint and (reason := why_incomplete(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} cannot be resumed from: {reason}; "
+                "`resume_from_checkpoint=True` takes the last checkpoint that is whole"
+            )
+        if resume_from_checkpoint and not has_optimizer(resume_from_checkpoint):
+            logger.warning(
+                f"{resume_from_checkpoint} holds no state of the optimizer (`save_only_model`): "
+                "its moments and the schedule restart from scratch, so the resumed run will differ "
+                "from one that was not interrupted"
+            )
+        return super().train(resume_from_checkpoint or None, trial, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        check_same_adapters(
+            resume_from_checkpoint, self.accelerator.unwrap_model(self.model).peft_config
+        )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:  # the Trainer would load the adapter `default` into the active one, and no other
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / STAGING
+        if self.args.should_save:
+            tidy_up(run_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging, self._push_when_in_place = staging, False
+        try:
+            super()._save_checkpoint(model, trial)
+            self._staging = None
+            self._name_best_checkpoint(run_dir)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                move_into_place(staging / name, run_dir / name)
+        except Exception as error:
+            if self.args.should_save:
+                tidy_up(run_dir)
+            last = last_complete_checkpoint(run_dir)
+            way_out = f"Resume from {last}" if last else "There is no checkpoint before it: restart"
+            raise RuntimeError(
+                f"{name} could not be written to {run_dir} ({type(error).__name__}: {error}); "
+                f"nothing of it is left. {way_out} once the cause is fixed (is the disk full?)"
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self._push_when_in_place:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            delete_older(
+                run_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint
+            )
+
+    def _name_best_checkpoint(self, run_dir: Path) -> None:
+        # The Trainer looked for it in the place where this checkpoint was being written.
+        step = self.state.best_global_step
+        if step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step == self.state.global_step or best.exists():
+                self.state.best_model_checkpoint = str(best)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        # A checkpoint is moved as a whole later; a process that may not save writes nothing.
+        if self._staging is not None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with written_whole(str(output_dir)) as directory:
+            card = Path(str(output_dir)) / "README.md"
+            if card.exists():  # PEFT and the card of LR-QAT keep what others wrote there
+                shutil.copy(card, directory)
+            super()._save(str(directory), state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # An upload runs in the background, and its files must not be moved away.
+        if self._staging is not None:
+            self._push_when_in_place = True
+            return
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            delete_older(Path(best), 1, best)  # before the Trainer does it in place
+        return super()._finalize_training(trial, *args, **kwargs)
+
+
+def why_incomplete(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a checkpoint directory of the Trainer; None if every file is whole.
+
+    The Trainer writes `trainer_state.json` last; a file that a crash or a full disk has cut off is
+    found by its own format.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -66,7 +205,7 @@ def why_incomplete(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def has_optimizer(checkpoint: str | os.PathLike[str]) -> bool:
-    """Whether more than the model was saved; DeepSpeed keeps both in one directory."""
+    """Whether more than the model was saved; DeepSpeed keeps everything in one directory."""
     return any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "global_step*"))
 
 
@@ -86,19 +225,23 @@ def _why_cut_off(path: Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in ``output_dir`` whose files are all whole; newer ones that are not are named in a warning."""
+    """The newest checkpoint in ``output_dir`` whose files are all whole.
+
+    Warns about newer ones that are not.
+    """
     for _, path in sorted(_checkpoints(output_dir), reverse=True):
         reason = why_incomplete(path)
         if reason is None:
             return str(path)
-        logger.warning(f"{path} is passed over: {reason}")
+        logger.warning(f"{path} is skipped: {reason}")
     return None
 
 
 def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
-    """Keeps ``limit`` checkpoints beside each other: ``checkpoint``, just written, the ``best`` one, and the last written others.
+    """Keeps ``limit`` checkpoints: ``checkpoint``, the ``best`` one, and the last written others.
 
-    As transformers' `rotate_checkpoints`, but each is renamed away before it is deleted, so that none is ever there by half.
+    ``checkpoint`` was just written. Works like transformers' `rotate_checkpoints`, but renames each
+    checkpoint before deleting it, so that no half of one is ever there.
     """
     if not limit or limit < 0:
         return
@@ -119,7 +262,7 @@ def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
 
 
 def _checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """Step and path of every directory that is named as a checkpoint."""
+    """Step and path of every directory with the name of a checkpoint."""
     return [
         (int(match[1]), path)
         for path in (Path(run_dir).iterdir() if Path(run_dir).is_dir() else ())
@@ -129,10 +272,11 @@ def _checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 @contextmanager
 def written_whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A fresh directory to write into; on leaving, its files take the places of those of the same names in ``directory``.
+    """A fresh directory to write into; on leaving, its files replace their namesakes.
 
-    Each file changes at once, by a rename, and only when all have been written; an exception while writing changes nothing.
-    An adapter's config goes last, and away first where its settings change: they never stand beside another one's weights.
+    Each file of ``directory`` changes at once, by a rename, and only when all have been written; an
+    exception while writing changes nothing. An adapter's config is replaced last; if its settings
+    change, the old one is removed first: settings never stand beside another adapter's weights.
     """
     directory = Path(directory)
     tidy_up(directory)
@@ -153,7 +297,10 @@ def written_whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def move_into_place(staged: Path, target: Path) -> None:
-    """Renames the directory ``staged`` to ``target``. One of that name is set aside before and deleted after."""
+    """Renames the directory ``staged`` to ``target``.
+
+    An existing ``target`` is set aside before, and deleted after.
+    """
     _flushed(staged)
     aside = staged.with_name(f"{target.name}.replaced")
     if target.exists():
@@ -163,7 +310,7 @@ def move_into_place(staged: Path, target: Path) -> None:
 
 
 def tidy_up(run_dir: str | os.PathLike[str]) -> None:
-    """Removes what a killed run left half-written, and puts back a checkpoint that it had set aside."""
+    """Removes what a killed run left half-written; puts back a checkpoint that it set aside."""
     staging = Path(run_dir) / STAGING
     for aside in staging.glob("*.replaced"):
         target = Path(run_dir) / aside.name.removesuffix(".replaced")
@@ -175,11 +322,11 @@ def tidy_up(run_dir: str | os.PathLike[str]) -> None:
 def check_same_adapters(
     checkpoint: str | os.PathLike[str], configs: Mapping[str, PeftConfig]
 ) -> None:
-    """ValueError where an adapter in ``checkpoint`` has other settings than its namesake in ``configs``, with both values."""
+    """ValueError if an adapter in ``checkpoint`` has other settings than the one in ``configs``."""
     if not any(Path(checkpoint).rglob(CONFIG_NAME)):  # shards of FSDP
         return
     for adapter, config in configs.items():
-        # As PEFT lays them out.
+        # The layout is PEFT's.
         directory = Path(checkpoint) if adapter == "default" else Path(checkpoint, adapter)
         if not (directory / CONFIG_NAME).is_file():
             raise ValueError(
@@ -193,8 +340,9 @@ def check_same_adapters(
         ]
         if differences:
             raise ValueError(
-                f"{checkpoint} holds the adapter `{adapter}` with another config: {'; '.join(differences)}. Resume with the config "
-                "that it was trained with, or start a new run in another `output_dir`"
+                f"{checkpoint} holds the adapter `{adapter}` with another config: "
+                f"{'; '.join(differences)}. Resume with the config that it was trained with, or "
+                "start a new run in another `output_dir`"
             )
 
 
@@ -216,7 +364,10 @@ def _comparable(config: PeftConfig) -> dict[str, Any]:
 
 
 def _flushed(directory: Path) -> list[Path]:
-    """The files below ``directory``, all of them on the disk: a rename must not get there before what it names."""
+    """The files below ``directory``, after all of them have reached the disk.
+
+    A rename must not get there before the files that it moves.
+    """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
         with open(path, "rb") as file:

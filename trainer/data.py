@@ -1,11 +1,11 @@
-"""Text for language modelling: a file, a directory or a hub data set becomes blocks of token ids, cached by `datasets`."""
+"""Text for language modelling: files, a directory or a hub data set become blocks of token ids."""
 
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import (
@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
-# Readers of `datasets` by file suffix; a file with any other suffix is plain text, and one document.
+# The readers of `datasets` by file suffix; a file with any other suffix is one document of text.
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*(?::[\w.-]+)?")
 DOCUMENTS_AT_A_TIME = 1000
+NO_TEXT = "the data set has no text: every document is empty or blank; give one with text in it"
 
 
 def load_documents(
@@ -41,12 +42,13 @@ def load_documents(
 
     ``source`` is one of
 
-    - one or more files: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` with a text column; anything else is plain UTF-8
-      text, where one file is one document, line breaks included;
+    - one or more files: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` with a text column;
+      anything else is plain UTF-8 text, where one file is one document, line breaks included;
     - a directory: written by ``save_to_disk``, or one that ``load_dataset`` understands;
     - a data set on the hub, ``name`` or ``name:config``.
 
-    ``split`` chooses among the splits of a directory or hub data set; files have one only, and ignore it.
+    ``split`` chooses among the splits of a directory or hub data set. Files have only one split, so
+    it has no effect on them.
     """
     names = [source] if isinstance(source, str) else list(source)
     if not names or "" in names:
@@ -63,9 +65,10 @@ def load_documents(
 def tokenize(
     documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, *, text_column: str = "text"
 ) -> AnyDataset:
-    """Token ids of each document: what the tokenizer makes of it, then its end-of-text token, if it has one.
+    """Token ids of each document, with the tokenizer's end-of-text token added, if it has one.
 
-    Blank documents have no row. A tokenizer that puts a token in front of every text (``<s>``) keeps doing so.
+    Blank documents are left out. If the tokenizer puts a token in front of every text (``<s>``), it
+    does so here too. `datasets` caches the result.
     """
     return documents.map(
         _tokenize,
@@ -86,7 +89,7 @@ def make_blocks(
 ) -> AnyDataset:
     """Training data: blocks of exactly ``block_size`` tokens; ``labels`` equal ``input_ids``.
 
-    The blocks are cut from the documents laid end to end, 1,000 documents at a time. Tokens left
+    The blocks are cut from the documents joined end to end, 1,000 documents at a time. Tokens left
     over at the end of each thousand, fewer than ``block_size``, are not used.
 
     Args:
@@ -104,11 +107,12 @@ def make_blocks(
         documents = Dataset.from_dict({text_column: list(documents)})
     if block_size < 2:
         raise ValueError(
-            f"`block_size` must be at least 2 (a block predicts its own next tokens), but it is {block_size}"
+            "`block_size` must be at least 2 (a block predicts its own next tokens), but is "
+            f"{block_size}"
         )
     tokens = tokenize(documents, tokenizer, text_column=text_column)
     blocks = tokens.map(
-        _pack,
+        _cut_into_blocks,
         batched=True,
         batch_size=DOCUMENTS_AT_A_TIME,
         fn_kwargs={"block_size": block_size},
@@ -117,12 +121,10 @@ def make_blocks(
     if next(iter(blocks), None) is None:
         count = sum(len(row["input_ids"]) for row in tokens)
         if count == 0:
-            raise ValueError(
-                "the data set has no text: every document is empty or blank; give one with text in it"
-            )
+            raise ValueError(NO_TEXT)
         raise ValueError(
-            f"the data must fill at least one block, but it has {count} tokens and `block_size` is {block_size};"
-            f" use more text, or a `block_size` of {count} or less"
+            f"the data must fill at least one block, but it has {count} tokens and `block_size` is "
+            f"{block_size}; use more text, or a `block_size` of {count} or less"
         )
     return blocks
 
@@ -146,7 +148,8 @@ def load_blocks(
 ) -> AnyDataset:
     """Training data: `load_documents`, then `make_blocks`.
 
-    With ``streaming`` the result is an ``IterableDataset`` that reads as it goes; training then needs ``max_steps``.
+    With ``streaming`` the result is an ``IterableDataset`` that reads while training, which then
+    needs ``max_steps``.
     """
     documents = load_documents(source, split=split, text_column=text_column, streaming=streaming)
     return make_blocks(documents, tokenizer, block_size=block_size, text_column=text_column)
@@ -159,21 +162,19 @@ def load_tokens(
     split: str = "train",
     text_column: str = "text",
 ) -> Tensor:
-    """Evaluation data: all documents laid end to end in one row of token ids, int64, nothing left out."""
+    """Evaluation data: all documents joined end to end, one row of token ids, (T,), int64."""
     documents = load_documents(source, split=split, text_column=text_column)
     return concatenate(tokenize(documents, tokenizer, text_column=text_column))
 
 
 def concatenate(tokens: Dataset) -> Tensor:
-    """All rows of `tokenize` in one row, (T,), int64."""
+    """All rows of `tokenize` joined into one, (T,), int64."""
     rows: Iterable[Tensor] = (
         torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in tokens.with_format("numpy")
     )
     joined = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
     if len(joined) == 0:
-        raise ValueError(
-            "the data set has no text: every document is empty or blank; give one with text in it"
-        )
+        raise ValueError(NO_TEXT)
     return joined
 
 
@@ -181,13 +182,15 @@ def _tokenize(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, text_column: str
 ) -> dict[str, list[Any]]:
     texts = [text for text in batch[text_column] if text and not text.isspace()]
-    # `verbose=False`: a document longer than the model's context is fine here, it will be cut into blocks.
+    # `verbose=False`: a document may be longer than the model's context; it is cut into blocks.
     ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     eos = tokenizer.eos_token_id
     return {"input_ids": [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in ids]}
 
 
-def _pack(batch: dict[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
+def _cut_into_blocks(
+    batch: dict[str, list[list[int]]], block_size: int
+) -> dict[str, list[list[int]]]:
     stream = list(chain.from_iterable(batch["input_ids"]))
     blocks = [
         stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)
@@ -199,13 +202,15 @@ def _from_files(names: list[str], streaming: bool) -> AnyDataset:
     for name in names:
         if not Path(name).is_file():
             raise FileNotFoundError(
-                f"no such file: {name!r}; several names must all be files (a directory or hub data set is given alone)"
+                f"no such file: {name!r}; several names must all be files (give a directory or a "
+                "hub data set alone)"
             )
     readers = {READERS.get(Path(name).suffix.lower(), "text") for name in names}
     if len(readers) > 1:
         raise ValueError(
-            f"files of one data set must have one format, but these are {' and '.join(sorted(readers))}:"
-            f" {', '.join(names)}; convert them, or train on one kind"
+            "files of one data set must have one format, but these are "
+            f"{' and '.join(sorted(readers))}: {', '.join(names)}; convert them, or train on one "
+            "kind"
         )
     reader = readers.pop()
     options = {"sample_by": "document"} if reader == "text" else {}
@@ -238,15 +243,16 @@ def _from_directory(name: str, streaming: bool) -> Any:
 def _from_hub(name: str, streaming: bool) -> Any:
     if not HUB_NAME.fullmatch(name) or Path(name).suffix.lower() in {*READERS, ".txt"}:
         raise FileNotFoundError(
-            f"no such file or directory: {name!r}; give a text, jsonl, csv or parquet file, a data set directory, or the"
-            " `name` or `name:config` of a hub data set"
+            f"no such file or directory: {name!r}; give a text, jsonl, csv or parquet file, a data "
+            "set directory, or the `name` or `name:config` of a hub data set"
         )
     path, _, config = name.partition(":")
     try:
         return load_dataset(path, config or None, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no file or directory here, and could not be loaded as a hub data set: {error}"
+            f"{name!r} is not a file or directory here, and could not be loaded as a hub data set: "
+            f"{error}"
         ) from error
 
 
@@ -267,13 +273,14 @@ def _only_text(documents: AnyDataset, text_column: str, name: str) -> AnyDataset
         raise ValueError(f"the data set {name} is empty: it has no rows; give one with text in it")
     if text_column not in columns:
         raise ValueError(
-            f"the data set {name} has no text column {text_column!r}; it has {', '.join(map(repr, columns))}"
-            " (`text_column` chooses one)"
+            f"the data set {name} has no text column {text_column!r}; it has "
+            f"{', '.join(map(repr, columns))} (`text_column` chooses one)"
         )
     first = next(iter(documents), {text_column: ""})[text_column]
     if not isinstance(first, str | None):
         raise ValueError(
-            f"the column {text_column!r} of {name} must hold text, but its first row is {type(first).__name__};"
-            f" choose another of {', '.join(map(repr, columns))} as `text_column`"
+            f"the column {text_column!r} of {name} must hold text, but its first row is "
+            f"{type(first).__name__}; choose another of {', '.join(map(repr, columns))} as "
+            "`text_column`"
         )
     return documents.select_columns([text_column])

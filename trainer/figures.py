@@ -1,4 +1,4 @@
-"""What a person watches while LR-QAT trains: clipped weights, changed integers, moved scales, and every group's rate."""
+"""Figures to watch while LR-QAT trains: clipped weights, changed integers, moved scales, rates."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from peft_lrqat.lrqat.layer import LRQATLayer
 from peft_lrqat.lrqat.size import deployed_weight_bytes
 from peft_lrqat.quant import inspect_rows
 
+from .rates import setting_name
+
 
 logger = logging.get_logger(__name__)
-SAMPLE = (
-    1 << 16
-)  # weights of a layer that are looked at; a layer with more is represented by evenly spaced rows
+# How many weights of a layer are looked at; evenly spaced rows stand for a larger layer.
+SAMPLE = 1 << 16
 
 
 class LRQATCallback(TrainerCallback):
     """Adds to every log of the training loss, before any other callback sees it:
 
     - ``clipped_weights``: share of the weights whose rounded value lies outside the grid;
-    - ``changed_integers``: share of the integers that differ from round-to-nearest, where every adapter starts;
-    - ``changed_integers_since_log``: the same since the last log, or since training began or was resumed; a share that stays
-      high while the loss does not fall tells of integers that oscillate;
+    - ``changed_integers``: share of the integers that differ from round-to-nearest, where every
+      adapter starts;
+    - ``changed_integers_since_log``: share that has changed since the last log, or since training
+      began or was resumed; if it stays high while the loss does not fall, integers oscillate;
     - ``scale_change``: mean of |s - s0| / s0;
     - ``bits_per_weight``: integers, scales and zero points that ship, in bits per weight;
-    - ``learning_rate_<group>``: the rate of the last step, for every named group of the optimizer.
+    - ``A_learning_rate``, ``B_learning_rate``, ``scale_learning_rate`` and so on: the rate of the
+      last step, for every named group of the optimizer.
 
-    Shares are exact up to 65,536 weights a layer and taken from evenly spaced rows above. Nothing is computed between two logs;
-    one byte is kept for each weight looked at. Of parameters that FSDP2 shards, no process sees enough: they are left out.
+    Shares are exact up to 65,536 weights a layer; in larger layers they are taken from evenly
+    spaced rows. Nothing is computed between two logs; one byte is kept for each weight that is
+    looked at. Parameters that FSDP2 shards are left out, because no process sees enough of them.
 
-    `LRQATTrainer` has one. For any other: ``LRQATCallback.attach(trainer)``.
+    `LRQATTrainer` has one. For any other trainer: ``LRQATCallback.attach(trainer)``.
     """
 
     def __init__(self) -> None:
@@ -44,7 +48,7 @@ class LRQATCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Trainer) -> LRQATCallback:
-        """Adds one to ``trainer``, ahead of the callbacks that report: what it adds to a log, they must see."""
+        """Adds one to ``trainer``, before the callbacks that report: they must see its figures."""
         callback = cls()
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
@@ -54,20 +58,19 @@ class LRQATCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
         **kwargs: Any,
     ) -> None:
         self._rates, self._codes = {}, {}
         if state.is_world_process_zero:
-            self.measure(model)
+            self.measure(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # At the time of a log the scheduler has already gone on to the next step.
+        # When a log is made, the scheduler has already moved on to the next step.
         groups = kwargs["optimizer"].param_groups
         self._rates = {
-            f"learning_rate_{group['name']}": float(group["lr"])
+            setting_name(group["name"], "learning_rate"): float(group["lr"])
             for group in groups
             if "name" in group
         }
@@ -77,20 +80,19 @@ class LRQATCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
-        logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        added = {**self._rates, **self.measure(model)}
+        added = {**self._rates, **self.measure(kwargs["model"])}
         logs.update(added)
         # The Trainer has made its own copy by now.
         state.log_history[-1].update(added)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The figures of now, and from here on the integers that the next call compares with."""
+        """The current figures; the next call compares its integers with those of this one."""
         layers = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LRQATLayer)
         }

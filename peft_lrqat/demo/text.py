@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Split = Literal["train", "heldout"]
 
-# Topics whose text is, nearly whole, a section of a longer topic (named on the right). They add nothing new.
+# Topics whose text is almost entirely a section of a longer topic (on the right). They add nothing.
 SECTIONS_OF_OTHERS = {
     "async": "compound",
     "class": "compound",
@@ -41,16 +41,17 @@ def model_path() -> Path:
 
 
 def split_of(name: str) -> Split:
-    """Side of the topic `name`. It depends on the name alone, so it is the same in every Python version."""
+    """Side of the topic `name`. It depends only on the name: the same in every Python version."""
     return "heldout" if hashlib.sha256(name.encode()).digest()[0] % 8 == 1 else "train"
 
 
 def load_topics(split: Split) -> list[str]:
     """Texts of one side of `pydoc_data.topics`, sorted by topic name.
 
-    About one topic in eight is held out, chosen by a hash of its name. No held-out text is a copy of a training
-    text: topics that repeat a section of a longer one (`SECTIONS_OF_OTHERS`) are left out of both sides, and a
-    held-out paragraph that also occurs in a training topic, line breaks and indentation aside, is dropped.
+    About one topic in eight is held out, chosen by a hash of its name. No held-out text is a copy
+    of a training text: topics that repeat a section of a longer one (`SECTIONS_OF_OTHERS`) are left
+    out of both sides, and held-out paragraphs that also occur in a training topic (apart from line
+    breaks and indentation) are dropped.
 
     The wording of a topic differs a little between Python versions; its side does not.
     """

@@ -316,7 +316,7 @@ def test_any_optimizer_with_rates_of_their_own(base):
     assert train(base, *rates, *options) == 0
     assert len(logged()) == 3
     for entry in logged():
-        assert [entry[f"learning_rate_{name}"] for name in ("A", "B", "scales")] == [
+        assert [entry[f"{name}_learning_rate"] for name in ("A", "B", "scale")] == [
             2e-2,
             1e-2,
             1e-4,
@@ -325,7 +325,7 @@ def test_any_optimizer_with_rates_of_their_own(base):
             "clipped_weights",
             "changed_integers",
             "bits_per_weight",
-            "grad_norm_scales",
+            "scale_grad_norm",
         } <= entry.keys()
 
 

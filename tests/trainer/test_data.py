@@ -163,7 +163,7 @@ def test_a_hub_name_offline_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
-        match=r"'some-data:config' is no file or directory here, and could not be loaded",
+        match=r"'some-data:config' is not a file or directory here, and could not be loaded",
     ):
         load_documents("some-data:config")
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
 from peft_lrqat.trainer import LRQATTrainer, distillation, distillation_loss
-from peft_lrqat.trainer.distillation import scored_tokens
+from peft_lrqat.trainer.labels import scored_tokens
 
 
 ROWS, VOCABULARY = 7, 11
@@ -595,7 +595,7 @@ def test_a_loss_that_hands_out_no_logits_is_refused(make_peft, make_base, lrqat_
         teacher_model=make_base(),
     )
     with pytest.raises(
-        ValueError, match="the loss of SilentLRQAT does not hand them out; use LRQATTrainer"
+        ValueError, match="the loss of SilentLRQAT does not return them; use LRQATTrainer"
     ):
         trainer.train()
 
@@ -622,7 +622,7 @@ def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp
     model = get_peft_model(base, make_config("classifier"))
     with pytest.raises(
         ValueError,
-        match=r"has no weights for score.weight: a teacher from there would have random ones",
+        match=r"has no weights for `score.weight`: a teacher loaded from there would have random ones",
     ):
         lrqat_trainer(model, distillation_weight=0.5)
 

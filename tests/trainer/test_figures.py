@@ -181,9 +181,9 @@ def test_everyone_sees_the_figures(lrqat_trainer, step_logs, token_rows):
     trainer.train()
     heard = [log for log in listener.seen if "loss" in log]
     assert len(heard) == 3
-    rates = {"learning_rate_A", "learning_rate_B", "learning_rate_scales"}
+    rates = {"A_learning_rate", "B_learning_rate", "scale_learning_rate"}
     for kept, log in zip(step_logs(trainer), heard):
-        assert {*FIGURES, *rates, "grad_norm_A", "grad_norm_B", "grad_norm_scales"} <= kept.keys()
+        assert {*FIGURES, *rates, "A_grad_norm", "B_grad_norm", "scale_grad_norm"} <= kept.keys()
         assert kept == {**log, "step": kept["step"]}
         assert all(isinstance(value, int | float) for value in log.values())
     # Evaluations and the summary at the end are as they were.
@@ -229,10 +229,10 @@ def test_a_resumed_run_counts_from_where_it_resumed(lrqat_trainer, make_peft, st
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     names = [
         *FIGURES,
-        "learning_rate_A",
-        "learning_rate_scales",
-        "grad_norm_A",
-        "grad_norm_scales",
+        "A_learning_rate",
+        "scale_learning_rate",
+        "A_grad_norm",
+        "scale_grad_norm",
         "loss",
     ]
     later = [[log[name] for name in names] for log in step_logs(whole)[2:]]
@@ -261,10 +261,10 @@ def test_the_rate_is_that_of_the_step(lrqat_trainer, step_logs):
     trainer = lrqat_trainer(**fields, scale_learning_rate=4e-5)
     trainer.train()
     logs = step_logs(trainer)
-    assert [log["learning_rate_A"] for log in logs] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
-    assert [log["learning_rate_B"] for log in logs] == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3])
-    assert [log["learning_rate_scales"] for log in logs] == pytest.approx([4e-5, 3e-5, 2e-5, 1e-5])
-    assert [log["learning_rate"] for log in logs] == [log["learning_rate_A"] for log in logs]
+    assert [log["A_learning_rate"] for log in logs] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+    assert [log["B_learning_rate"] for log in logs] == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3])
+    assert [log["scale_learning_rate"] for log in logs] == pytest.approx([4e-5, 3e-5, 2e-5, 1e-5])
+    assert [log["learning_rate"] for log in logs] == [log["A_learning_rate"] for log in logs]
 
 
 def test_attached_to_an_unmodified_trainer(make_peft, lrqat_args, token_rows, step_logs):
@@ -281,7 +281,7 @@ def test_attached_to_an_unmodified_trainer(make_peft, lrqat_args, token_rows, st
     trainer.train()
     for log in [*step_logs(trainer), *listener.seen[:3]]:
         assert set(FIGURES) <= log.keys()
-        assert (log["learning_rate_A"], log["learning_rate_scales"]) == (1e-2, 1e-4)
+        assert (log["A_learning_rate"], log["scale_learning_rate"]) == (1e-2, 1e-4)
 
 
 def test_without_named_groups_there_are_no_rates(make_peft, lrqat_args, token_rows, step_logs):
@@ -290,7 +290,7 @@ def test_without_named_groups_there_are_no_rates(make_peft, lrqat_args, token_ro
     LRQATCallback.attach(trainer)
     trainer.train()
     assert all(set(FIGURES) <= log.keys() for log in step_logs(trainer))
-    assert not any(key.startswith("learning_rate_") for log in step_logs(trainer) for key in log)
+    assert not any(key.endswith("_learning_rate") for log in step_logs(trainer) for key in log)
 
 
 def test_tensorboard_files_hold_the_figures(lrqat_trainer, step_logs, tmp_path, monkeypatch):
@@ -300,6 +300,6 @@ def test_tensorboard_files_hold_the_figures(lrqat_trainer, step_logs, tmp_path, 
     trainer.train()
     events = accumulator.EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
-    for name in [*FIGURES, "learning_rate_A", "learning_rate_scales", "grad_norm_B"]:
+    for name in [*FIGURES, "A_learning_rate", "scale_learning_rate", "B_grad_norm"]:
         written = [event.value for event in events.Scalars(f"train/{name}")]
         assert written == pytest.approx([log[name] for log in step_logs(trainer)], rel=1e-6)

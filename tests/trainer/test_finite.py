@@ -85,7 +85,7 @@ def stopped(tmp_path, make_base):
         last = tmp_path / "checkpoint-2"
         assert last_complete_checkpoint(tmp_path) == str(last)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-        assert f"Nothing of this step was saved; the last checkpoint, {last}, is as it was" in str(
+        assert f"Nothing of this step was saved; the last checkpoint, {last}, is unchanged" in str(
             caught.value
         )
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad)
@@ -134,12 +134,12 @@ def test_module_that_puts_out_nan_is_named(fields, make_trainer, stopped):
     """The innermost one: those around it put out NaN, too."""
     message = stopped(make_trainer(put_out_nan(f"{MLP}.act_fn"), **fields))
     assert message.startswith("the loss is nan at step 3; ")
-    assert f"the first module to put out a value that is not finite: {MLP}.act_fn. " in message
+    assert f"the first module with an output that is not finite: `{MLP}.act_fn`. " in message
 
 
 def test_module_that_puts_out_infinity_is_named(make_trainer, stopped):
     message = stopped(make_trainer(put_out_nan(f"{MLP}.down_proj", float("inf"))))
-    assert f"the first module to put out a value that is not finite: {MLP}.down_proj. " in message
+    assert f"the first module with an output that is not finite: `{MLP}.down_proj`. " in message
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -147,9 +147,9 @@ def test_frozen_parameter_that_is_nan_is_named(weight, make_trainer, stopped):
     message = stopped(make_trainer(break_norm, distillation_weight=weight))
     assert message.startswith("the loss is nan at step 3; ")
     # The teacher uses the same memory.
-    shared = ", teacher.model.layers.1.input_layernorm.weight" if weight else ""
+    shared = ", `teacher.model.layers.1.input_layernorm.weight`" if weight else ""
     name = "base_model.model.model.layers.1.input_layernorm.weight"
-    assert f"; parameters that are not finite: {name}{shared}. " in message
+    assert f"; parameters that are not finite: `{name}`{shared}. " in message
 
 
 def test_teacher_that_is_nan_is_named(make_trainer, stopped):
@@ -164,7 +164,7 @@ def test_teacher_that_is_nan_is_named(make_trainer, stopped):
 
     trainer.add_callback(AtStep(2, act))
     assert (
-        "parameters that are not finite: teacher.model.layers.1.input_layernorm.weight. "
+        "parameters that are not finite: `teacher.model.layers.1.input_layernorm.weight`. "
         in stopped(trainer)
     )
 
@@ -173,7 +173,7 @@ def test_teacher_that_is_nan_is_named(make_trainer, stopped):
         AtStep(2, lambda model: put_out_nan("model.layers.0.mlp")(trainer.teacher))
     )
     assert (
-        "first module to put out a value that is not finite: teacher.model.layers.0.mlp. "
+        "the first module with an output that is not finite: `teacher.model.layers.0.mlp`. "
         in stopped(trainer)
     )
 
@@ -204,7 +204,7 @@ def test_gradient_that_is_not_finite_is_named(
         make_trainer(act, max_grad_norm=max_grad_norm, gradient_accumulation_steps=accumulation)
     )
     assert message.startswith(
-        f"the gradient norm is {value} at step 3; gradients that are not finite: {name}. "
+        f"the gradient norm is {value} at step 3; gradients that are not finite: `{name}`. "
     )
 
 
@@ -218,8 +218,8 @@ def test_gradient_whose_square_is_infinite_stops_too(make_trainer, stopped):
 
     message = stopped(make_trainer(act))
     assert (
-        "the gradient norm is inf at step 3; gradients that are not finite: none, their squares are too large"
-        in message
+        "the gradient norm is inf at step 3; gradients that are not finite: none, but their "
+        "squares are too large" in message
     )
 
 
@@ -260,7 +260,7 @@ def test_parameters_that_are_not_finite_are_not_saved(make_trainer, make_base, t
 def test_stopped_before_the_first_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer()
     put_out_nan(f"{MLP}.act_fn")(trainer.model)
-    with pytest.raises(FloatingPointError, match=r"at step 1; .* no checkpoint was written before"):
+    with pytest.raises(FloatingPointError, match=r"at step 1; .* there is no checkpoint yet"):
         trainer.train()
 
 

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from peft_lrqat.trainer import LRQATOptimizerFactory, clip_by_group, parameter_groups
 from peft_lrqat.trainer.arguments import OWN_GROUPS
+from peft_lrqat.trainer.rates import setting_name
 
 
 RATES = {"lr": 1e-3, "scale_lr": 1e-5}
@@ -129,9 +130,9 @@ def test_every_optimizer_trains_every_group_at_its_rate(
     before = trained_tensors(trainer.model)
     trainer.train()
     assert rates_of(plain(trainer.optimizer)) == rates
-    assert [{n: log[f"learning_rate_{n}"] for n in rates} for log in step_logs(trainer)] == 6 * [
-        rates
-    ]
+    assert [
+        {n: log[setting_name(n, "learning_rate")] for n in rates} for log in step_logs(trainer)
+    ] == 6 * [rates]
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
@@ -192,7 +193,8 @@ def test_every_schedule_keeps_the_ratio_of_the_rates(
     )
     trainer.train()
     logged = [
-        [log[f"learning_rate_{name}"] for name in FACTORS_AND_SCALES] for log in step_logs(trainer)
+        [log[setting_name(name, "learning_rate")] for name in FACTORS_AND_SCALES]
+        for log in step_logs(trainer)
     ]
     for factors, b, scales in logged:
         assert b == pytest.approx(2 * factors)
@@ -283,7 +285,7 @@ def test_groups_are_clipped_one_by_one_and_their_norms_logged(lrqat_trainer, gra
     logged = step_logs(trainer)[0]
     for name, marker in MARKERS.items():
         own = {n: g for n, g in gradients.steps[0].items() if marker in n}
-        assert logged[f"grad_norm_{name}"] == pytest.approx(raw[name], rel=1e-5)
+        assert logged[setting_name(name, "grad_norm")] == pytest.approx(raw[name], rel=1e-5)
         if raw[name] <= limit:
             assert all(torch.equal(g, unclipped[0][n]) for n, g in own.items())
         else:

@@ -65,7 +65,7 @@ print(json.dumps({"digest": digest(t.model), "eval_loss": metrics["eval_loss"]})
     assert "import peft_lrqat  # registers" in card
     assert "- weights: 3 bits" in card
     assert "Trained for 3 steps." in card
-    assert "| learning rate of scales | 0.0001 |" in card
+    assert "| scale_learning_rate | 0.0001 |" in card
     assert f"| eval_loss | {done['eval_loss']} |" in card
     assert "base_model:" not in card
     loaded = run_client(hub, PREPARE + LOAD.replace("NAME", "end"), tmp_path).splitlines()[-1]

@@ -98,7 +98,7 @@ def test_accumulated_batches_equal_one(size, steps, lrqat_trainer, gradients, st
         torch.testing.assert_close(
             parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()
         )
-    for key in ("loss", "grad_norm", "grad_norm_A", "grad_norm_B", "grad_norm_scales"):
+    for key in ("loss", "grad_norm", "A_grad_norm", "B_grad_norm", "scale_grad_norm"):
         assert accumulated[key] == pytest.approx(log[key], rel=1e-5)
 
 
@@ -240,10 +240,10 @@ def test_a_second_training_goes_on_at_the_same_rates(lrqat_trainer, step_logs):
     )
     for _ in range(2):
         trainer.train()
-        assert [log["learning_rate_A"] for log in step_logs(trainer)] == pytest.approx(
+        assert [log["A_learning_rate"] for log in step_logs(trainer)] == pytest.approx(
             [3e-3, 2e-3, 1e-3]
         )
-        assert [log["learning_rate_scales"] for log in step_logs(trainer)] == pytest.approx(
+        assert [log["scale_learning_rate"] for log in step_logs(trainer)] == pytest.approx(
             [3e-5, 2e-5, 1e-5]
         )
 
@@ -275,7 +275,7 @@ def test_hyperparameter_search(lrqat_trainer, make_peft, token_rows, tmp_path):
     class Rates(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
             if "loss" in logs:
-                tried.append((logs["learning_rate_scales"], logs["learning_rate_B"]))
+                tried.append((logs["scale_learning_rate"], logs["B_learning_rate"]))
 
     def space(trial):
         return {
@@ -361,7 +361,7 @@ def test_the_record_names_what_was_done(lrqat_trainer, token_rows):
     trainer.save_model()
     record = LRQATConfig.from_pretrained(trainer.args.output_dir).training_record
     assert record["steps"] == 3
-    assert record["settings"]["learning rate of B"] == 2e-3
+    assert record["settings"]["B_learning_rate"] == 2e-3
     assert record["metrics"].keys() >= {"eval_loss"}
     assert isinstance(trainer.args, LRQATArguments)
 
@@ -369,7 +369,7 @@ def test_the_record_names_what_was_done(lrqat_trainer, token_rows):
 def test_an_optimizer_with_groups_of_its_own_is_told(lrqat_trainer, make_peft, monkeypatch):
     """Nothing would say otherwise that the scales move at the factors' rate."""
     told = []
-    monkeypatch.setattr(logging.getLogger("peft_lrqat.trainer.trainer"), "warning", told.append)
+    monkeypatch.setattr(logging.getLogger("peft_lrqat.trainer.optimizer"), "warning", told.append)
     lrqat_trainer().train()
     assert told == []
     model = make_peft()
@@ -389,7 +389,7 @@ def test_the_record_has_the_rates_that_were_used(lrqat_trainer):
     for each in (trainer, resumed):
         settings = each.model.peft_config["default"].training_record["settings"]
         assert (
-            settings["learning rate of scales"]
+            settings["scale_learning_rate"]
             == trainer.args.scale_learning_rate
             != asked["scale_learning_rate"]
         )
@@ -454,7 +454,7 @@ def test_a_batch_without_labels_teaches_nothing(
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_a_trial_that_diverges_does_not_end_the_search(lrqat_trainer, make_peft, token_rows):
+def test_a_trial_that_is_not_finite_does_not_end_the_search(lrqat_trainer, make_peft, token_rows):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     trainer = lrqat_trainer(

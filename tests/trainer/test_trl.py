@@ -119,12 +119,12 @@ def test_groups_rates_and_figures(kind, make_trainer, step_logs, trained_tensors
     after = trained_tensors(trainer.model)
     assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
     for log in step_logs(trainer):
-        assert (log["learning_rate_A"], log["learning_rate_B"], log["learning_rate_scales"]) == (
+        assert (log["A_learning_rate"], log["B_learning_rate"], log["scale_learning_rate"]) == (
             1e-2,
             2e-2,
             1e-5,
         )
-        assert {"clipped_weights", "changed_integers_since_log", "grad_norm_scales"} <= log.keys()
+        assert {"clipped_weights", "changed_integers_since_log", "scale_grad_norm"} <= log.keys()
         assert ("rewards/margins" if kind == "dpo" else "mean_token_accuracy") in log  # TRL's own
     assert step_logs(trainer)[-1]["changed_integers"] > 0
 
@@ -200,7 +200,7 @@ def test_distillation_is_refused_where_there_are_no_logits(kind, make_trainer, m
     trainer = make_trainer(kind, options={"teacher_model": make_base()}, distillation_weight=0.5)
     name = type(trainer).__name__
     with pytest.raises(
-        ValueError, match=f"the loss of {name} does not hand them out; use LRQATTrainer, or set"
+        ValueError, match=f"the loss of {name} does not return them; use LRQATTrainer, or set"
     ):
         trainer.train()
 
@@ -244,7 +244,7 @@ def test_sft_trainer_as_it_is(
         "scales": 1e-5,
     }
     assert all(
-        log["learning_rate_scales"] == 1e-5 and "clipped_weights" in log
+        log["scale_learning_rate"] == 1e-5 and "clipped_weights" in log
         for log in step_logs(trainer)
     )
     trainer.save_model(str(tmp_path / "adapter"))
