@@ -237,7 +237,7 @@ def test_models_that_it_is_not_for(make_base, make_peft, make_lora, run, monkeyp
     with pytest.raises(ValueError, match="`init_lora_weights='pissa'` takes"):
         run(make_lora(init_lora_weights="pissa"))
     assert "the adapter uses `lora_bias`" in refused(make_lora(lora_bias=True))
-    assert "no adapter `none` for LoRAQuantCallback, but ['default']" in refused(
+    assert "no adapter `none` for LoRAQuantCallback, only `default`" in refused(
         make_lora(), LoRAQuantCallback(adapter_name="none")
     )
     sharded = make_lora()
