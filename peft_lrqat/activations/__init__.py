@@ -1,1 +1,1 @@
-"""Activations, keys and values in low bits (LR-QAT, section 4.3), in transformers' attention and cache."""
+"""Activations, keys and values in low bits (LR-QAT, section 4.3)."""

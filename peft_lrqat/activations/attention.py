@@ -1,8 +1,11 @@
-"""Low-bit keys and values in attention, through transformers' attention interface: in training, evaluation and generation.
+"""Low-bit keys and values in attention, through transformers' attention interface.
 
-A model with ``kv_cache_bits`` calls the attention function it had before, on keys and values that were rounded: after the rotary
-embedding, where they are cached, one range for each token and head. The cache itself keeps what the model computed, so that the
-same token is rounded to the same values whether it comes from the cache or not.
+A model with ``kv_cache_bits`` calls the attention function that it called before, but rounds keys
+and values first: after the rotary embedding, with one range for each token and head. The cache
+keeps what the model computed. A token is therefore rounded to the same values whether it comes
+from the cache or not.
+
+Each attention layer holds a `KeyValueGrids`, which says the grid of the adapter that runs.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -22,81 +26,170 @@ from transformers import (
 )
 
 from ..quant import Grid, fake_quantize_tokens
+from .hooks import say_what_is_not_saved
 
 
-# The attribute of a projection inside attention (LR-QAT's layer, or the plain one it was merged into) that says the grid.
-GRID = "kv_cache_grid"
-# The attribute of keys and values that a low-bit cache has rounded.
-ROUNDED = "rounded_to"
-# transformers' attention implementations that can be wrapped. Flash attention looks its kernels up by the name of the
-# implementation, and flex attention compiles its own masks: neither works under another name.
+# transformers' attention implementations that can be wrapped. Flash attention looks its kernels up
+# by the name of the implementation, and flex attention compiles its own masks: neither works under
+# another name.
 WRAPPED = {name: f"lrqat_{name}" for name in ("eager", "sdpa")}
+GRIDS = "key_value_grids"  # where an attention layer holds them
+
+
+class Projection(Protocol):
+    """A layer of an attention module that knows which adapter it runs."""
+
+    merged_adapters: list[str]
+
+    def adapter_that_runs(self) -> str | None:
+        """The adapter's name; None if only the frozen weight runs."""
+        ...
+
+
+class KeyValueGrids:
+    """The grids of one attention layer's keys and values, by adapter."""
+
+    def __init__(self) -> None:
+        self.by_adapter: dict[str, Grid] = {}
+        self.projections: list[Projection] = []
+        self.merged: Grid | None = None  # the grid of the adapter that became plain weights
+
+    def running(self) -> Grid | None:
+        """The grid of the adapter that runs; None if keys and values stay as they are."""
+        for projection in self.projections:
+            adapter_name = projection.adapter_that_runs()
+            if adapter_name in self.by_adapter:
+                return self.by_adapter[adapter_name]
+        return self.merged
 
 
 def kv_cache_grid(attention: nn.Module) -> Grid | None:
-    """The grid of an attention layer's keys and values; None where they stay as they are, as in an encoder, without a cache."""
-    if not _keeps_cache(attention):
-        return None
-    for projection in attention._modules.values():
-        grid = getattr(projection, GRID, None)
-        if grid is not None:
-            return grid
-    return None
+    """The grid of an attention layer's keys and values; None if they stay as they are."""
+    grids = _grids_of(attention)
+    return None if grids is None else grids.running()
 
 
-def mark_rounded(x: Tensor, grid: Grid) -> Tensor:
-    """Says that ``x`` lies on ``grid`` already. Whatever is computed from it is not marked."""
-    setattr(x, ROUNDED, grid)
-    return x
+def add_adapter(
+    model: nn.Module, adapter_name: str, grid: Grid | None, targets: Iterable[str]
+) -> None:
+    """Tells the attention layers around ``targets`` which grid an adapter asks for; None: none.
+
+    ``targets`` are names of layers that have the adapter.
+    """
+    for grids in _all_grids(model):
+        grids.by_adapter.pop(adapter_name, None)
+    if grid is None:
+        return
+    for name in targets:
+        attention = model.get_submodule(name.rpartition(".")[0])
+        if not _rounds(attention):
+            continue
+        grids = _grids_of(attention) or KeyValueGrids()
+        attention.__dict__[GRIDS] = grids
+        grids.by_adapter[adapter_name] = grid
+        projection = model.get_submodule(name)
+        if not any(known is projection for known in grids.projections):
+            grids.projections.append(projection)
+    _route_attention(model)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Forgets an adapter; with the last grid, attention is called as it was before."""
+    found = list(_all_grids(model))
+    for grids in found:
+        grids.by_adapter.pop(adapter_name, None)
+    if found and not any(grids.by_adapter for grids in found):
+        for module in model.modules():
+            module.__dict__.pop(GRIDS, None)
+        _unroute_attention(model)
+
+
+def merge(model: nn.Module) -> None:
+    """Keeps the grids of the adapter that was merged, once its layers are plain ones."""
+    for grids in _all_grids(model):
+        merged = [name for layer in grids.projections for name in layer.merged_adapters]
+        found = [grids.by_adapter[name] for name in merged if name in grids.by_adapter]
+        grids.merged = found[0] if found else None
+        grids.projections.clear()
+        grids.by_adapter.clear()
+        if found:
+            say_what_is_not_saved()
+
+
+class Rounded(Tensor):
+    """Keys or values that lie on ``grid`` already. What is computed from them is a plain tensor."""
+
+    grid: Grid
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def rounded(x: Tensor, grid: Grid) -> Rounded:
+    """``x``, which lies on ``grid``, under a type that says so."""
+    marked = x.as_subclass(Rounded)
+    marked.grid = grid
+    return marked
 
 
 def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
-    """Raises ValueError where keys and values cannot be rounded. ``parents``: the modules that the targets lie in."""
+    """Raises ValueError if keys and values cannot be rounded; ``parents`` are around the targets."""
     where = "`kv_cache_bits` is set, but"
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         raise ValueError(
-            f"{where} {type(model).__name__} does not call attention through transformers' attention interface, which is where "
-            "keys and values are rounded; leave `kv_cache_bits` out"
+            f"{where} {type(model).__name__} does not call attention through transformers' "
+            "attention interface, where keys and values are rounded; leave `kv_cache_bits` out"
         )
     for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
         name = part.config._attn_implementation
         if name in WRAPPED and _asks_for(name, part):
             other = next(n for n in WRAPPED if n != name)
             raise ValueError(
-                f"{where} {type(part).__name__} does something of its own where the attention implementation is {name!r}, and "
-                f"would not under another name; load the model with attn_implementation={other!r}"
+                f"{where} {type(part).__name__} does something of its own if the attention "
+                f"implementation is {name!r}, and would not under another name; load the model "
+                f"with attn_implementation={other!r}"
             )
         if name not in (*WRAPPED, *WRAPPED.values()):
             raise ValueError(
-                f"{where} the attention implementation is {name!r}, and only {', '.join(map(repr, WRAPPED))} can be wrapped; load "
-                "the model with attn_implementation='sdpa'"
+                f"{where} the attention implementation is {name!r}, and only "
+                f"{', '.join(map(repr, WRAPPED))} can be wrapped; load the model with "
+                "attn_implementation='sdpa'"
             )
-    if not any("Attention" in type(m).__name__ and _keeps_cache(m) for m in parents):
+    if not any(map(_rounds, parents)):
         raise ValueError(
-            f"{where} no target module lies in an attention layer that keeps a cache; the keys and values of the layers with "
-            "target modules are rounded. Add the attention's projections to `target_modules`, or leave `kv_cache_bits` out"
+            f"{where} no target module lies in an attention layer that keeps a cache; the keys "
+            "and values of the layers with target modules are rounded. Add the attention's "
+            "projections to `target_modules`, or leave `kv_cache_bits` out"
         )
 
 
-def route_attention(model: PreTrainedModel) -> None:
-    """Lets every attention layer of the model ask for its grid before the function that it called up to now; again: no change."""
+def _route_attention(model: PreTrainedModel) -> None:
+    """Lets every attention layer ask for its grid first. Calling it again changes nothing."""
     model.set_attn_implementation(_wrapped_names(model.config))
 
 
-def unroute_attention(model: PreTrainedModel) -> None:
-    """Back to the functions of before."""
+def _unroute_attention(model: PreTrainedModel) -> None:
+    """Back to the functions that were called before."""
     model.set_attn_implementation(
         _wrapped_names(model.config, {wrapped: name for name, wrapped in WRAPPED.items()})
     )
 
 
-def _keeps_cache(attention: nn.Module) -> bool:
-    # Encoder-decoder models and BERT say `is_decoder`; decoders without a choice have at most `is_causal`.
-    return bool(getattr(attention, "is_decoder", getattr(attention, "is_causal", True)))
+def _grids_of(module: nn.Module) -> KeyValueGrids | None:
+    return module.__dict__.get(GRIDS)
+
+
+def _all_grids(model: nn.Module) -> Iterable[KeyValueGrids]:
+    return [grids for m in model.modules() if (grids := _grids_of(m)) is not None]
+
+
+def _rounds(module: nn.Module) -> bool:
+    """Whether a module is attention that keeps a cache; an encoder's does not."""
+    # Encoder-decoder models and BERT have `is_decoder`, and other decoders at most `is_causal`.
+    caches = getattr(module, "is_decoder", getattr(module, "is_causal", True))
+    return "Attention" in type(module).__name__ and bool(caches)
 
 
 def _asks_for(name: str, part: PreTrainedModel) -> bool:
-    """Whether the file of a model compares the implementation with a name. transformers looks into such files, too."""
+    """Whether the model's source compares the implementation with ``name``."""
     try:
         source = inspect.getsource(sys.modules[type(part).__module__])
     except (OSError, TypeError):
@@ -105,7 +198,7 @@ def _asks_for(name: str, part: PreTrainedModel) -> bool:
 
 
 def _wrapped_names(config: PreTrainedConfig, names: dict[str, str] = WRAPPED) -> dict[str, Any]:
-    """What ``set_attn_implementation`` takes, for a configuration and those inside it."""
+    """The argument of ``set_attn_implementation``, for a configuration and those inside it."""
     own = config._attn_implementation
     inside = {name: getattr(config, name, None) for name in config.sub_configs}
     return {"": names.get(own, own)} | {
@@ -114,7 +207,10 @@ def _wrapped_names(config: PreTrainedConfig, names: dict[str, str] = WRAPPED) ->
 
 
 def _implementation(name: str, attention: nn.Module) -> Callable[..., Any]:
-    """What the model's own file calls by this name: it may have a version of its own, and eager attention always is one."""
+    """The function that the model's own file calls by this name.
+
+    The file may have a version of its own; of eager attention, it always has.
+    """
     for kind in type(attention).__mro__:
         file = vars(sys.modules[kind.__module__])
         if name == "eager" and "eager_attention_forward" in file:
@@ -122,8 +218,8 @@ def _implementation(name: str, attention: nn.Module) -> Callable[..., Any]:
         if name != "eager" and "ALL_ATTENTION_FUNCTIONS" in file:
             return file["ALL_ATTENTION_FUNCTIONS"][name]
     raise ValueError(
-        f"`kv_cache_bits` found no {name} attention function beside {type(attention).__name__}; load the model with another "
-        "`attn_implementation`"
+        f"`kv_cache_bits` found no {name} attention function beside {type(attention).__name__}; "
+        "load the model with another `attn_implementation`"
     )
 
 
@@ -132,7 +228,7 @@ def _register(name: str) -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         grid = kv_cache_grid(module)
-        if grid is not None and getattr(key, ROUNDED, None) != grid:
+        if grid is not None and not (isinstance(key, Rounded) and key.grid == grid):
             key, value = fake_quantize_tokens(key, grid), fake_quantize_tokens(value, grid)
         return _implementation(name, module)(module, query, key, value, *args, **kwargs)
 
@@ -140,6 +236,6 @@ def _register(name: str) -> None:
     AttentionMaskInterface.register(WRAPPED[name], AttentionMaskInterface()[name])
 
 
-# When this package is imported, so that a copied or unpickled model finds the names that its configuration has.
+# At import, so that a copied or unpickled model finds the names in its configuration.
 for _name in WRAPPED:
     _register(_name)

@@ -1,7 +1,8 @@
-"""A cache for generation that holds the integers which ``kv_cache_bits`` stands for, packed, instead of rounding again and again.
+"""A cache for generation that holds the packed integers of ``kv_cache_bits``.
 
-A token of a head takes ``ceil(head_dim * bits / 8)`` bytes and 5 more: its step, float32, and its zero point (4 on a symmetric
-grid). What attention gets from there is, bit for bit, what it gets from a cache of 16-bit values and rounds.
+A token of a head takes ``ceil(head_dim * bits / 8)`` bytes and 5 more: its step, float32, and its
+zero point (4 more on a symmetric grid). Attention gets from it, bit for bit, what it would get by
+rounding a cache of 16-bit values.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..quant import Grid, decode_tokens, encode_tokens, pack, packed_bytes, unpack
-from .attention import kv_cache_grid, mark_rounded
+from .attention import kv_cache_grid, rounded
 
 
 def pack_tokens(x: Tensor, grid: Grid) -> Tensor:
-    """(..., n) -> (..., bytes) uint8: for each token its packed integers, its step, its zero point."""
+    """(..., n) -> (..., bytes) uint8: each token's packed integers, its step, its zero point."""
     codes, step, zero_point = encode_tokens(x, grid)
     unsigned = (codes.to(torch.int16) - grid.qmin).to(torch.uint8)
     packed = pack(unsigned.flatten(0, -2), grid.bits).view(
@@ -29,7 +30,7 @@ def pack_tokens(x: Tensor, grid: Grid) -> Tensor:
 
 
 def unpack_tokens(packed: Tensor, grid: Grid, n: int, dtype: torch.dtype) -> Tensor:
-    """(..., bytes) uint8 -> (..., n) in ``dtype``; `quantized_tokens` of what was packed."""
+    """(..., bytes) uint8 -> (..., n) in ``dtype``: `quantized_tokens` of what was packed."""
     size = packed_bytes(n, grid.bits)
     codes = unpack(packed[..., :size].reshape(-1, size), grid.bits, n).view(*packed.shape[:-1], n)
     step = (
@@ -43,14 +44,17 @@ def unpack_tokens(packed: Tensor, grid: Grid, n: int, dtype: torch.dtype) -> Ten
 
 
 class LowBitCacheLayer(DynamicLayer):
-    """``keys`` and ``values`` are (batch, heads, tokens, bytes) uint8. All that moves tokens or rows about is transformers' own."""
+    """A layer of the cache; ``keys`` and ``values`` are (batch, heads, tokens, bytes) uint8.
+
+    transformers' own methods move tokens and rows about.
+    """
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty, for keys and values of these widths."""
+        """Makes an empty layer for keys and values of these widths."""
         super().lazy_initialization(key_states, value_states)
         self.widths = key_states.shape[-1], value_states.shape[-1]
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
@@ -58,7 +62,7 @@ class LowBitCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Adds tokens; all keys and values of the cache, rounded."""
+        """Adds tokens and returns all keys and values of the cache, rounded."""
         packed = pack_tokens(key_states, self.grid), pack_tokens(value_states, self.grid)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -68,18 +72,25 @@ class LowBitCacheLayer(DynamicLayer):
             unpack_tokens(s, self.grid, n, self.dtype)
             for s, n in zip(stored, self.widths, strict=True)
         )
-        return mark_rounded(keys, self.grid), mark_rounded(values, self.grid)
+        return rounded(keys, self.grid), rounded(values, self.grid)
 
 
 def low_bit_cache(model: nn.Module) -> Cache:
-    """An empty cache of ``kv_cache_bits`` for ``model.generate(..., past_key_values=low_bit_cache(model))``, used once.
+    """An empty cache of ``kv_cache_bits``, for one call of `generate`.
 
-    Layers whose keys and values are not rounded, and those with a sliding window, keep transformers' own cache. ValueError for an
-    encoder-decoder model, and where nothing would be low-bit.
+    Layers whose keys and values are not rounded, and those with a sliding window, keep
+    transformers' own cache. Raises ValueError for an encoder-decoder model, and if no layer would
+    be low-bit.
+
+    Example:
+        ```py
+        model.generate(**inputs, past_key_values=low_bit_cache(model))
+        ```
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
-            "the low-bit cache is for decoders; leave `past_key_values` out: keys and values are rounded as used"
+            "the low-bit cache is for decoders; leave `past_key_values` out: keys and values are "
+            "rounded as used"
         )
     cache = DynamicCache(config=model.config)
     for module in model.modules():
@@ -92,7 +103,7 @@ def low_bit_cache(model: nn.Module) -> Cache:
             cache.layers[index] = LowBitCacheLayer(grid)
     if not any(isinstance(layer, LowBitCacheLayer) for layer in cache.layers):
         raise ValueError(
-            "no layer of this model has keys and values to keep in low bits: no adapter with `kv_cache_bits` is active, or each "
-            "layer has a sliding window"
+            "no layer of this model has keys and values to keep in low bits: no adapter with "
+            "`kv_cache_bits` is active, or each layer has a sliding window"
         )
     return cache

@@ -1,4 +1,4 @@
-"""The frozen, downcast weight of one linear layer: what stands where the original module stood."""
+"""The frozen, downcast weight of one linear layer, in the place of the original module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..shared.casts import keep_values
 
 
 def range_name(estimator: str, p: float) -> str:
-    """The range estimation in words; the exponent only where it plays a part."""
+    """The range estimation in words; the exponent only if it plays a part."""
     return f"lp, p = {float(p)}" if estimator == "lp" else estimator
 
 
@@ -73,7 +73,7 @@ class DowncastLinear(nn.Module):
             self.zero_point = nn.Parameter(zero_point, requires_grad=False)
         self._known_fingerprint: int | None = None
 
-    # Made from real weights even where PEFT creates the adapter's own parameters on the meta device.
+    # Real weights, even if PEFT creates the adapter's own parameters on the meta device.
     @classmethod
     @skip_init_on_device
     def from_linear(
@@ -120,22 +120,16 @@ class DowncastLinear(nn.Module):
         if self.zero_point is not None:
             self.zero_point.data = zero_point
         for rows in row_blocks(*weight.shape, weight.device):
-            phi = self._in_units(weight[rows].float(), scale0[rows], zero_point[rows])
+            offset = None if grid.symmetric else zero_point[rows]
+            phi = grid.units(weight[rows].float(), scale0[rows], offset)
             self.phi.data[rows] = self.format.encode(phi)
 
     @property
     def fingerprint(self) -> int:
-        """63 bits that change whenever anything that the integers are made from does."""
+        """63 bits that change with anything that the integers are made from."""
         if self._known_fingerprint is None:
             self._known_fingerprint = self._fingerprint()
         return self._known_fingerprint
-
-    def _in_units(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        grid = self.format.grid
-        phi = weight / grid.expand(scale, self.in_features)
-        return (
-            phi if grid.symmetric else phi.add_(grid.expand(zero_point.float(), self.in_features))
-        )
 
     def _fingerprint(self) -> int:
         grid = self.format.grid
@@ -154,27 +148,27 @@ class DowncastLinear(nn.Module):
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """A whole model's state dict brings another frozen weight, and with it that weight's fingerprint."""
+        """Takes another frozen weight from a whole model's state dict, with its fingerprint."""
         super()._load_from_state_dict(*args)
-        # What FSDP2 shards, no rank sees as a whole; the fingerprint stays that of the base it was made from.
+        # No rank sees as a whole what FSDP2 shards; the fingerprint stays that of the base.
         if type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
             self._known_fingerprint = None
 
     def stored_weight(self) -> Tensor:
-        """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: the base weight as far as it is still known."""
+        """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's weight."""
         grid = self.format.grid
         weight = torch.empty(
             self.out_features, self.in_features, dtype=self.dtype, device=self.phi.device
         )
         for rows in row_blocks(*weight.shape, weight.device):
             zero_point = None if self.zero_point is None else self.zero_point[rows]
-            phi = grid.centered(self.format.decode(self.phi[rows]), zero_point)
-            weight[rows] = phi.mul_(grid.expand(self.scale0[rows], self.in_features)).to(self.dtype)
+            phi = self.format.decode(self.phi[rows])
+            weight[rows] = grid.values(phi, self.scale0[rows], zero_point).to(self.dtype)
         return weight
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight this layer computes with, in the original module's layout; made anew at every access."""
+        """The dense weight in the original module's layout; made anew at every access."""
         weight = self.stored_weight() if self.merged_weight is None else self.merged_weight
         return weight.T if self.is_conv1d else weight
 
@@ -183,7 +177,7 @@ class DowncastLinear(nn.Module):
         if self.is_conv1d:
             plain = Conv1D(0, 0)
             plain.nf, plain.nx, plain.bias = self.out_features, self.in_features, self.bias
-            # The transposed view, not a copy: its product adds up in the same order as the unmerged layer's.
+            # A transposed view, not a copy: its product adds up in the unmerged layer's order.
             weight = weight.T
         else:
             plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -210,6 +204,7 @@ class DowncastLinear(nn.Module):
         grid = self.format.grid
         kind = "symmetric" if grid.symmetric else "asymmetric"
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={grid.bits}, group_size={grid.group_size}, {kind}, downcast={self.format.downcast}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={grid.bits}, group_size={grid.group_size}, {kind}, "
+            f"downcast={self.format.downcast}"
         )

@@ -27,6 +27,7 @@ NOT_FOR_TRAINING = {
     "base_dtype_pattern",
     "packed_factors",
     "training_record",
+    "base_dtype_found",
     "verify_base",
 }
 NAME = re.compile(

@@ -138,7 +138,10 @@ def _check(
             raise ValueError(f"`{name}`: {reason}")
         if activations == "write":
             reason = why_not_activations(
-                format, grid, layer.activations[adapter_name], layer.kv_cache[adapter_name]
+                format,
+                grid,
+                layer.activations[adapter_name],
+                model.peft_config[adapter_name].kv_cache_grid,
             )
             if reason is not None:
                 raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..lrqat.layer import LRQATLayer
 from ..quant import quantized_codes, quantized_weight
-from ..quant.grid import SCALE_DTYPES, Grid, effective_scale
+from ..quant.grid import SCALE_DTYPES, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,7 @@ def quantized_linear(name: str, layer: LRQATLayer, adapter_name: str) -> Quantiz
         name=name,
         grid=format.grid,
         codes=quantized_codes(weight),
-        scale=effective_scale(weight.scale.detach().float(), format.scale_dtype).to(
-            SCALE_DTYPES[format.scale_dtype]
-        ),
+        scale=weight.step().float().to(SCALE_DTYPES[format.scale_dtype]),
         zero_point=weight.zero_point,
         weight=quantized_weight(weight),
         is_conv1d=layer.base_layer.is_conv1d,

@@ -198,5 +198,5 @@ def _weight(
         raise ValueError("scales must be finite and above 0")
     codes = unpack(tensors["codes"], grid.bits, columns).float() + grid.qmin
     zero_point = None if grid.symmetric else unpack(tensors["zero_points"], grid.bits, groups)
-    weight = grid.centered(codes, zero_point).mul_(grid.expand(scale, columns)).to(dtype)
+    weight = grid.values(codes, scale, zero_point).to(dtype)
     return weight.T if fields["transposed"] else weight

@@ -136,6 +136,15 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             "help": "The modules whose base weight had another dtype, by full name; filled in like base_dtype."
         },
     )
+    base_dtype_found: bool = field(
+        default=False,
+        init=False,
+        compare=False,
+        metadata={
+            "help": "Whether base_dtype was found in a base model, and not asked for: found anew "
+            "in the next one. Not saved."
+        },
+    )
     verify_base: bool = field(
         default=True,
         metadata={
@@ -160,9 +169,6 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LRQAT
-        self.base_dtype_filled_in = (
-            False  # by LRQATModel, from a base model; no field, so never saved
-        )
         self.check_weight_settings()
         self._check_choices()
         self._check_numbers()
@@ -260,11 +266,16 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         return self.base_dtype_pattern.get(module_name, self.base_dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; `verify_base` belongs to one run and is left out."""
+        """The fields as they are saved; some belong to one run and are left out."""
         _check_record(self.training_record)  # the trainer sets it on a finished config
         fields = super().to_dict()
-        del fields["verify_base"]
+        del fields["verify_base"], fields["base_dtype_found"]
         return fields
+
+    @property
+    def base_dtype_is_open(self) -> bool:
+        """Whether the dtype of the base weights is to be found in the base model."""
+        return self.base_dtype is None or self.base_dtype_found
 
 
 def _check_record(record: object) -> None:

@@ -1,4 +1,4 @@
-"""The LR-QAT layer: one downcast weight, and for each adapter its factors and scales inside the rounding."""
+"""The LR-QAT layer: one downcast weight, and each adapter's factors and scales in the rounding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
-from ..activations.attention import GRID
+from ..activations.hooks import round_inputs
 from ..base.downcast import DowncastLinear
 from ..quant import (
     Grid,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from ..shared.tensor_cache import TensorCache
     from .config import LRQATConfig
 
-logger = logging.get_logger(__name__)
 # For more tokens than this, making the weight again costs little beside multiplying with it.
 CACHED_TOKENS = 256
 
@@ -60,22 +58,20 @@ class LRQATLayer(BaseTunerLayer):
         "pass_through",
         "lrqat_fingerprint",
         "activations",
-        "kv_cache",
     )
 
     def __init__(
         self, base_layer: DowncastLinear, name: str = "", cache: TensorCache | None = None
     ) -> None:
         self.base_layer = base_layer
-        self._name, self._cache = name, cache
+        self.name, self.cache = name, cache
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # gamma = lora_alpha / r
         self.pass_through: dict[str, bool] = {}
-        # The grids of this layer's input, and of the keys and values where it is part of attention; None: left alone.
+        # The grid of this layer's input; None: the input stays as it is.
         self.activations: dict[str, Grid | None] = {}
-        self.kv_cache: dict[str, Grid | None] = {}
         self.lrqat_A = _ExactParameterDict({})
         self.lrqat_B = _ExactParameterDict({})
         self.lrqat_scale = _ExactParameterDict({})
@@ -93,10 +89,7 @@ class LRQATLayer(BaseTunerLayer):
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
-        self.activations[adapter_name], self.kv_cache[adapter_name] = (
-            config.activation_grid,
-            config.kv_cache_grid,
-        )
+        self.activations[adapter_name] = config.activation_grid
         self.lrqat_A[adapter_name] = nn.Parameter(
             torch.empty(config.r, self.in_features, device=device)
         )
@@ -149,22 +142,22 @@ class LRQATLayer(BaseTunerLayer):
         constants = torch.tensor([float(w.gamma)]), torch.tensor([self.base_layer.fingerprint])
         made_from = (w.A, w.B, w.scale, *constants)
         weight, *known = (
-            (None,) if self._cache is None else self._cache.get(self._name, adapter_name) or (None,)
+            (None,) if self.cache is None else self.cache.get(self.name, adapter_name) or (None,)
         )
         if weight is not None and weight.dtype == w.dtype and all(map(_same, known, made_from)):
             return weight
         weight = quantized_weight(w)
-        if self._cache is not None and x.numel() <= CACHED_TOKENS * self.in_features:
-            self._cache.put(
-                self._name,
+        if self.cache is not None and x.numel() <= CACHED_TOKENS * self.in_features:
+            self.cache.put(
+                self.name,
                 adapter_name,
                 (weight, *(tensor.detach().clone() for tensor in made_from)),
             )
         return weight
 
     def _forget_weight(self, adapter_name: str) -> None:
-        if self._cache is not None:
-            self._cache.drop(self._name, adapter_name)
+        if self.cache is not None:
+            self.cache.drop(self.name, adapter_name)
 
     def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
         """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by default."""
@@ -197,17 +190,14 @@ class LRQATLayer(BaseTunerLayer):
             )
         return active[0] if active else None
 
-    def _adapter_that_runs(self) -> str | None:
-        """The adapter that decides what this layer computes now, merged or not; None: the frozen weight alone."""
+    def adapter_that_runs(self) -> str | None:
+        """The adapter that decides what this layer computes now, merged or not.
+
+        None if only the frozen weight runs.
+        """
         if self.disable_adapters:
             return None
         return self.merged_adapters[0] if self.merged else self._adapter_to_run()
-
-    @property
-    def kv_cache_grid(self) -> Grid | None:
-        """For the attention that this layer is part of; read there (`peft_lrqat.activations.attention`)."""
-        adapter_name = self._adapter_that_runs()
-        return None if adapter_name is None else self.kv_cache[adapter_name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._verified.pop(adapter_name, None)
@@ -232,34 +222,11 @@ class LRQATLayer(BaseTunerLayer):
                 parameter.data = parameter.data.to(self.base_layer.dtype)
 
 
-class InputQuantization:
-    """The forward pre-hook of a merged layer: its input is rounded as it was in training."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def __call__(self, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *others = inputs
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return fake_quantize_tokens(x, self.grid), *others
-
-
-def _keep_activations(plain: nn.Module, activations: Grid | None, kv_cache: Grid | None) -> None:
-    """Lets a merged module, which has no place for it, go on rounding its input, and say the grid of keys and values."""
-    if activations is None and kv_cache is None:
-        return
-    if activations is not None:
-        plain.register_forward_pre_hook(InputQuantization(activations))
-    setattr(plain, GRID, kv_cache)
-    logger.warning_once(
-        "the merged model goes on rounding its activations as in training, in this process: `save_pretrained` writes its weights "
-        "alone, and what is loaded from there computes with 16-bit activations. `export_model` writes both where a format can"
-    )
-
-
 class LRQATLinear(nn.Module, LRQATLayer):
-    """LR-QAT on `nn.Linear` and transformers' `Conv1D`; replaces the module and frees its weight."""
+    """LR-QAT on `nn.Linear` and transformers' `Conv1D`.
+
+    It stands where ``linear`` stood and takes its weight: ``linear`` has none afterwards.
+    """
 
     def __init__(
         self,
@@ -279,6 +246,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             p=config.range_p,
             base_dtype=base_dtype or linear.weight.dtype,
         )
+        # PEFT holds every replaced module until the last one is done; the weights need not wait.
+        del linear.weight
         LRQATLayer.__init__(self, base, name, cache)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -286,7 +255,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapter_name = self._adapter_that_runs()
+        adapter_name = self.adapter_that_runs()
         grid = None if adapter_name is None else self.activations[adapter_name]
         base = self.base_layer
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -342,14 +311,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         plain = base.to_plain(
             base.stored_weight() if base.merged_weight is None else base.merged_weight
         )
-        if self.merged:
-            _keep_activations(
-                plain,
-                self.activations[self.merged_adapters[0]],
-                self.kv_cache[self.merged_adapters[0]],
-            )
-        # PEFT reads `base_layer.weight` once more after this.
-        self.base_layer = plain
+        grid = self.activations[self.merged_adapters[0]] if self.merged else None
+        if grid is not None:
+            round_inputs(plain, grid)
         return plain
 
     def _merged_weight(self, adapter_name: str, safe_merge: bool) -> Tensor:

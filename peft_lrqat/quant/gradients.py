@@ -23,7 +23,6 @@ from torch import Tensor
 from . import low_rank
 from .blocks import MAX_BLOCK_ELEMENTS, column_chunks, row_blocks
 from .clipped import MAX_COUNT, MAX_SHARE, add_sparse_product, find_clipped, sampled_product
-from .grid import effective_scale
 from .low_rank import LowRankWeight
 
 
@@ -146,7 +145,7 @@ def by_rank(
     ``clipped`` holds the places ``row * in + column`` of the clipped weights there, in parts.
     Needs one scale per row.
     """
-    step = effective_step(w)
+    step = w.step()
     if sums.B is not None:
         tokens_r = sum(tokens_x[:, c] @ w.A[:, c].to(tokens_x.dtype).T for c in chunks)
         sums.B.add_((tokens_y.T @ tokens_r).to(sums.B.dtype).mul_(step), alpha=w.gamma)
@@ -189,12 +188,6 @@ def weight_and_clipped(
     return weight, places
 
 
-def effective_step(w: LowRankWeight) -> Tensor:
-    """Returns the step that is used, (out, groups), in float32 or wider."""
-    dtype = torch.promote_types(torch.float32, w.scale.dtype)
-    return effective_scale(w.scale.to(dtype), w.format.scale_dtype)
-
-
 def scale_gradient(
     w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -202,7 +195,7 @@ def scale_gradient(
 
     Rows whose output keeps too little of it get the gradient from their rows of G instead.
     """
-    step = effective_step(w)
+    step = w.step()
     dtype = torch.promote_types(y.dtype, step.dtype)
     total = torch.zeros(y.shape[1], dtype=dtype, device=y.device)
     largest = torch.zeros_like(total)

@@ -15,7 +15,8 @@ SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class Grid:
     """``2^bits`` consecutive integers, with one step (and zero point) per group of a row.
 
-    Symmetric: ``-2^(bits-1) .. 2^(bits-1)-1``, no zero point. Asymmetric: ``0 .. 2^bits-1`` with an integer zero point.
+    Symmetric: ``-2^(bits-1) .. 2^(bits-1)-1`` without a zero point. Asymmetric: ``0 .. 2^bits-1``
+    with an integer zero point.
     """
 
     bits: int
@@ -27,7 +28,8 @@ class Grid:
             raise ValueError(f"`bits` must be 2 to 8, but is {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(
-                f"`group_size` must be -1 (one group per row) or at least 1, but is {self.group_size}"
+                "`group_size` must be -1 (one group per row) or at least 1, but is "
+                f"{self.group_size}"
             )
 
     @property
@@ -39,7 +41,7 @@ class Grid:
         return self.qmin + 2**self.bits - 1
 
     def num_groups(self, in_features: int) -> int:
-        """Groups in a row of ``in_features`` weights; ValueError when the group size does not divide it."""
+        """Groups in a row; ValueError if the group size does not divide ``in_features``."""
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
@@ -52,7 +54,8 @@ class Grid:
                 else "use -1, one scale per row"
             )
             raise ValueError(
-                f"`group_size` must divide `in_features`, but {self.group_size} does not divide {in_features}; {hint}"
+                f"`group_size` must divide `in_features`, but {self.group_size} does not divide "
+                f"{in_features}; {hint}"
             )
         return in_features // self.group_size
 
@@ -61,10 +64,24 @@ class Grid:
         return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
 
     def centered(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``values - zero_point`` in place: (rows, in) and (rows, groups), or None on a symmetric grid."""
+        """``values - zero_point`` in place: (rows, in) and (rows, groups); None: symmetric."""
         if zero_point is None:
             return values
         return values.sub_(self.expand(zero_point.to(values.dtype), values.shape[1]))
+
+    def units(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """``weight / scale + zero_point``, not rounded: (rows, in), (rows, groups) -> (rows, in).
+
+        Computed in the dtype of ``weight``; ``zero_point`` is None on a symmetric grid.
+        """
+        units = weight / self.expand(scale, weight.shape[1])
+        if zero_point is None:
+            return units
+        return units.add_(self.expand(zero_point.to(units.dtype), weight.shape[1]))
+
+    def values(self, units: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """``scale * (units - zero_point)`` in place, the inverse of `units`."""
+        return self.centered(units, zero_point).mul_(self.expand(scale, units.shape[1]))
 
     def expand(self, per_group: Tensor, in_features: int) -> Tensor:
         """(rows, groups) -> (rows, in), or (rows, 1) left to broadcast when a row is one group."""
@@ -74,9 +91,10 @@ class Grid:
 
 
 def effective_scale(scale: Tensor, scale_dtype: str) -> Tensor:
-    """The step that is used and shipped: ``scale`` rounded to ``scale_dtype`` and kept positive; same shape and dtype.
+    """The step that is used and shipped: ``scale`` rounded to ``scale_dtype`` and kept positive.
 
-    Training sees this rounding (straight-through), so that storing the scale in ``scale_dtype`` changes nothing.
+    Same shape and dtype. Training sees this rounding (straight-through), so that storing the scale
+    in ``scale_dtype`` changes nothing.
     """
     info = torch.finfo(SCALE_DTYPES[scale_dtype])
     step = scale.clamp(min=info.tiny, max=info.max)

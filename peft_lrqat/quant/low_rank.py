@@ -41,6 +41,12 @@ class LowRankWeight:
     def shape(self) -> tuple[int, int]:
         return self.phi.shape[0], self.format.in_features
 
+    def step(self, rows: slice | Tensor | None = None, groups: slice | None = None) -> Tensor:
+        """The step that is used and shipped, (rows, groups), in float32 or wider; default: all."""
+        scale = self.scale[slice(None) if rows is None else rows, groups or slice(None)]
+        dtype = torch.promote_types(torch.float32, scale.dtype)
+        return effective_scale(scale.to(dtype), self.format.scale_dtype)
+
 
 @contextmanager
 def _ieee_matmul(device: torch.device) -> Iterator[None]:
@@ -88,10 +94,7 @@ def tile(
         rounded = phi.addmm_(w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma).round_()
     zero_point = None if w.zero_point is None else w.zero_point[rows, groups]
     codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
-    step = grid.expand(
-        effective_scale(w.scale[rows, groups].to(dtype), w.format.scale_dtype), width
-    )
-    return rounded, codes, step
+    return rounded, codes, grid.expand(w.step(rows, groups).to(dtype), width)
 
 
 def deploy(codes: Tensor, step: Tensor, dtype: torch.dtype, to: Tensor) -> None:

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_lrqat.lrqat import layer as layer_module
-from peft_lrqat.lrqat.layer import InputQuantization
+from peft_lrqat.activations import hooks
+from peft_lrqat.activations.hooks import InputQuantization
 from peft_lrqat.quant import Grid, quantized_tokens
 
 
@@ -96,7 +96,7 @@ def test_merged_layer_lets_the_gradient_through(make_peft, batch_for):
 
 
 def test_merging_says_once_what_saving_leaves_out(make_peft, caplog):
-    layer_module.logger.warning_once.cache_clear()
+    hooks.logger.warning_once.cache_clear()
     with caplog.at_level("WARNING"):
         make_peft(activation_bits=8).merge_and_unload()
         make_peft(activation_bits=8).merge_and_unload()
@@ -108,7 +108,7 @@ def test_off_is_the_same_model_and_leaves_no_trace(make_peft, lrqat_layers):
     assert all(layer.activations == {"default": None} for layer in lrqat_layers(model).values())
     plain = model.merge_and_unload()
     assert not any(module._forward_pre_hooks for module in plain.modules())
-    assert not any("kv_cache_grid" in vars(module) for module in plain.modules())
+    assert not any("key_value_grids" in vars(module) for module in plain.modules())
     assert plain.config._attn_implementation == "sdpa"
 
 

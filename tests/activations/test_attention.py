@@ -188,6 +188,37 @@ def test_each_adapter_has_its_own(make_model, make_config, disturb, logits_of):
     assert kv_cache_grid(attention) is None
 
 
+def test_an_adapter_that_is_added_later_rounds_as_the_first(make_model, make_config, logits_of):
+    wanted = logits_of(make_model(kv_cache_bits=4))
+    torch.manual_seed(2)
+    model = make_model()
+    plain = logits_of(model)
+    own = {n: p for n, p in model.named_parameters() if ".lrqat_" in n}
+    model.add_adapter("later", make_config(kv_cache_bits=4))
+    for name, parameter in own.items():
+        model.get_parameter(name.replace(".default", ".later")).data.copy_(parameter)
+    model.set_adapter("later")
+    assert torch.equal(logits_of(model), wanted)
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), plain)
+
+
+def test_layers_of_the_mlp_know_nothing_of_it(make_model):
+    model = make_model(kv_cache_bits=4)
+    holders = {n for n, m in model.named_modules() if "key_value_grids" in vars(m)}
+    assert holders == {f"base_model.model.model.layers.{i}.self_attn" for i in (0, 1)}
+    plain = model.merge_and_unload()
+    holders = {n for n, m in plain.named_modules() if "key_value_grids" in vars(m)}
+    assert holders == {f"model.layers.{i}.self_attn" for i in (0, 1)}
+
+
+def test_merging_another_adapter_than_the_active_one_keeps_its_grid(make_model, make_config):
+    model = make_model(kv_cache_bits=4)
+    model.add_adapter("two", make_config(kv_cache_bits=2))
+    attention = model.merge_and_unload(adapter_names=["two"]).model.layers[0].self_attn
+    assert kv_cache_grid(attention) == Grid(bits=2, symmetric=False)
+
+
 def test_configuration_on_disk_has_the_name_from_before(make_model, logits_of, tmp_path):
     model = make_model(implementation="eager", kv_cache_bits=4)
     assert model.config._attn_implementation == "lrqat_eager"

@@ -462,7 +462,7 @@ def test_a_pattern_that_fits_no_target_is_refused(field, make_base, make_config)
     base = make_base()
     before = {name: type(module) for name, module in base.named_modules()}
     with pytest.raises(
-        ValueError, match=f"`{field}` has 'down_prj', which is the name of no target module"
+        ValueError, match=f"`{field}` has 'down_prj', but no target module has this name"
     ):
         get_peft_model(base, make_config(**{field: {"down_prj": 4}}))
     assert {name: type(module) for name, module in base.named_modules()} == before

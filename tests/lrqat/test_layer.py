@@ -389,7 +389,7 @@ def test_inference_makes_the_weight_once(made, dtype):
     assert all(torch.equal(infer(layer, x), y) for _ in range(3))
     assert len(made) == 1
     held = 6 * 16 * dtype.itemsize + 4 * (4 * 16 + 6 * 4 + 6) + 4 + 8
-    assert layer._cache.bytes == held
+    assert layer.cache.bytes == held
 
 
 CHANGES = {
@@ -432,32 +432,32 @@ def test_what_changes_the_weight_reaches_inference(change, made):
 def test_training_and_deleting_let_the_weight_go(made):
     layer, x = make_layer(cache=TensorCache()).eval(), torch.randn(3, 16)
     infer(layer, x)
-    assert layer._cache.bytes
+    assert layer.cache.bytes
     layer(x)
-    assert layer._cache.bytes == 0
+    assert layer.cache.bytes == 0
     infer(layer, x)
     infer(layer.train(), x)
-    assert layer._cache.bytes == 0
+    assert layer.cache.bytes == 0
     infer(layer.eval(), x)
     layer.delete_adapter("default")
-    assert layer._cache.bytes == 0
+    assert layer.cache.bytes == 0
 
 
 def test_long_inputs_and_full_caches_hold_nothing(made):
     layer = make_layer(cache=TensorCache()).eval()
     infer(layer, torch.randn(layer_module.CACHED_TOKENS + 1, 16))
-    assert layer._cache.bytes == 0
-    layer._cache.set_limit(100)
+    assert layer.cache.bytes == 0
+    layer.cache.set_limit(100)
     x = torch.randn(1, 16)
     assert torch.equal(infer(layer, x), layer(x))
-    assert layer._cache.bytes == 0
+    assert layer.cache.bytes == 0
 
 
 def test_copies_start_without_weights(made):
     layer, x = make_layer(cache=TensorCache()).eval(), torch.randn(1, 16)
     infer(layer, x)
     twin = copy.deepcopy(layer)
-    assert twin._cache.bytes == 0
+    assert twin.cache.bytes == 0
     assert torch.equal(infer(twin, x), infer(layer, x))
 
 

@@ -42,8 +42,8 @@ class GroupCodes:
         else:
             zero_point = self.zero_point.float()
         length = self.codes.shape[1]
-        scale = _spread(self.scale.float(), self.group_size, length)
-        return self.codes.float().sub_(_spread(zero_point, self.group_size, length)).mul_(scale)
+        scale = spread(self.scale.float(), self.group_size, length)
+        return self.codes.float().sub_(spread(zero_point, self.group_size, length)).mul_(scale)
 
     def __getitem__(self, rows: slice) -> GroupCodes:
         """Some of the vectors."""
@@ -176,6 +176,6 @@ def _grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _spread(per_group: Tensor, group_size: int, length: int) -> Tensor:
+def spread(per_group: Tensor, group_size: int, length: int) -> Tensor:
     """(N, groups) -> (N, length)."""
     return per_group.repeat_interleave(min(group_size, length), dim=1)[:, :length]

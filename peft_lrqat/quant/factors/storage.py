@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from ..packing import pack, packed_bytes
-from .groups import MAX_BITS, GroupCodes, num_groups
+from ..packing import pack, packed_bytes, unpack_small
+from .groups import MAX_BITS, GroupCodes, num_groups, spread
 
 
 FORMAT_VERSION = 1
@@ -202,18 +202,17 @@ def expand(
     """B (m, K) and A (K, n) in ``dtype``; in float32 the very values of the `GroupCodes` that were packed."""
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for block in format.blocks:
-        values = _unpack(tensors["codes"][block.codes], block.bits, block.count, block.length)
+        codes = tensors["codes"][block.codes].view(block.count, -1)
+        values = unpack_small(codes, block.bits, block.length)
         if block.zero_points is None:
             values.sub_((2**block.bits - 1) / 2)
         else:
             groups = num_groups(block.length, format.group_size)
-            zero_points = _unpack(
-                tensors["zero_points"][block.zero_points], block.bits, block.count, groups
-            )
-            values.sub_(_spread(zero_points, block, format))
-        values.mul_(
-            _spread(tensors["scales"][block.scales].view(block.count, -1).float(), block, format)
-        )
+            stored = tensors["zero_points"][block.zero_points].view(block.count, -1)
+            zero_points = unpack_small(stored, block.bits, groups)
+            values.sub_(spread(zero_points, format.group_size, block.length))
+        scales = tensors["scales"][block.scales].view(block.count, -1).float()
+        values.mul_(spread(scales, format.group_size, block.length))
         sides[block.side].append(values.to(dtype))
     if not format.blocks:
         codes = tensors["codes"]
@@ -224,36 +223,6 @@ def expand(
         return empty
     b, a = (torch.cat(side) if len(side) > 1 else side[0] for side in sides)
     return b.T, a
-
-
-def _spread(per_group: Tensor, block: Block, format: PackedFormat) -> Tensor:
-    """(count, groups) -> (count, length)."""
-    return per_group.repeat_interleave(min(format.group_size, block.length), dim=1)[
-        :, : block.length
-    ]
-
-
-def _unpack(packed: Tensor, bits: int, count: int, length: int) -> Tensor:
-    """As ``unpack`` of quant/packing.py, but (count, length) float32, in few operations: small tensors cost by the operation."""
-    if 8 % bits == 0:
-        return _table(bits, packed.device).index_select(0, packed.int()).view(count, -1)[:, :length]
-    packed = packed.view(count, -1)
-    if padding := -packed.shape[1] % bits:
-        packed = torch.nn.functional.pad(packed, (0, padding))
-    # Eight values are one integer of `bits` bytes.
-    octets = packed.unflatten(1, (-1, bits)).long()
-    words = (octets << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(-1, keepdim=True)
-    values = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)).bitwise_and_(
-        2**bits - 1
-    )
-    return values.flatten(1)[:, :length].float()
-
-
-@lru_cache
-def _table(bits: int, device: torch.device) -> Tensor:
-    """The values in each byte, (256, 8 / bits) float32."""
-    in_byte = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device)
-    return (in_byte % 2**bits).float()
 
 
 def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,225 @@
+"""Which layers of a model an LR-QAT adapter quantises, and why a layer cannot be one of them.
+
+Everything is looked at, and refused if need be, before the first layer is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..activations.attention import check_attention
+from ..base.downcast import range_name
+from ..quant.grid import SCALE_DTYPES
+from ..quant.storage import WeightFormat
+from .config import LRQATConfig
+from .layer import LRQATLayer, LRQATLinear
+
+
+logger = logging.get_logger(__name__)
+DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+# What PEFT trains in full for these tasks, but leaves out of "all-linear" for SEQ_CLS only.
+HEADS = {"classifier", "score", "qa_outputs"}
+TASKS_WITH_HEADS = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an adapter will do to a model."""
+
+    targets: tuple[str, ...]  # names, in the model's order
+    base_dtype: str | None  # that most frozen weights are made from; None without targets
+    base_dtype_pattern: Mapping[str, str]  # the targets made from another dtype, by name
+    weights: int  # that are yet to be quantised
+
+
+def plan(model: nn.Module, config: LRQATConfig, is_target: Callable[[str], bool]) -> Plan:
+    """Looks at all targets of ``model``, which stays as it is.
+
+    ``is_target`` says of a module's name whether ``config`` means it. Raises TypeError for a layer
+    of another kind, and ValueError for one that cannot be quantised as ``config`` asks.
+    """
+    targets = find_targets(model, is_target)
+    tied = _tied_weights(model, targets)
+    for name, module in targets.items():
+        check_target(name, module, config)
+        if name in tied:
+            raise ValueError(
+                f"the weight of `{name}` is tied to another module's, which would be left behind; "
+                "leave it out of `target_modules`, or untie it (`tie_word_embeddings=False`)"
+            )
+    if config.kv_cache_bits is not None:
+        check_attention(model, [model.get_submodule(name.rpartition(".")[0]) for name in targets])
+    _check_patterns(config, targets)
+    _warn_of_untouched_experts(model)
+    _warn_of_different_targets(model, targets)
+    most, others = config.base_dtype, dict(config.base_dtype_pattern)
+    if targets and config.base_dtype_is_open:
+        dtypes = {name: DTYPE_NAMES[_base_dtype(module)] for name, module in targets.items()}
+        ((most, _),) = Counter(dtypes.values()).most_common(1)
+        others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
+    return Plan(
+        targets=tuple(targets),
+        base_dtype=most,
+        base_dtype_pattern=others,
+        weights=sum(
+            module.weight.numel()
+            for module in targets.values()
+            if not isinstance(module, LRQATLinear)
+        ),
+    )
+
+
+def find_targets(model: nn.Module, is_target: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """The modules that ``is_target`` names, except those inside a layer of a tuner or a target."""
+    named = {name: module for name, module in model.named_modules() if name and is_target(name)}
+    return {
+        name: module
+        for name, module in named.items()
+        if not any(parent in named for parent in _tuner_parents(name, model))
+    }
+
+
+def in_features(module: nn.Linear | Conv1D | LRQATLinear) -> int:
+    """The width of a target."""
+    return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
+    """Raises TypeError for a layer of another kind, ValueError for a weight that cannot be used."""
+    if isinstance(module, LRQATLinear):
+        _check_same_recipe(name, module, config)
+        return
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    plain = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+    # nn.MultiheadAttention reads the weight of its output layer without calling the layer.
+    plain = plain and not isinstance(module, NonDynamicallyQuantizableLinear)
+    if isinstance(module, BaseTunerLayer) or not plain:
+        raise TypeError(
+            f"`{name}` is a {kind}; LR-QAT works on torch.nn.Linear and transformers' Conv1D that "
+            "are neither quantised nor adapted already. Load the base model unquantised, or leave "
+            "the module out of `target_modules`"
+        )
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPE_NAMES:
+        raise TypeError(
+            f"`{name}` ({kind}) has a weight of {type(weight).__name__}, {weight.dtype}; LR-QAT "
+            "starts from float32, bfloat16 or float16 weights. Load the base model unquantised"
+        )
+    if weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ValueError(
+            f"the weight of `{name}` is not in memory (meta device, or offloaded to CPU or disk): "
+            "its integers cannot be made. Load the base model onto one device, without offloading"
+        )
+    config.weight_format(name, in_features(module))
+    if weight.numel() == 0:
+        raise ValueError(
+            f"the weight of `{name}` is empty, of shape {tuple(weight.shape)}; leave it out of "
+            "`target_modules`"
+        )
+    if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        raise ValueError(
+            f"the weight of `{name}` has NaN or infinite entries; repair the base model first"
+        )
+
+
+def _check_same_recipe(name: str, layer: LRQATLinear, config: LRQATConfig) -> None:
+    """Raises ValueError if an adapter asks for another frozen weight than the one that is there."""
+    base = layer.base_layer
+    first_range = range_name(config.range_estimator, config.range_p)
+    wanted = [config.weight_format(name, layer.in_features), first_range]
+    present = [base.format, base.range]
+    if config.verify_base and not config.base_dtype_is_open:
+        wanted.append(config.base_dtype_of(name))
+        present.append(DTYPE_NAMES[base.base_dtype])
+    if wanted != present:
+        raise ValueError(
+            f"`{name}` already holds a weight in {_in_words(*present)}, which its adapters share, "
+            f"but this adapter asks for {_in_words(*wanted)}; use the same settings, or load the "
+            "base model once more for it"
+        )
+
+
+def _in_words(format: WeightFormat, first_range: str, base_dtype: str | None = None) -> str:
+    grid = format.grid
+    kind = "symmetric" if grid.symmetric else "asymmetric"
+    source = "" if base_dtype is None else f", from {base_dtype}"
+    return (
+        f"bits={grid.bits}, group_size={grid.group_size}, {kind}, downcast={format.downcast}, "
+        f"scale_dtype={format.scale_dtype}, first range {first_range}{source}"
+    )
+
+
+def _base_dtype(module: nn.Linear | Conv1D | LRQATLinear) -> torch.dtype:
+    return module.base_layer.base_dtype if isinstance(module, LRQATLayer) else module.weight.dtype
+
+
+def _check_patterns(config: LRQATConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a key of a pattern that fits no target.
+
+    Such a slip would train at other bits without a word.
+    """
+    for field in ("bits_pattern", "group_size_pattern"):
+        for key in getattr(config, field):
+            if targets and not any(_fits(key, name) for name in targets):
+                raise ValueError(
+                    f"`{field}` has {key!r}, but no target module has this name; a target is "
+                    f"called `{min(targets)}`, for example"
+                )
+
+
+def _fits(key: str, name: str) -> bool:
+    """Whether PEFT's ``get_pattern_key`` finds ``name`` by ``key``."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _tuner_parents(name: str, model: nn.Module) -> list[str]:
+    """The names of the ancestors that are layers of a tuner."""
+    parents = [name[:i] for i, character in enumerate(name) if character == "."]
+    return [parent for parent in parents if isinstance(model.get_submodule(parent), BaseTunerLayer)]
+
+
+def _tied_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> set[str]:
+    """The targets whose weight other modules use, too, such as a head tied to the embedding."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    weights = {
+        name: weight
+        for name, module in targets.items()
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+    }
+    own = Counter(map(id, weights.values()))
+    return {name for name, weight in weights.items() if uses[id(weight)] > own[id(weight)]}
+
+
+def _warn_of_untouched_experts(model: nn.Module) -> None:
+    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n]
+    if experts:
+        logger.warning(
+            f"{len(experts)} expert weights stay as they are, for example `{experts[0]}`: LR-QAT "
+            "works on linear modules, and this model keeps its experts as 3-D parameters"
+        )
+
+
+def _warn_of_different_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    present = {name for name, module in model.named_modules() if isinstance(module, LRQATLayer)}
+    if present and present != set(targets):
+        different = sorted(present ^ set(targets))
+        logger.warning(
+            f"the adapters on this model have different targets ({len(different)} layers differ, "
+            f"for example `{different[0]}`): where an adapter has no factors, it runs the stored "
+            "low-bit weight instead of the original one. For the results that it gives alone, "
+            "load it on a base model of its own"
+        )
