@@ -49,3 +49,17 @@ def test_the_step_is_a_value_of_its_dtype_and_positive(scale_dtype):
     assert (step > 0).all()
     assert torch.isfinite(step).all()
     assert torch.equal(step[:2], scale[:2].to(dtype).float())
+
+
+@pytest.mark.parametrize("group_size", [-1, 4, 1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_units_and_values_are_inverse(symmetric, group_size):
+    grid = Grid(bits=4, symmetric=symmetric, group_size=group_size)
+    groups = grid.num_groups(12)
+    scale = 2.0 ** torch.randint(-3, 3, (5, groups))
+    zero_point = None if symmetric else torch.randint(0, 16, (5, groups), dtype=torch.uint8)
+    codes = torch.randint(grid.qmin, grid.qmax + 1, (5, 12)).float()
+    weight = grid.values(codes.clone(), scale, zero_point)
+    offset = 0 if symmetric else grid.expand(zero_point.float(), 12)
+    assert torch.equal(weight, grid.expand(scale, 12) * (codes - offset))
+    assert torch.equal(grid.units(weight, scale, zero_point), codes)

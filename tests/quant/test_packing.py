@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_lrqat.quant import pack, packed_bytes, unpack
+from peft_lrqat.quant.packing import unpack_small
 
 
 def by_hand(row: list[int], bits: int) -> bytes:
-    """The layout's definition: one little-endian integer in which value i starts at bit i * bits."""
+    """The layout's definition: one little-endian integer; value i starts at bit i * bits."""
     number = sum(value << (i * bits) for i, value in enumerate(row))
     return number.to_bytes(-(-len(row) * bits // 8), "little")
 
@@ -27,6 +28,7 @@ def test_bytes_equal_the_definition_and_come_back(data, bits, rows, n):
     assert packed.shape == (rows, packed_bytes(n, bits))
     assert [bytes(row.tolist()) for row in packed] == [by_hand(row, bits) for row in values]
     assert torch.equal(unpack(packed, bits, n), torch.tensor(values, dtype=torch.uint8))
+    assert torch.equal(unpack_small(packed, bits, n), torch.tensor(values).float())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
