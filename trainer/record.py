@@ -25,12 +25,12 @@ class TrainingRecord(TrainerPart):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated_step = -1
-        self._metrics: dict[str, float | str] = {}  # of the weights after that step
+        self._evaluated_metrics: dict[str, float | str] = {}  # of the weights after that step
         self._loaded_step: int | None = None  # of the best checkpoint, once it is loaded
         super().__init__(*args, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated_step, self._metrics, self._loaded_step = -1, {}, None
+        self._evaluated_step, self._evaluated_metrics, self._loaded_step = -1, {}, None
         return super()._init_training_state(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -39,7 +39,7 @@ class TrainingRecord(TrainerPart):
             # Several data sets of one evaluation are logged one by one.
             same = self._evaluated_step == self.state.global_step
             self._evaluated_step = self.state.global_step
-            self._metrics = {**(self._metrics if same else {}), **metrics}
+            self._evaluated_metrics = {**(self._evaluated_metrics if same else {}), **metrics}
         super().log(logs, start_time)
         self._keep_record()
 
@@ -48,7 +48,9 @@ class TrainingRecord(TrainerPart):
         self._loaded_step = self.state.best_global_step
         logs = [log for log in self.state.log_history if log.get("step") == self._loaded_step]
         self._evaluated_step = self.state.global_step
-        self._metrics = {name: value for log in logs for name, value in _quality(log).items()}
+        self._evaluated_metrics = {
+            name: value for log in logs for name, value in _quality(log).items()
+        }
         self._keep_record()
 
     def _save(
@@ -64,12 +66,12 @@ class TrainingRecord(TrainerPart):
             "steps": self._loaded_step or self.state.global_step,
             "settings": {
                 name: float(value) if isinstance(value, Tensor) else value
-                for name, value in self._settings().items()
+                for name, value in self._recorded_settings().items()
             },
-            "metrics": self._metrics if current else {},
+            "metrics": self._evaluated_metrics if current else {},
         }
 
-    def _settings(self) -> dict[str, Any]:
+    def _recorded_settings(self) -> dict[str, Any]:
         args = self.args
         # From the optimizer: a resumed run, or one whose optimizer was handed in, has other rates
         # than `args`.

@@ -1,5 +1,7 @@
 """TRL's trainers: with the mixin over them, and unmodified with the factory."""
 
+import ast
+import inspect
 import json
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from peft_lrqat.trainer import (
     LRQATOptimizerFactory,
     LRQATTrainerMixin,
 )
+from peft_lrqat.trainer.part import TrainerPart
 
 
 trl = pytest.importorskip("trl")
@@ -249,3 +252,33 @@ def test_sft_trainer_as_it_is(
     )
     trainer.save_model(str(tmp_path / "adapter"))
     assert "import peft_lrqat" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def names_on_self(source):
+    """The methods that the source defines, and the attributes of ``self`` that it uses."""
+    tree = ast.parse(source)
+    methods = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+    return methods | used
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [getattr(trl, name) for name in sorted(trl.__all__) if name.endswith("Trainer")],
+    ids=lambda trainer: trainer.__name__,
+)
+def test_state_of_the_parts_is_not_the_trainers(trainer):
+    """A part's attribute or method must not take the place of one that a trainer of TRL has."""
+    base = names_on_self(inspect.getsource(transformers.Trainer))
+    parts = [part for part in LRQATTrainerMixin.__mro__ if issubclass(part, TrainerPart)]
+    ours = {name for part in parts for name in names_on_self(inspect.getsource(part))} - base
+    assert {"_group_norms", "_staging", "teacher"} <= ours
+    for cls in trainer.__mro__[:-1]:
+        if cls.__module__.startswith("trl."):
+            assert not ours & names_on_self(inspect.getsource(cls)), cls
