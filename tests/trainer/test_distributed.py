@@ -300,14 +300,14 @@ def test_what_is_not_finite_in_one_process_stops_both(torchrun):
     found, folder = torchrun
     one, two = (rank["error"] for rank in found)
     assert one.startswith(
-        "the gradient norm is nan at step 3; gradients that are not finite: base_model."
+        "the gradient norm is nan at step 3; gradients that are not finite: `base_model."
     )
     assert two.startswith(
-        "the loss is nan at step 3; the first module to put out a value that is not finite: "
+        "the loss is nan at step 3; the first module with an output that is not finite: "
     )
-    assert ": base_model.model.model.layers.0.mlp. " in two
+    assert ": `base_model.model.model.layers.0.mlp`. " in two
     assert all(
-        f"the last checkpoint, {folder / 'nan' / 'checkpoint-2'}, is as it was" in text
+        f"the last checkpoint, {folder / 'nan' / 'checkpoint-2'}, is unchanged" in text
         for text in (one, two)
     )
 
