@@ -1,4 +1,4 @@
-"""What mkdocs fills in while it builds the site: tables of config fields, made from the help texts."""
+"""What mkdocs fills in while it builds the site: tables of config fields from their help."""
 
 from __future__ import annotations
 

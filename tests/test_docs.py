@@ -1,8 +1,8 @@
 """Every Python and shell block of README and docs runs, page by page; what cannot run says why.
 
-The blocks of a page share one namespace and one directory, in which some names of the text exist:
-`MODEL` and `my-lora` are a small model and a LoRA adapter of it, `train.txt` and `heldout.txt` text.
-Training is cut to a few steps. Shell blocks may call `lrqat` only.
+The blocks of a page share one namespace and one directory, in which the names of the text exist:
+`MODEL` is a small model, `my-lora` and `lrqat-3bit` are adapters of it, `train.txt` and
+`heldout.txt` are texts. Training is cut to a few steps. Shell blocks may call `lrqat` only.
 """
 
 import contextlib

@@ -33,7 +33,7 @@ def test_outputs_are_not_stored(path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
-    """Every cell, in a kernel of its own; the notebook's own assertions hold, and its plots are drawn."""
+    """Every cell runs in a fresh kernel; the notebook's assertions hold, and its plots appear."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(path, as_version=4)

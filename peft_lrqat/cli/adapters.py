@@ -1,4 +1,6 @@
-"""`lrqat quantize-adapter` and `lrqat dequantize-adapter`: factors at a few bits, and back."""
+"""`lrqat quantize-adapter` and `lrqat dequantize-adapter`: factors to a few bits, and back."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -9,7 +11,8 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 
 from peft_lrqat.hub import push_folder_to_hub
 from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
@@ -18,21 +21,16 @@ from peft_lrqat.trainer.data import load_tokens
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
 from peft_lrqat.trainer.pipeline import load_base
 
+from .options import JsonOptions, SourceOptions, WindowOptions
 from .parser import Parser, escaped, print_table
 
 
-RECIPE = (
-    "method",
-    "bits_high",
-    "ratio",
-    "average_bits",
-    "group_size",
-    "scale_dtype",
-)  # of `LoRAQuantConfig`
+# The fields of `LoRAQuantConfig` that are options here.
+RECIPE = ("method", "bits_high", "ratio", "average_bits", "group_size", "scale_dtype")
 
 
 def _recipe_fields() -> list[tuple[str, Any, dataclasses.Field]]:
-    """Name, type and default of each option of the LORAQUANT recipe; the help text is the config's own."""
+    """Name, type and default of each option of the recipe; the help text is the config's own."""
     hints = get_type_hints(LoRAQuantConfig)
     options = {option.name: option for option in dataclasses.fields(LoRAQuantConfig)}
     return [
@@ -47,59 +45,41 @@ RecipeArguments = dataclasses.make_dataclass(
 
 
 @dataclass(kw_only=True)
-class QuantizeArguments:
+class QuantizeArguments(SourceOptions, WindowOptions, JsonOptions):
     """Where a trained adapter comes from, and where the packed one goes."""
 
     _argument_group_name = "source and target"
 
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"}
-    )
-    subfolder: str | None = field(
-        default=None, metadata={"help": "folder in SOURCE that the adapter lies in"}
-    )
     push_to_hub: str | None = field(
-        default=None, metadata={"help": "repository on the Hub that TARGET is uploaded to as well"}
+        default=None, metadata={"help": "repository on the Hub to which TARGET is uploaded"}
     )
     dataset: list[str] | None = field(
         default=None,
         metadata={
-            "help": "text on which the perplexity before and after is measured; files, a directory or a hub data set"
+            "help": "text on which perplexity is measured before and after: files, a directory or "
+            "a data set on the Hub"
         },
     )
     model: str | None = field(
         default=None,
         metadata={
-            "help": "base model, directory or hub name, for --dataset and for counting the integers that change under an LR-QAT"
-            " adapter; left out: the base model that the adapter names"
+            "help": "base model: a directory or a name on the Hub, for --dataset, and to count "
+            "the integers that change under an LR-QAT adapter. Without it: the one that the "
+            "adapter names"
         },
-    )
-    window: int = field(
-        default=512,
-        metadata={"help": "tokens that the model sees at once; perplexity depends on it"},
-    )
-    json: bool = field(
-        default=False, metadata={"help": "print one JSON object, with all digits and every module"}
     )
 
 
 @dataclass(kw_only=True)
-class DequantizeArguments:
+class DequantizeArguments(SourceOptions, JsonOptions):
     """Where a packed adapter comes from, and how its factors are written."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = field(
         default=None,
         metadata={
-            "help": "dtype of the factors in TARGET; left out: float16, and float32 for LR-QAT"
+            "help": "dtype of the factors in TARGET. Without it: float16, or float32 for LR-QAT"
         },
     )
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of SOURCE on the Hub"}
-    )
-    subfolder: str | None = field(
-        default=None, metadata={"help": "folder in SOURCE that the adapter lies in"}
-    )
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
 def run_quantize_adapter(argv: Sequence[str]) -> int:
@@ -108,61 +88,97 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
         "quantize-adapter",
         "SOURCE TARGET [options]",
         [RecipeArguments, QuantizeArguments],
-        "Stores the factors of a trained LoRA, DoRA or LR-QAT adapter at a few bits. No data is needed. PEFT loads the result\n"
-        "once peft_lrqat is imported; `lrqat dequantize-adapter` makes a standard adapter of it.",
+        "Stores the factors of a trained LoRA, DoRA or LR-QAT adapter at a few bits. It needs no\n"
+        "data. PEFT loads the result once peft_lrqat is imported; `lrqat dequantize-adapter`\n"
+        "turns it back into a standard adapter.",
         "  lrqat quantize-adapter my-lora my-lora-2bit --dataset heldout.txt\n"
-        "  lrqat quantize-adapter user/my-lora my-lora-small --average_bits 1.5 --push_to_hub user/my-lora-small",
+        "  lrqat quantize-adapter user/my-lora my-lora-small --average_bits 1.5 \\\n"
+        "      --push_to_hub user/my-lora-small",
     )
-    _add_places(parser, "directory or hub name of a LoRA or LR-QAT adapter")
+    _add_places(parser, "LoRA or LR-QAT adapter: a directory or a name on the Hub")
     recipe, options, places = parser.parse(argv)
     where = {"revision": options.revision, "subfolder": options.subfolder}
-    model, before = None, None
     with parser.user_errors():
         check_target(places.target)  # before perplexity is measured
         config = LoRAQuantConfig(**dataclasses.asdict(recipe))
-        if options.dataset or options.model:
-            adapter = PeftConfig.from_pretrained(places.source, **where)
-            base = options.model or adapter.base_model_name_or_path
-            if base is None:
-                raise ValueError(
-                    f"the adapter in {places.source} does not name its base model; give --model"
-                )
-            model, tokenizer = load_base(base, "auto")
-            model = PeftModel.from_pretrained(model, places.source, **where)
-        if options.dataset:
-            tokens = load_tokens(options.dataset, tokenizer)
-            check_window(model, tokens, window=options.window)
-    if options.dataset:
-        before = evaluate_perplexity(model, tokens, window=options.window)["perplexity"]
+        live = _load_live(places.source, where, options)
+    before = live.perplexity() if live else None
     with parser.user_errors():
-        # Only the integers of LR-QAT need the model. All other adapters are taken from their files, in their own dtype.
-        live = model is not None and adapter.peft_type == PeftType.LRQAT
-        source = {"source": model} if live else {"source": places.source, **where}
-        made = quantize_adapter(target=places.target, config=config, **source)
+        # Only the integers of LR-QAT need the model. Others come from files, in their own dtype.
+        if live and live.model.active_peft_config.peft_type == "LRQAT":
+            made = quantize_adapter(live.model, places.target, config)
+        else:
+            made = quantize_adapter(places.source, places.target, config, **where)
         if options.push_to_hub:
             push_folder_to_hub(places.target, options.push_to_hub)
-    report = made.report if isinstance(made, LoRAQuantConfig) else made.packed_factors["report"]
-    if options.dataset:
-        packed = PeftModel.from_pretrained(load_base(base, "auto")[0], places.target)
-        after = evaluate_perplexity(packed, tokens, window=options.window)["perplexity"]
+    report: dict[str, Any] = {}
+    if isinstance(made, LoRAQuantConfig):
+        report |= made.report or {}
+    else:
+        report |= (made.packed_factors or {})["report"]
+    if live and before is not None:
+        after = live.with_adapter(places.target).perplexity()
         report |= {"perplexity_before": before, "perplexity": after}
     if options.json:
         print(json.dumps(vars(places) | dataclasses.asdict(recipe) | report))
-        return 0
+    else:
+        print_table(_describe(report))
+        print(f"adapter saved in {places.target}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Live:
+    """A base model with an adapter, and the text on which it is measured."""
+
+    model: Any
+    base: str
+    tokens: Tensor | None
+    window: int
+
+    def perplexity(self) -> float | None:
+        """None without a text."""
+        if self.tokens is None:
+            return None
+        return evaluate_perplexity(self.model, self.tokens, window=self.window)["perplexity"]
+
+    def with_adapter(self, folder: str) -> _Live:
+        """The same with another adapter, on a base model of its own."""
+        model = PeftModel.from_pretrained(load_base(self.base, "auto")[0], folder)
+        return dataclasses.replace(self, model=model)
+
+
+def _load_live(source: str, where: dict[str, Any], options: Any) -> _Live | None:
+    """The adapter ``source`` on its base model, if the options ask for one."""
+    if not options.dataset and not options.model:
+        return None
+    base = options.model or PeftConfig.from_pretrained(source, **where).base_model_name_or_path
+    if base is None:
+        raise ValueError(f"the adapter in {source} does not name its base model; give --model")
+    plain, tokenizer = load_base(base, "auto")
+    model = PeftModel.from_pretrained(plain, source, **where)
+    tokens = None
+    if options.dataset:
+        tokens = load_tokens(options.dataset, tokenizer)
+        check_window(model, tokens, window=options.window)
+    return _Live(model=model, base=base, tokens=tokens, window=options.window)
+
+
+def _describe(report: dict[str, Any]) -> dict[str, str]:
+    """The report of a conversion as rows of a table."""
     rows = {
         "relative error": f"{report['relative_error']:.4f}",
         "bits per parameter, as stored": f"{report['bits_per_parameter']:.3f}",
-        "bits per parameter, codes alone": f"{report['nominal_bits_per_parameter']:.3f}",
+        "bits per parameter, codes and scales only": f"{report['nominal_bits_per_parameter']:.3f}",
         "bytes of the factors before": f"{report['bytes_before']:,}",
         "bytes of the factors after": f"{report['bytes']:,}",
     }
     if "flipped_integers" in report:
         rows["integers of the weights that change"] = f"{report['flipped_integers']:.2%}"
-    if options.dataset:
-        rows |= {"perplexity before": f"{before:.3f}", "perplexity after": f"{after:.3f}"}
-    print_table(rows)
-    print(f"adapter saved in {places.target}")
-    return 0
+    if "perplexity" in report:
+        rows["perplexity before"] = f"{report['perplexity_before']:.3f}"
+        rows["perplexity after"] = f"{report['perplexity']:.3f}"
+    return rows
 
 
 def run_dequantize_adapter(argv: Sequence[str]) -> int:
@@ -171,19 +187,19 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
         "dequantize-adapter",
         "SOURCE TARGET [options]",
         [DequantizeArguments],
-        "Writes an adapter with packed factors as a standard LoRA (or LR-QAT) adapter, for servers and converters that know no\n"
-        "other.",
+        "Turns an adapter with packed factors into a standard LoRA (or LR-QAT) adapter, for\n"
+        "servers and converters that do not read packed ones.",
         "  lrqat dequantize-adapter my-lora-2bit my-lora-again\n"
         "  lrqat dequantize-adapter user/my-lora-2bit my-lora-again --dtype bfloat16",
     )
-    _add_places(parser, "directory or hub name of an adapter with packed factors")
+    _add_places(parser, "adapter with packed factors: a directory or a name on the Hub")
     options, places = parser.parse(argv)
     with parser.user_errors():
         dtype = options.dtype and getattr(torch, options.dtype)
         where = {"revision": options.revision, "subfolder": options.subfolder}
         made = dequantize_adapter(places.source, places.target, dtype=dtype, **where)
     size = (Path(places.target) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    dtype = options.dtype or ("float32" if made.peft_type == PeftType.LRQAT else "float16")
+    dtype = options.dtype or ("float32" if made.peft_type == "LRQAT" else "float16")
     if options.json:
         print(json.dumps(vars(places) | {"dtype": dtype, "bytes": size}))
         return 0
@@ -195,5 +211,5 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
 def _add_places(parser: Parser, source: str) -> None:
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument(
-        "target", metavar="TARGET", help="directory to be made; one that exists is not written over"
+        "target", metavar="TARGET", help="directory to create; an existing one is not overwritten"
     )

@@ -23,9 +23,10 @@ def run_demo(argv: Sequence[str]) -> int:
         "demo",
         "[options]",
         [DemoArguments],
-        "Quantises a small language model to a few bits in three ways (round-to-nearest, training the scales only,\n"
-        "LR-QAT), on this machine and without a network: Python's own help topics are the text. Prints one table, plots the\n"
-        "losses, and checks that the saved and the merged adapters give the same perplexity to the last digit.",
+        "Compares three ways to make a small language model low-bit: round-to-nearest, training\n"
+        "only the scales, and LR-QAT. Runs on this machine without a network; the text is\n"
+        "Python's own help topics. Prints a table, plots the losses, and checks that saved and\n"
+        "merged adapters give the same perplexity to the last digit.",
         "  lrqat demo\n  lrqat demo --model smollm2 --bits 3 --output smollm2-demo",
     )
     (args,) = parser.parse(argv)

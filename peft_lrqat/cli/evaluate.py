@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
@@ -13,46 +13,37 @@ from peft_lrqat.trainer.data import load_tokens
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
 from peft_lrqat.trainer.pipeline import load_base
 
+from .options import JsonOptions, ModelOptions, WindowOptions
 from .parser import Parser
 
 
 @dataclass(kw_only=True)
-class EvalArguments:
+class EvalArguments(ModelOptions, WindowOptions, JsonOptions):
     """Which model is evaluated, and on which text."""
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "directory or hub name; left out: the base model that --adapter names"},
-    )
     adapter: str | None = field(
-        default=None, metadata={"help": "directory or hub name of an LR-QAT adapter"}
+        default=None, metadata={"help": "LR-QAT adapter: a directory or a name on the Hub"}
     )
     merge: bool = field(
         default=False, metadata={"help": "merge the adapter into plain linear layers first"}
     )
     dataset: list[str] = field(
         metadata={
-            "help": "text files, one data set directory, or the `name` or `name:config` of a hub data set"
+            "help": "text files, a directory with a data set, or a data set on the Hub as `name` "
+            "or `name:config`"
         }
     )
-    split: str = field(default="test", metadata={"help": "split of a data set that has several"})
+    split: str = field(default="test", metadata={"help": "split of --dataset, if it has several"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    window: int = field(
-        default=512,
-        metadata={"help": "tokens that the model sees at once; perplexity depends on it"},
-    )
     stride: int | None = field(
         default=None,
         metadata={
-            "help": "tokens from one window to the next. Left out: windows do not overlap, and an incomplete last one is"
-            " dropped. Smaller than --window: every token but the first is scored once, with more context"
+            "help": "tokens from one window to the next. Without it, windows do not overlap, and "
+            "an incomplete last window is dropped. Smaller than --window: every token but the "
+            "first is scored once, with more context"
         },
     )
-    batch_size: int = field(default=8, metadata={"help": "windows per forward pass"})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "dtype of the model; auto: as saved"}
-    )
-    json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits"})
+    batch_size: int = field(default=8, metadata={"help": "windows in a forward pass"})
 
 
 def run_eval(argv: Sequence[str]) -> int:
@@ -61,7 +52,7 @@ def run_eval(argv: Sequence[str]) -> int:
         "eval",
         "[--model M] [--adapter DIR] --dataset D [D ...] [options]",
         [EvalArguments],
-        "Prints the perplexity of a causal language model, with or without an LR-QAT adapter, on a text.",
+        "Measures the perplexity of a causal language model on a text, with or without an adapter.",
         "  lrqat eval --adapter out --dataset test.txt --window 1024\n"
         "  lrqat eval --model ./my-llama --dataset test.txt --window 1024 --stride 512 --json",
     )
@@ -72,6 +63,7 @@ def run_eval(argv: Sequence[str]) -> int:
         if args.merge and args.adapter is None:
             raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
         name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
+        model: Any
         model, tokenizer = load_base(name, args.dtype)
         if args.adapter is not None:
             model = PeftModel.from_pretrained(model, args.adapter)
@@ -90,11 +82,9 @@ def run_eval(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(args) | {"model": name} | result))
         return 0
-    windows = f"windows of {args.window}" + (
-        f", stride {args.stride}" if args.stride else ", not overlapping"
-    )
+    overlap = f"stride {args.stride}" if args.stride else "not overlapping"
     print(
-        f"perplexity {result['perplexity']:.4f} ({result['nats_per_token']:.4f} nats per token;"
-        f" {result['tokens']:,} tokens scored; {windows})"
+        f"perplexity {result['perplexity']:.4f} ({result['nats_per_token']:.4f} nats per token; "
+        f"{result['tokens']:,} tokens scored; windows of {args.window}, {overlap})"
     )
     return 0

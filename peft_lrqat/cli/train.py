@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
@@ -18,10 +18,12 @@ from peft_lrqat.trainer.checkpoint import why_incomplete
 from peft_lrqat.trainer.data import load_blocks
 from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
 
+from .options import ModelOptions
 from .parser import Parser, escaped
+from .stop import StopOnSignal
 
 
-# Fields of an adapter's config that the library fills in, or that only matter when an adapter is loaded.
+# Fields that the library fills in, or that matter only when an adapter is loaded.
 NOT_FOR_TRAINING = {
     "base_dtype",
     "base_dtype_pattern",
@@ -30,22 +32,19 @@ NOT_FOR_TRAINING = {
     "base_dtype_found",
     "verify_base",
 }
-NAME = re.compile(
-    r"[\w.]+"
-)  # of a module; anything else in `--target_modules` is a regular expression
+# A module's name; anything else in `--target_modules` is a regular expression.
+NAME = re.compile(r"[\w.]+")
 
 
 def json_object(text: str) -> dict[str, Any]:
     """A dict from the command line, such as ``'{"down_proj": 4}'``."""
+    message = f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r}'
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        message = f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r} ({error})'
-        raise argparse.ArgumentTypeError(message) from error
+        raise argparse.ArgumentTypeError(f"{message} ({error})") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r}'
-        )
+        raise argparse.ArgumentTypeError(message)
     return value
 
 
@@ -53,9 +52,8 @@ def _command_line_type(hint: Any) -> Any:
     """The type hint of a config field as `HfArgumentParser` understands it."""
     lists = [option for option in get_args(hint) if get_origin(option) is list]
     if lists:
-        return (
-            lists[0] | None
-        )  # one value is a list of one here; `adapter_config` tells names and patterns apart
+        # A single value becomes a list of one; `adapter_config` tells names and patterns apart.
+        return lists[0] | None
     return json_object if get_origin(hint) is dict else hint
 
 
@@ -65,20 +63,17 @@ def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
         inherited.name for inherited in dataclasses.fields(AdapterConfig)
     }
     hints = get_type_hints(LRQATConfig)
-    fields = []
+    fields: list[tuple[str, Any, dataclasses.Field]] = []
     for option in dataclasses.fields(LRQATConfig):
         if option.name in left_out:
             continue
         metadata = escaped(option)
         kind, factory = _command_line_type(hints[option.name]), option.default_factory
-        if (
-            option.name == "target_modules"
-        ):  # here a whole model is quantised, not PEFT's choice for LoRA
-            copy = dataclasses.field(default_factory=lambda: ["all-linear"], metadata=metadata)
+        if option.name == "target_modules":
+            # The command line quantises the whole model, not PEFT's default targets for LoRA.
+            copy: Any = field(default_factory=lambda: ["all-linear"], metadata=metadata)
         else:
-            copy = dataclasses.field(
-                default=option.default, default_factory=factory, metadata=metadata
-            )
+            copy = field(default=option.default, default_factory=factory, metadata=metadata)
         fields.append((option.name, kind, copy))
     return fields
 
@@ -103,50 +98,49 @@ def adapter_config(options: Any) -> LRQATConfig:
 
 
 @dataclass(kw_only=True)
-class DataArguments:
+class DataArguments(ModelOptions):
     """What is trained, and on which text."""
 
     _argument_group_name = "model and data"
 
     model: str = field(
-        metadata={"help": "directory or hub name of a causal language model, not quantised"}
+        metadata={
+            "help": "causal language model that is not quantised: a directory or a name on the Hub"
+        }
     )
     dataset: list[str] = field(
         metadata={
-            "help": "training text: one or more files (plain text, one document each; or jsonl, csv, parquet), a data set"
-            " directory, or a hub data set as `name` or `name:config`"
+            "help": "training text: files (plain text, one document each, or jsonl, csv, parquet), "
+            "a directory with a data set, or a data set on the Hub as `name` or `name:config`"
         }
     )
     eval_dataset: list[str] | None = field(
         default=None,
         metadata={
-            "help": "text for the perplexity before and after training, given like --dataset"
+            "help": "text on which perplexity is measured before and after training, given like "
+            "--dataset"
         },
     )
-    split: str = field(
-        default="train", metadata={"help": "split of a training data set that has several"}
-    )
+    split: str = field(default="train", metadata={"help": "split of --dataset, if it has several"})
     eval_split: str = field(
-        default="validation", metadata={"help": "split of an evaluation data set that has several"}
+        default="validation", metadata={"help": "split of --eval_dataset, if it has several"}
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     block_size: int = field(
-        default=512, metadata={"help": "tokens per training example, and per evaluation window"}
+        default=512, metadata={"help": "tokens in a training example and in an evaluation window"}
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "read the training data while training, for sets larger than the disk; needs --max_steps"
+            "help": "read the training data while training, for data larger than the disk; needs "
+            "--max_steps"
         },
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "dtype of the base model; auto: as saved"}
     )
 
 
 @dataclass(kw_only=True)
 class TrainArguments(LRQATTrainingArguments):
-    """`LRQATTrainingArguments` as the command line has them."""
+    """`LRQATTrainingArguments` as options of the command line."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
@@ -156,7 +150,8 @@ class TrainArguments(LRQATTrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "checkpoint directory to go on from, or `last` for the newest whole one in --output_dir"
+            "help": "checkpoint directory to resume from, or `last` for the newest whole one in "
+            "--output_dir"
         },
     )
 
@@ -167,19 +162,21 @@ def run_train(argv: Sequence[str]) -> int:
         "train",
         "--model M --dataset D [D ...] --output_dir DIR [options]",
         [DataArguments, AdapterArguments, TrainArguments],
-        "Trains an LR-QAT adapter: the linear layers of a causal language model are rounded to a few bits, and low-rank\n"
-        "factors inside the rounding win back what that costs. The adapter and the tokenizer are saved in --output_dir.",
-        "  lrqat train --model ./my-llama --dataset corpus.txt --target_modules all-linear --bits 3 --output_dir out\n"
-        "  lrqat train --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext:wikitext-2-raw-v1 \\\n"
-        "      --eval_dataset Salesforce/wikitext:wikitext-2-raw-v1 --target_modules all-linear --bits 4 \\\n"
-        "      --group_size 64 --max_steps 1000 --output_dir out",
+        "Trains an LR-QAT adapter on a text. The linear layers of a causal language model are\n"
+        "rounded to a few bits, and low-rank factors inside the rounding recover what this costs.\n"
+        "Saves the adapter and the tokenizer in --output_dir. Ctrl-C saves a checkpoint and stops.",
+        "  lrqat train --model ./my-llama --dataset corpus.txt --bits 3 --output_dir out\n"
+        "  lrqat train --model HuggingFaceTB/SmolLM2-135M --bits 4 --group_size 64 \\\n"
+        "      --dataset Salesforce/wikitext:wikitext-2-raw-v1 \\\n"
+        "      --eval_dataset Salesforce/wikitext:wikitext-2-raw-v1 \\\n"
+        "      --max_steps 1000 --output_dir out",
     )
     data, adapter, args = parser.parse(argv)
     with parser.user_errors():
         _check_training(data, args)
         config = adapter_config(adapter)
-        model, tokenizer = load_base(data.model, data.dtype)
-        _check_block_size(model, data.block_size)
+        base, tokenizer = load_base(data.model, data.dtype)
+        _check_block_size(base, data.block_size)
         options = {"block_size": data.block_size, "text_column": data.text_column}
         train_set = load_blocks(
             data.dataset, tokenizer, split=data.split, streaming=data.streaming, **options
@@ -188,7 +185,7 @@ def run_train(argv: Sequence[str]) -> int:
             data.eval_dataset, tokenizer, split=data.eval_split, **options
         )
         set_seed(args.seed)  # for the factors A
-        model = get_peft_model(model, config)
+        model = get_peft_model(base, config)
         resume = _checkpoint(args)
 
         trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
@@ -196,15 +193,25 @@ def run_train(argv: Sequence[str]) -> int:
     say = print if trainer.is_world_process_zero() else lambda *_: None
     say(describe_size(model))
     before = trainer.evaluate() if eval_set else None
-    trainer.train(resume_from_checkpoint=resume)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=resume)
+    if stop.received:
+        say(
+            f"stopped after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; "
+            "to continue, run the same command with --resume_from_checkpoint last"
+        )
+        return 128 + stop.received  # as shells report it
     after = trainer.evaluate() if before else None
-    # With --push_to_hub this publishes as well, and the card has the metrics of the line above.
+    # With --push_to_hub this also publishes; the card has the metrics of the line below.
     trainer.save_model()
     trainer.save_state()
-    if after:
+    if before and after:
         say(
-            f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, after"
-            f" {after['eval_perplexity']:.3f}; {after['eval_tokens']:,} tokens scored, windows of {data.block_size}"
+            f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, "
+            f"after {after['eval_perplexity']:.3f}; {after['eval_tokens']:,} tokens scored, "
+            f"windows of {data.block_size}"
         )
     say(f"adapter saved in {args.output_dir}")
     return 0
@@ -213,7 +220,8 @@ def run_train(argv: Sequence[str]) -> int:
 def _check_training(data: DataArguments, args: TrainArguments) -> None:
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
-            "--streaming needs --max_steps: a stream has no length from which to plan the learning rate"
+            "--streaming needs --max_steps: without the length of the data, the learning rate "
+            "cannot be planned"
         )
 
 
@@ -221,7 +229,8 @@ def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and block_size > context:
         raise ValueError(
-            f"--block_size must fit in the model's context of {context} tokens, but it is {block_size}"
+            f"--block_size must fit in the model's context of {context} tokens, but it is "
+            f"{block_size}"
         )
 
 
@@ -233,13 +242,13 @@ def _checkpoint(args: TrainArguments) -> str | None:
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is None:
             raise FileNotFoundError(
-                f"--resume_from_checkpoint last finds no whole checkpoint in {args.output_dir}; checkpoints are written every"
-                " --save_steps steps"
+                f"--resume_from_checkpoint last finds no whole checkpoint in {args.output_dir}; "
+                "one is written every --save_steps steps"
             )
         return checkpoint
     if reason := why_incomplete(args.resume_from_checkpoint):
         raise FileNotFoundError(
-            f"--resume_from_checkpoint must be a checkpoint directory of the Trainer, or `last`, but"
-            f" {args.resume_from_checkpoint!r} cannot be resumed from: {reason}"
+            "--resume_from_checkpoint must be a checkpoint directory of the Trainer, or `last`, "
+            f"but {args.resume_from_checkpoint!r} cannot be resumed from: {reason}"
         )
     return args.resume_from_checkpoint

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from peft_lrqat import LRQATConfig
 from peft_lrqat.cli.adapters import RECIPE
 from peft_lrqat.cli.main import main
 from peft_lrqat.cli.parser import Parser
+from peft_lrqat.cli.stop import StopOnSignal
 from peft_lrqat.cli.train import NOT_FOR_TRAINING, AdapterArguments, adapter_config
 from peft_lrqat.demo import run
 from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
@@ -235,7 +237,7 @@ def test_train_then_evaluate(base, capsys):
     adapted = evaluate(capsys, "--model", str(base), "--adapter", "out")
     assert f"{adapted['perplexity']:.3f}" == f"{after:.3f}"
     assert adapted["perplexity"] != unquantised["perplexity"]
-    # Without --model the adapter's own base is used; merged, the model is the same to the last digit.
+    # Without --model the adapter's own base is used. Merging changes no digit.
     alone = evaluate(capsys, "--adapter", "out")
     merged = evaluate(capsys, "--adapter", "out", "--merge")
     assert alone["perplexity"] == merged["perplexity"] == adapted["perplexity"]
@@ -286,6 +288,27 @@ def test_resume_from_the_last_checkpoint(base):
     train(base, "--save_steps", "2", steps=2)
     train(base, "--resume_from_checkpoint", "last", steps=3)
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.mark.parametrize("number", StopOnSignal.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_saves_a_checkpoint_and_says_how_to_continue(base, number, monkeypatch, capsys):
+    step = Trainer.training_step
+
+    def with_a_signal(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            signal.raise_signal(number)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", with_a_signal)
+        assert train(base, "--eval_dataset", "text.txt", steps=4) == 128 + number
+    said = capsys.readouterr().out
+    assert "stopped after step 2 of 4; to continue, run the same command with" in said
+    assert "adapter saved" not in said
+    train(base, "--eval_dataset", "text.txt", "--resume_from_checkpoint", "last", steps=4)
+    train(base, "--eval_dataset", "text.txt", steps=4, output="whole")
+    whole, resumed = (load_file(f"{name}/adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def logged(output="out"):
@@ -641,7 +664,7 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
     methods = ["round-to-nearest", "scales only", "LR-QAT"]
     expected = [("unquantised", None)] + [(method, bits) for bits in (3, 2) for method in methods]
     assert [(row["method"], row["bits"]) for row in rows] == expected
-    # 7 x 32 x 32 weights, in float32; 3 bits each and 7 x 32 scales of 2 bytes; 1 byte each and scales of 4 bytes.
+    # 7 x 32 x 32 weights of 4 bytes or of 3 bits, and 7 x 32 scales of 2 bytes.
     weights, scales = 7 * 32 * 32, 7 * 32
     assert [row["deployed_bytes"] for row in rows[:2]] == [
         weights * 4,
