@@ -25,6 +25,10 @@ def modules_of_the_tree() -> set[str]:
     return {name if name.startswith("peft_lrqat/") else f"peft_lrqat/{name}" for name in found}
 
 
+# The console script, which must not import the package to answer.
+COMMAND = "lrqat_command.py"
+
+
 def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
@@ -76,7 +80,8 @@ def test_the_wheel_holds_every_module_once_and_the_demo_model(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
-    assert {n for n in names if n.endswith(".py")} == modules_of_the_tree()
+    assert {n for n in names if n.endswith(".py")} == modules_of_the_tree() | {COMMAND}
+    assert "peft_lrqat/py.typed" in names
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         Path(n).name for n in names if n.startswith("peft_lrqat/demo/model/")
     }
