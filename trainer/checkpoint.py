@@ -20,6 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_lrqat.shared.staging import flush
+
 from .part import TrainerPart
 
 
@@ -284,7 +286,7 @@ def written_whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        files = sorted(_flushed(staging), key=lambda path: path.name == CONFIG_NAME)
+        files = sorted(flush(staging), key=lambda path: path.name == CONFIG_NAME)
         targets = {path: directory / path.relative_to(staging) for path in files}
         for path, target in targets.items():
             if path.name == CONFIG_NAME and target.exists() and not _same_settings(path, target):
@@ -301,7 +303,7 @@ def move_into_place(staged: Path, target: Path) -> None:
 
     An existing ``target`` is set aside before, and deleted after.
     """
-    _flushed(staged)
+    flush(staged)
     aside = staged.with_name(f"{target.name}.replaced")
     if target.exists():
         target.rename(aside)
@@ -361,15 +363,3 @@ def _comparable(config: PeftConfig) -> dict[str, Any]:
     return {
         name: sorted(v) if isinstance(v, set | list | tuple) else v for name, v in fields.items()
     }
-
-
-def _flushed(directory: Path) -> list[Path]:
-    """The files below ``directory``, after all of them have reached the disk.
-
-    A rename must not get there before the files that it moves.
-    """
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    return files

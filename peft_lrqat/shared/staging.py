@@ -11,26 +11,40 @@ from pathlib import Path
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
-    """FileExistsError where something is there already; an empty directory is nothing."""
+    """FileExistsError if something is there already; an empty directory counts as nothing."""
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(
-            f"{target} exists, and nothing is written over it; give another directory, or delete it first"
+            f"{target} exists, and nothing is written over it; give another directory, or delete it"
+            " first"
         )
+
+
+def flush(directory: Path) -> list[Path]:
+    """Waits until all files below ``directory`` are on the disk, and returns them.
+
+    A rename of the directory must not reach the disk before the files.
+    """
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return files
 
 
 @contextmanager
 def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory beside ``target`` that gets its name when everything is on the disk, and vanishes after an exception."""
+    """A directory beside ``target`` that takes its place when everything in it is on the disk.
+
+    After an exception nothing of it is left.
+    """
     target = Path(target).resolve()  # what a link points to gets the content, and the link stays
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     directory.mkdir()
     try:
         yield directory
-        for path in directory.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        flush(directory)
         check_target(target)
         directory.rename(target)
     except BaseException:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_lrqat.shared.staging import check_target, whole_directory
+from peft_lrqat.shared.staging import check_target, flush, whole_directory
 
 
 def write(target):
@@ -32,6 +32,14 @@ def test_links_are_followed(kind, tmp_path):
     assert (real / "file").read_text() == "whole"
     with pytest.raises(FileExistsError, match="link exists, and nothing is written over it"):
         check_target(link)
+
+
+def test_nested_folders_are_flushed(tmp_path):
+    with whole_directory(tmp_path / "target") as directory:
+        (directory / "inner" / "deeper").mkdir(parents=True)
+        (directory / "inner" / "deeper" / "file").write_text("whole")
+        assert flush(directory) == [directory / "inner" / "deeper" / "file"]
+    assert (tmp_path / "target" / "inner" / "deeper" / "file").read_text() == "whole"
 
 
 def test_an_exception_leaves_nothing(tmp_path):
