@@ -1,11 +1,12 @@
-"""What an export of SmolLM2-135M takes: bytes on disk against the formula, seconds, and memory above that of the loaded model.
+"""What an export of SmolLM2-135M takes: bytes on disk against the formula, seconds, and memory.
 
     python benchmarks/export.py                     4 bits, groups of 32, about 3 minutes
     python benchmarks/export.py --bits 3 --group_size -1
 
-Every format runs in a process of its own. The memory is the peak of the resident set (Linux, VmHWM reset before the export) less
-what was resident before. "formula" is what the quantised weights must take by the definition of the format, "weights" what the
-export says they took. The adapter is untrained: neither figure depends on what the integers are.
+Every format runs in its own process. The memory is the peak of the resident set (Linux, VmHWM reset
+before the export) less what was resident before, the loaded model included. "formula" is what the
+quantised weights must take by the definition of the format, "weights" what the export says they
+took. The adapter is untrained: neither figure depends on the values of the integers.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from peft import get_peft_model
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.demo.smollm2 import load_smollm2
-from peft_lrqat.export import export_model, ggml
+from peft_lrqat.export import export_model
 from peft_lrqat.export.linears import lrqat_layers
-from peft_lrqat.formats.capabilities import FORMATS
+from peft_lrqat.formats import ggml
+from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.quant.packing import packed_bytes
 
 
@@ -65,7 +67,7 @@ def measure(format: str, bits: int, group_size: int) -> dict:
     config = LRQATConfig(task_type="CAUSAL_LM", bits=bits, group_size=group_size, **fields)
     model = get_peft_model(model, config).eval()
     with tempfile.TemporaryDirectory() as folder:
-        # Imports of the first time belong to no export, and what it freed must not be there for the second.
+        # The first export also imports, and what it frees must not be there for the second.
         export_model(
             model, Path(folder, "first"), format=format, tokenizer=tokenizer, progress=False
         )
@@ -106,7 +108,8 @@ def main() -> None:
         print("RESULT" + json.dumps(measure(args.format, args.bits, args.group_size)))
         return
     print(
-        "| format | formula, MB | weights, MB | directory, MB | s | peak above the model, MB |\n|---|---|---|---|---|---|"
+        "| format | formula, MB | weights, MB | directory, MB | s | peak above the model, MB |\n"
+        "|---|---|---|---|---|---|"
     )
     for format in FORMATS:
         command = [

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; rooms of one floor know nothing of each other.
 FLOORS = [
     {"_version", "_moved", "quant"},
-    {"shared", "formats", "activations"},
+    {"shared"},
+    {"formats", "activations"},
     {"base"},
     {"registration", "lrqat"},
     {"hub", "loraquant", "export"},

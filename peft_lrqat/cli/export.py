@@ -10,7 +10,8 @@ from typing import Literal
 from peft import PeftConfig, PeftModel
 
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.formats.capabilities import RUNTIMES
+from peft_lrqat.formats.runtimes import RUNTIMES, runtime_named
+from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.shared.staging import check_target
 from peft_lrqat.trainer.pipeline import load_base
@@ -26,9 +27,12 @@ class ExportArguments:
     output: str = field(
         metadata={"help": "directory to be made; one that is not empty is not written over"}
     )
-    format: Literal["compressed-tensors", "gguf", "gptq", "packed", "dequantized"] = field(
+    format: str = field(
         default="compressed-tensors",
-        metadata={"help": "see the table in the README; `lrqat recipe` chooses before training"},
+        metadata={
+            "choices": list(FORMATS),
+            "help": "see the table in the README; `lrqat recipe` chooses before training",
+        },
     )
     model: str | None = field(
         default=None,
@@ -47,8 +51,8 @@ class ExportArguments:
     activations: Literal["write", "ignore"] = field(
         default="write",
         metadata={
-            "help": "of an adapter with activation_bits or kv_cache_bits. write: as part of the export, or it is refused; ignore:"
-            " the weights alone"
+            "help": "of an adapter with activation_bits or kv_cache_bits. write: as part of the"
+            " export, or it is refused; ignore: the weights alone"
         },
     )
     verify: bool = field(
@@ -77,7 +81,8 @@ def run_export(argv: Sequence[str]) -> int:
         "export",
         "--adapter ADAPTER --output DIRECTORY [options]",
         [ExportArguments],
-        "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales of training, no weight changed.",
+        "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales\n"
+        "of training, no weight changed.",
         "  lrqat export --adapter lrqat-4bit --output model-ct --verify\n"
         "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf",
     )
@@ -151,7 +156,7 @@ def run_recipe(argv: Sequence[str]) -> int:
     if args.activation_bits is not None:
         names += ("activation_bits",)
     fields = {name: getattr(config, name) for name in names}
-    format = RUNTIMES[place.runtime].format
+    format = runtime_named(place.runtime).format.name
     if args.json:
         print(json.dumps({"runtime": place.runtime, "format": format, **fields}))
         return 0

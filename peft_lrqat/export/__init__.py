@@ -1,7 +1,7 @@
-"""LR-QAT models in the formats that runtimes load; not one weight is changed on the way."""
+"""LR-QAT models in the formats that runtimes load; the export changes no weight."""
 
+from ..formats.packed import load_quantized
 from .exporter import export_model
-from .packed import load_quantized
 from .verify import verify_export
 
 

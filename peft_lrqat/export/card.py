@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..formats.base import Format
 from ..lrqat.card import activation_text, scheme_tags
 from ..lrqat.config import LRQATConfig
 from ..shared.card import base_in_words, is_hub_id, table, training_text
 
 
-LOADING = {
-    "compressed-tensors": """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this repository or folder")  # needs `pip install compressed-tensors`""",
-    "gguf": """# llama.cpp: llama-cli -m model.gguf; or, with plain weights in memory:
-from transformers import AutoConfig, AutoModelForCausalLM
-
-config = AutoConfig.from_pretrained("this repository or folder")
-model = AutoModelForCausalLM.from_pretrained("this repository or folder", gguf_file="model.gguf", config=config)""",
-    "gptq": """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this repository or folder")  # needs a GPTQ backend such as gptqmodel""",
-    "packed": """from peft_lrqat.export import load_quantized
-
-model = load_quantized("this folder")""",
-    "dequantized": """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this repository or folder")""",
-}
-
-
 def write_card(
     directory: Path,
     config: LRQATConfig,
-    format: str,
-    summary: dict[str, Any],
+    format: Format,
+    figures: dict[str, int],
     activations: str = "write",
 ) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``."""
     place, _, base = base_in_words(config.base_model_name_or_path)
-    tags = scheme_tags(config) if activations == "write" else set()
+    tags = {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *format.tags}
+    if activations == "write":
+        tags |= scheme_tags(config)
     data = ModelCardData(
         license="other",
         license_name="same-as-base-model",
-        library_name="gguf" if format == "gguf" else "transformers",
-        tags=sorted(
-            {
-                "peft_lrqat",
-                "lr-qat",
-                f"{config.bits}-bit",
-                *([format] if format != "dequantized" else []),
-                *tags,
-            }
-        ),
+        library_name=format.library_name,
+        tags=sorted(tags),
         base_model=base if is_hub_id(config.base_model_name_or_path) else None,
     )
+    grid = "symmetric" if config.symmetric else "asymmetric"
     groups = (
         "one scale per output channel"
         if config.group_size == -1
@@ -74,17 +48,17 @@ def write_card(
 
 # A {config.bits}-bit model trained with LR-QAT
 
-Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat` as `{format}`: integers and scales of the files
-are those of training, so that no weight was changed on the way.
+Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat` as
+`{format.name}`. The files hold the integers and scales of training: the export changed no weight.
 
 ```py
-{LOADING[format]}
+{format.snippet.format(auto_class="AutoModelForCausalLM")}
 ```
 
 - base model: {place}
-- weights of the target layers: {config.bits} bits, {"symmetric" if config.symmetric else "asymmetric"}, {groups}{mixed}
+- weights of the target layers: {config.bits} bits, {grid}, {groups}{mixed}
 {_activations(config, activations)}
-{table("measure", {name: f"{value:,}" for name, value in summary.items()})}
+{table("measure", {name: f"{value:,}" for name, value in figures.items()})}
 {training_text(config.training_record)}"""
     ModelCard(text).save(directory / "README.md")
 

@@ -1,129 +1,199 @@
-"""What an exported model computes, loaded by the loader it is for, against the LR-QAT model that it came from."""
+"""What an exported model computes, loaded by its loader, against the LR-QAT model it came from."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from . import gguf, gptq
-from .linears import lrqat_layers, model_tensors, quantized_linear
-from .packed import load_quantized
+from ..formats.base import Loaded
+from ..formats.linear import Target
+from ..formats.table import format_named
+from ..lrqat.model import LRQATModel
+from .exporter import deployed_model
+from .linears import base_of, config_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The comparison; ``exact`` says whether every weight is, bit for bit, what was trained."""
+    """The comparison of an export with the model it was made from."""
 
     loader: str
     layers: int
-    different_layers: tuple[str, ...]
-    different_tensors: tuple[str, ...]  # of all else
-    logits_difference: (
-        float | None
-    )  # largest, on one row of tokens; None where nothing here runs the format
+    different_layers: tuple[str, ...]  # targets whose weight is not, bit for bit, what was trained
+    different_tensors: tuple[str, ...]  # likewise among all other tensors
+    keys: tuple[str, ...]  # tensors that are missing, unexpected, or newly made by the loader
+    logits_difference: float | None  # largest, on one row of tokens; None where nothing was run
+    logits_agree: bool  # up to another order of summation
     bytes: int  # of the directory
 
     @property
     def exact(self) -> bool:
-        return not self.different_layers and not self.different_tensors
+        """Whether the loaded model is the one that was trained: every tensor, and the logits."""
+        wrong = (*self.different_layers, *self.different_tensors, *self.keys)
+        return not wrong and self.logits_agree
 
 
 @torch.no_grad()
 def verify_export(
     model: PeftModel, path: str | os.PathLike[str], *, format: str, adapter_name: str | None = None
 ) -> Verification:
-    """Loads the export in ``path`` and compares it with ``model``: all weights, and the logits of 32 tokens.
+    """Loads the export in ``path`` as its users do, and compares it with ``model``.
 
-    GPTQ is read by this package alone; its weights are compared, and nothing is run.
+    Compared are every tensor of the model, which keys the loader found missing or unexpected, and
+    the logits of 32 tokens. GPTQ is read by this package, by the definition of its layout.
     """
     path = Path(path)
     adapter_name = adapter_name or model.active_adapters[0]
-    if format == "gptq":
-        loaded, loader = None, "this package"
-        weights = {
-            name: gptq.read_weight(path, name, layer.base_layer.dtype)
-            for name, layer in lrqat_layers(model).items()
-        }
-        others: dict[str, Tensor] = {}
-    else:
-        loaded, loader = _load(path, format, model, adapter_name)
-        # compressed-tensors makes weights of its integers in the first forward pass.
-        ids = torch.arange(32)[None] % loaded.config.vocab_size
-        inputs = {"input_ids": ids} | (
-            {"decoder_input_ids": ids} if loaded.config.is_encoder_decoder else {}
-        )
-        logits = loaded(**inputs).logits.float()
-        weights = {name: _weight_of(loaded.get_submodule(name)) for name in lrqat_layers(model)}
-        others = dict(loaded.state_dict())
-    different, other = [], []
-    for name, value in model_tensors(model, adapter_name):
-        if not isinstance(value, Tensor):
-            if not torch.equal(
-                quantized_linear(name, value, adapter_name).weight.cpu(), weights[name]
-            ):
-                different.append(name)
-        elif name in others and not torch.equal(value.cpu(), others[name]):
-            other.append(name)
-    difference = None
-    if loaded is not None:
-        mine = (
-            model(**{name: ids.to(model.device) for name, ids in inputs.items()})
-            .logits.float()
-            .cpu()
-        )
-        difference = float((mine - logits).abs().max())
+    base = base_of(model)
+    loaded = format_named(format).load(path, type(base), base.dtype)
+    # compressed-tensors makes weights of its integers in the first forward pass.
+    difference, agree = _compare_outputs(model, loaded.model, adapter_name)
+    deployed = deployed_model(model, adapter_name)
+    found = _tensors(loaded.model)
+    layers, others, keys = [], [], _wrong_keys(loaded)
+    expected: set[int] = set()
+    # Buffers that are computed, not saved: they follow from the config.
+    mine = _computed_buffers(base)
+    for name, value in deployed.tensors():
+        key = f"{name}.weight" if isinstance(value, Target) else name
+        if key not in found:
+            keys.append(f"{key} (missing)")
+            continue
+        expected.add(found[key].data_ptr())
+        if isinstance(value, Target):
+            weight = deployed.quantize(value).weight
+            if not torch.equal(weight.cpu(), _out_first(loaded.model, name)):
+                layers.append(name)
+        elif not torch.equal(value.cpu(), found[key].cpu()):
+            others.append(name)
+    for name, tensor in found.items():
+        inside = any(name.startswith(f"{target}.") for target in deployed.targets)
+        own = mine.get(name)
+        # `model.to(dtype)` also casts what is computed; a loaded model keeps it in float32.
+        if own is not None and not torch.equal(own.cpu(), tensor.to(own.dtype).cpu()):
+            others.append(name)
+        elif own is None and not inside and tensor.data_ptr() not in expected:
+            keys.append(f"{name} (unexpected)")
     return Verification(
-        loader=loader,
-        layers=len(weights),
-        different_layers=tuple(different),
-        different_tensors=tuple(other),
+        loader=loaded.loader,
+        layers=len(deployed.targets),
+        different_layers=tuple(layers),
+        different_tensors=tuple(others),
+        keys=tuple(keys),
         logits_difference=difference,
+        logits_agree=agree,
         bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
     )
 
 
-def _load(
-    path: Path, format: str, model: PeftModel, adapter_name: str
-) -> tuple[PreTrainedModel, str]:
-    if format == "packed":
-        return load_quantized(path), "peft_lrqat.export.load_quantized"
-    options = {}
-    if format == "gguf":
-        # Plain weights, whether kernels for the blocks are installed or not.
-        unpack = GgufConfig(dequantize=True)
-        options = {
-            "gguf_file": gguf.FILE,
-            "config": AutoConfig.from_pretrained(path),
-            "quantization_config": unpack,
-        }
-    config = model.peft_config[adapter_name]
-    written = (
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if format == "compressed-tensors"
-        else {}
-    )
-    packs = written.get("quantization_config", {}).get("format") == "pack-quantized"
-    if packs and not (config.bits_pattern or config.group_size_pattern):
-        from transformers import CompressedTensorsConfig
-
-        # Asymmetric weights load in no other way, and those of several widths not in this one.
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    base = model.get_base_model()
-    model_class = AutoModelForCausalLM if format == "gguf" else type(base)
-    loaded = model_class.from_pretrained(path, dtype=base.dtype, **options)
-    return loaded.eval(), f"transformers ({format})" if format in (
-        "gguf",
-        "compressed-tensors",
-    ) else "transformers"
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, tied ones under each of their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _weight_of(module: nn.Module) -> Tensor:
-    weight = module.weight.detach().cpu()
+def _computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are no part of the saved model, by name."""
+    return {
+        f"{name}.{kind}" if name else kind: buffer
+        for name, module in model.named_modules()
+        for kind, buffer in module._buffers.items()
+        if kind in module._non_persistent_buffers_set and buffer is not None
+    }
+
+
+def _out_first(model: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer, (out, in)."""
+    module = model.get_submodule(name)
+    weight = model.get_parameter(f"{name}.weight").detach().cpu()
     return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def _wrong_keys(loaded: Loaded) -> list[str]:
+    """What the loader did not find, did not want, or could not fit."""
+    kinds = {
+        "missing_keys": "missing",
+        "unexpected_keys": "unexpected",
+        "mismatched_keys": "of another shape",
+        "error_msgs": "error",
+    }
+    return [
+        f"{key} ({words})"
+        for kind, words in kinds.items()
+        for key in sorted(map(str, loaded.report.get(kind) or ()))
+    ]
+
+
+def _compare_outputs(
+    model: PeftModel, loaded: PreTrainedModel, adapter_name: str
+) -> tuple[float | None, bool]:
+    """The largest difference of a logit, and whether another order of summation explains it."""
+    inputs = _example(loaded)
+    if inputs is None:
+        return None, True
+    theirs = _outputs(loaded(**inputs))
+    with _running(model, adapter_name):
+        mine = _outputs(model(**{name: value.to(model.device) for name, value in inputs.items()}))
+    if mine.shape != theirs.shape:
+        return float("inf"), False
+    difference = float((mine - theirs).abs().max())
+    config = config_of(model, adapter_name)
+    if config.activation_grid is not None or config.kv_cache_grid is not None:
+        # A runtime rounds inputs by its own arithmetic, or not at all.
+        return difference, True
+    # Half of the digits of the dtype.
+    tolerance = torch.finfo(loaded.dtype).eps ** 0.5 * float(mine.abs().max())
+    return difference, difference <= tolerance
+
+
+def _example(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Inputs of one row; None for a model that reads neither tokens nor pixels."""
+    config = model.config
+    if model.main_input_name == "input_ids":
+        ids = torch.arange(32)[None] % config.get_text_config().vocab_size
+        return {"input_ids": ids} | (
+            {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+        )
+    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.linspace(-1, 1, config.num_channels * sides[0] * sides[1])
+        return {"pixel_values": pixels.view(1, config.num_channels, *sides).to(model.dtype)}
+    return None
+
+
+def _outputs(output: ModelOutput) -> Tensor:
+    """The logits, or whatever the model answers with, in one row."""
+    values = [output["logits"]] if "logits" in output else list(output.values())
+    parts = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([part.float().cpu().flatten() for part in parts])
+
+
+@contextmanager
+def _running(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """``model`` in eval mode with one adapter active; afterwards as it was."""
+    training = {module for module in model.modules() if module.training}
+    active = list(model.active_adapters)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.eval()
+    if active != [adapter_name]:
+        model.set_adapter(adapter_name)
+    try:
+        yield
+    finally:
+        if active != [adapter_name]:
+            cast(LRQATModel, model.base_model).set_adapter(active)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
+        for module in training:
+            module.training = True

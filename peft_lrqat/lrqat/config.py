@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.utils import PeftType
 
 from ..base.settings import WeightSettings, check_bits
-from ..formats.capabilities import RUNTIMES, preset, why_not_activations, why_not_for
+from ..formats.runtimes import runtime_named
 from ..quant import Grid
 from ..quant.grid import SCALE_DTYPES
 from ..shared.checks import (
@@ -233,16 +233,13 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
             ```
         """
-        config = cls(**{**preset(runtime), "bits": bits, **fields})
+        chosen = runtime_named(runtime)
+        config = cls(**{**chosen.preset(), "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
             for size in {config.group_size, *config.group_size_pattern.values()}:
                 grid = Grid(bits=b, symmetric=config.symmetric, group_size=size)
-                reason = why_not_for(runtime, grid, config.scale_dtype) or why_not_activations(
-                    RUNTIMES[runtime].format,
-                    grid,
-                    config.activation_grid,
-                    config.kv_cache_grid,
-                    name=runtime,
+                reason = chosen.why_not(grid, config.scale_dtype) or chosen.why_not_activations(
+                    grid, config.activation_grid, config.kv_cache_grid
                 )
                 if reason is not None:
                     raise ValueError(reason)

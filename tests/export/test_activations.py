@@ -1,4 +1,7 @@
-"""Rounded activations in an export: as compressed-tensors where a runtime has kernels for them, refused by name elsewhere."""
+"""Rounded activations in an export: compressed-tensors where a runtime has kernels for them.
+
+Elsewhere they are refused by name.
+"""
 
 import json
 
@@ -9,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.formats.capabilities import FORMATS
+from peft_lrqat.formats.table import FORMATS
 
 
 WRITTEN = [
@@ -36,16 +39,20 @@ def test_not_one_weight_changes(fields, dtype, make_model, tmp_path):
     assert found.exact
     assert found.layers == 42
     if dtype == torch.float32 and fields in ({"bits": 4}, {"bits": 8}):
-        # transformers rounds the inputs as well, by the same formula. Weights in groups it multiplies with in another order of
-        # summation, and an input near the middle between two integers may then go to the other.
+        # transformers rounds the inputs as well, by the same formula. It sums the products of
+        # weights in groups in another order, and an input near the middle between two integers may
+        # then go to the other.
         assert found.logits_difference == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_loaded_model_rounds_its_inputs(symmetric, dtype, make_model, tmp_path):
-    """In transformers, symmetric steps are max / 127.5 (max / 127 here and in vLLM's kernels), and steps are rounded to the model's
-    dtype. So the same input may become a neighbouring integer; what that adds is of the size of the rounding itself."""
+    """The loaded model differs from the trained one by about as much as rounding itself does.
+
+    In transformers, symmetric steps are max / 127.5 (max / 127 here and in vLLM's kernels), and
+    steps are rounded to the model's dtype. So the same input may become a neighbouring integer.
+    """
     model = make_model(dtype, activation_bits=8, activation_symmetric=symmetric, group_size=32)
     export_model(model, tmp_path / "out", progress=False)
     export_model(model, tmp_path / "weights", activations="ignore", progress=False)

@@ -1,4 +1,7 @@
-"""Every format, read back by the loader it is for, has the very weights that were trained; and what is refused is refused first."""
+"""Every format, read back by its loader, has the very weights that were trained.
+
+What is refused is refused before anything is written.
+"""
 
 import json
 import logging
@@ -12,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_lrqat import LRQATLayer
+from peft_lrqat.demo import model_path
 from peft_lrqat.export import export_model, verify_export
 from peft_lrqat.export.exporter import is_untrained
 from peft_lrqat.export.linears import quantized_linear
-from peft_lrqat.formats.capabilities import FORMATS, why_not
+from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.quant.packing import packed_bytes
 
@@ -59,7 +63,7 @@ def test_not_one_weight_changes(format, fields, make_model, tokenizer, tmp_path)
         symmetric=fields.get("symmetric", True),
         group_size=fields.get("group_size", -1),
     )
-    if reason := why_not(format, grid, "bfloat16", 64):
+    if reason := FORMATS[format].why_not(grid, "bfloat16", 64):
         with pytest.raises(ValueError, match=r"`model\.layers\.0\.self_attn\.q_proj`: ") as error:
             export_model(
                 model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False
@@ -207,7 +211,7 @@ def test_other_architectures(format, architecture, make_peft, disturb, tmp_path)
     if architecture == "gpt2" and format == "compressed-tensors":
         with pytest.raises(
             ValueError,
-            match="no place for transformers' Conv1D; use format='packed' or 'dequantized'",
+            match="cannot hold transformers' Conv1D layers; use format='packed' or 'dequantized'",
         ):
             export_model(model, tmp_path / "out", format=format, progress=False)
         return
@@ -287,7 +291,7 @@ def test_gptq_with_zero_points(make_model, tmp_path):
     zero_points[0][0, 0] = 0
     with pytest.raises(
         ValueError,
-        match=r"1 groups of `.*` have the zero point 0, for which GPTQ v1 has no place; use",
+        match=r"1 groups of `.*` have the zero point 0, which GPTQ v1 cannot store; use",
     ):
         export_model(model, tmp_path / "other", format="gptq", progress=False)
     assert not (tmp_path / "other").exists()
@@ -435,7 +439,7 @@ def test_other_refusals(make_model, tokenizer, tmp_path):
         next(iter(layers_of(model).values())).lrqat_scale["default"][0] = 1e-7
     with pytest.raises(
         ValueError,
-        match=r"1 of 64 scales of `.*` \(such as 1e-07\) are no numbers of torch.float16",
+        match=r"1 of 64 scales of `.*` \(such as 1e-07\) cannot be represented exactly",
     ):
         export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -476,3 +480,39 @@ def test_verification_finds_what_differs(make_model, tmp_path):
     assert found.different_tensors == ("model.norm.weight",)
     assert found.logits_difference > 0
     assert isinstance(model, PeftModel)
+
+
+TEMPLATES = {
+    "default": "{{ messages[0].content }}",
+    "rag": "{{ messages[0].content }} from a file",
+    "tool_use": "{{ messages[0].content }} with tools",
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_all_chat_templates_are_kept(format, make_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = TEMPLATES
+    model = make_model(bits=4, group_size=32)
+    export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATES
+    if format == "gguf":
+        fields = pytest.importorskip("gguf").GGUFReader(tmp_path / "out" / "model.gguf").fields
+        assert fields["tokenizer.chat_template"].contents() == TEMPLATES["default"]
+        assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
+        for name in ("rag", "tool_use"):
+            assert fields[f"tokenizer.chat_template.{name}"].contents() == TEMPLATES[name]
+
+
+def test_a_chat_template_that_gguf_cannot_name(make_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = {**TEMPLATES, "tool use": "{{ messages[0].content }}"}
+    with pytest.raises(ValueError, match="the tokenizer has one called 'tool use'; rename it"):
+        export_model(
+            make_model(bits=4),
+            tmp_path / "out",
+            format="gguf",
+            tokenizer=tokenizer,
+            progress=False,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""One table decides what is refused before training and what is refused at export, and docs/deploy.md shows it."""
+"""The tables of formats and runtimes decide what is refused; the documentation shows them."""
 
 from pathlib import Path
 
@@ -9,14 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.formats.capabilities import (
-    FORMATS,
-    RUNTIMES,
-    SETTINGS,
-    capability_table,
-    why_not,
-    why_not_for,
-)
+from peft_lrqat.formats.capabilities import SETTINGS, capability_table
+from peft_lrqat.formats.runtimes import RUNTIMES
+from peft_lrqat.formats.table import FORMATS, format_named
 from peft_lrqat.quant.grid import Grid
 
 
@@ -29,7 +24,7 @@ def test_the_table_in_the_docs_is_this_one():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_cell_of_a_format(name, tokenizer, tmp_path):
-    """What the table says yes to reads back bit for bit; what it denies is refused, and leaves nothing."""
+    """A yes of the table reads back bit for bit; all else is refused and leaves nothing."""
     torch.manual_seed(0)
     grid = SETTINGS[name]
     width = 160 if grid.group_size == 40 else 256
@@ -53,7 +48,7 @@ def test_every_cell_of_a_format(name, tokenizer, tmp_path):
         base, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, **fields)
     ).eval()
     for format in FORMATS:
-        reason = why_not(format, grid, "bfloat16")
+        reason = FORMATS[format].why_not(grid, "bfloat16")
         if reason is None:
             export_model(
                 model, tmp_path / format, format=format, tokenizer=tokenizer, progress=False
@@ -83,7 +78,7 @@ def test_what_a_preset_allows_can_be_exported(runtime, bits, make_model, tokeniz
         name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "scale_dtype")
     }
     model = make_model(**fields)
-    format = RUNTIMES[runtime].format
+    format = RUNTIMES[runtime].format.name
     export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
     assert verify_export(model, tmp_path / "out", format=format).exact
 
@@ -116,7 +111,7 @@ def test_presets():
         ({"runtime": "vllm", "group_size_pattern": {"q_proj": 16}}, "but `group_size` is 16"),
         (
             {"runtime": "llama.cpp", "group_size": 48},
-            "blocks of 32 weights, which group_size, 48, is no multiple of",
+            "`group_size` must be a multiple of 32 for gguf, but is 48",
         ),
         (
             {"runtime": "llama.cpp", "bits": 8, "symmetric": False},
@@ -134,10 +129,10 @@ def test_presets():
 
 def test_reasons():
     grid = Grid(bits=4, group_size=32)
-    assert all(why_not(format, grid, "bfloat16", 64) is None for format in FORMATS)
-    assert all(why_not_for(runtime, grid, "bfloat16") is None for runtime in RUNTIMES)
-    assert "the width of the weight, 48, is no multiple of" in why_not(
-        "gguf", Grid(bits=4), "bfloat16", 48
+    assert all(format.why_not(grid, "bfloat16", 64) is None for format in FORMATS.values())
+    assert all(runtime.why_not(grid, "bfloat16") is None for runtime in RUNTIMES.values())
+    assert FORMATS["gguf"].why_not(Grid(bits=4), "bfloat16", 48) == (
+        "the width of the weight must be a multiple of 32 for gguf, but is 48"
     )
     with pytest.raises(ValueError, match="`format` must be one of"):
-        why_not("onnx", grid, "bfloat16")
+        format_named("onnx")

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: transformers and llama.cpp, reading the file, cut text as the tokenizer does that was written."""
+"""Tokenizers in GGUF files: transformers and llama.cpp cut text as the original tokenizer does."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from transformers import (
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model
-from peft_lrqat.export.vocabulary import SPLITS, split_name
+from peft_lrqat.formats.vocabulary import SPLITS, split_name
 
 
 pytest.importorskip("gguf")
@@ -35,7 +35,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def export_with():
-    """``export_with(tokenizer, path)``: the file of a small model that has this tokenizer's words."""
+    """``export_with(tokenizer, path)``: the file of a small model with the tokenizer's words."""
 
     def export(tokenizer, path, vocab_size=None):
         config = LlamaConfig(
@@ -85,7 +85,7 @@ def sentencepiece_model():
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
-    """A tokenizer that puts its spaces in by a normalizer, as the files of those models on the Hub do."""
+    """A tokenizer with a normalizer that puts in spaces, as on the Hub."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     parts = json.loads(LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
@@ -118,7 +118,8 @@ def test_the_file_cuts_text_alike(
         }
         tokenizer = fast({**sentencepiece, "normalizer": None, "pre_tokenizer": cutter})
     expected = {text: tokenizer(text)["input_ids"] for text in TEXTS}
-    # Metaspace, of which transformers makes all it reads, puts no space before one that is there; sentencepiece and llama.cpp do.
+    # Metaspace, which transformers reads all of these as, puts no space before an existing one;
+    # sentencepiece and llama.cpp do.
     some = {
         text: ids
         for text, ids in expected.items()
@@ -154,11 +155,11 @@ def test_what_llama_cpp_would_read_otherwise(sentencepiece, tokenizer, export_wi
         (word_level, "GGUF is written with BPE tokenizers, but this is a "),
         (
             fast({**sentencepiece, "model": {**model, "merges": merges[1:]}}),
-            "the merges of this tokenizer are not those",
+            "the merges of this tokenizer follow from no",
         ),
         (
             fast({**sentencepiece, "model": {**model, "merges": moved}}),
-            "the merges of this tokenizer are not those",
+            "the merges of this tokenizer follow from no",
         ),
         (
             fast({**sentencepiece, "normalizer": {"type": "Lowercase"}}),

@@ -1,11 +1,11 @@
-"""Blocks of ggml hold exactly the integers and scales that they were made from, by the decoder of the gguf package."""
+"""Blocks of ggml hold exactly their integers and scales, by the decoder of the gguf package."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lrqat.export.ggml import BLOCK_BYTES, BLOCK_SIZES, block_type, encode
+from peft_lrqat.formats.ggml import BLOCK_BYTES, BLOCK_SIZES, block_type, encode
 from peft_lrqat.quant.grid import Grid
 
 

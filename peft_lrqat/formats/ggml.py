@@ -1,11 +1,14 @@
-"""Integers as blocks of ggml, the tensor format of GGUF files: each block has one float16 scale, and its integers around zero.
+"""Integers as blocks of ggml, the tensor format of GGUF files: a float16 scale and integers.
 
-    Q4_0   32 weights, -8 .. 7       scale, then 16 bytes: weight j in the low half of byte j, weight j + 16 in the high half
+    Q4_0   32 weights, -8 .. 7       scale, then 16 bytes: weight j in the low half of byte j,
+                                     weight j + 16 in the high half
     Q5_0   32 weights, -16 .. 15     scale, the fifth bits as one 32-bit number, then as Q4_0
     Q8_0   32 weights, -128 .. 127   scale, then a byte each
-    TQ2_0  256 weights, -1 .. 2      64 bytes: weight j + 32 n of each half in bits 2 n and 2 n + 1 of byte j; then the scale
+    TQ2_0  256 weights, -1 .. 2      64 bytes: weight j + 32 n of each half in bits 2 n and 2 n + 1
+                                     of byte j; then the scale
 
-The blocks are written from the integers themselves. Quantising ``scale * integer`` again would choose other scales.
+The blocks are written from the integers themselves. Quantising ``scale * integer`` again would
+choose other scales.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ BLOCK_BYTES = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "TQ2_0": 66}
 
 def block_type(grid: Grid, in_features: int) -> str:
     """The smallest blocks that hold every ``code - zero_point`` of a grid."""
-    # Codes and zero points of an asymmetric grid lie anywhere on it, so their difference needs a bit more.
+    # Codes and zero points lie anywhere on an asymmetric grid; their difference needs one bit more.
     bits = grid.bits + (not grid.symmetric)
     size = in_features if grid.group_size == -1 else grid.group_size
     if bits == 2 and size % BLOCK_SIZES["TQ2_0"] == 0:
@@ -31,8 +34,18 @@ def block_type(grid: Grid, in_features: int) -> str:
     return "Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0"
 
 
+def row_bytes(kind: str, in_features: int) -> int:
+    """Bytes of a row in blocks of one kind."""
+    return in_features // BLOCK_SIZES[kind] * BLOCK_BYTES[kind]
+
+
 def encode(kind: str, centered: Tensor, scale: Tensor) -> np.ndarray:
-    """Integers (out, in) and float16 scales (out, groups) -> the bytes of the blocks, (out, bytes of a row) uint8."""
+    """The bytes of the blocks, (out, bytes of a row) uint8.
+
+    Args:
+        centered: integers (out, in) around zero.
+        scale: (out, groups) float16.
+    """
     rows, columns = centered.shape
     size = BLOCK_SIZES[kind]
     blocks = centered.reshape(rows, columns // size, size).to(torch.int16)

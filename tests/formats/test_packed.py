@@ -1,4 +1,4 @@
-"""The package's own format: what is not whole, not of this version or not what its configuration says is refused."""
+"""The package's own format: a directory that is not whole or does not fit together is refused."""
 
 import json
 import shutil

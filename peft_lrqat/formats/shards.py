@@ -1,9 +1,10 @@
-"""Safetensors files written a tensor at a time: no more than one tensor is in memory for it."""
+"""Safetensors files written a tensor at a time, so that memory holds only one of them."""
 
 from __future__ import annotations
 
 import json
 import os
+from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 
@@ -16,14 +17,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class ShardWriter:
-    """Writes ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index, as transformers reads them.
+    """Writes ``model.safetensors``, or several files with an index, as transformers reads them.
 
-    A header says where each tensor lies, and is known last; so room for it is left in front, and what is not used is filled with
+    Several files are named ``model-00001-of-0000N.safetensors``. A header says where each tensor
+    lies and is known last. So room for it is left in front, and the unused rest is filled with
     spaces, as the format allows.
 
     Args:
         directory: where the files go.
-        max_shard_size: bytes of tensors in a file; a single larger tensor has a file of its own.
+        max_shard_size: bytes of tensors in a file; a single larger tensor has its own file.
         header_bytes: room for the header of each file.
     """
 
@@ -31,8 +33,8 @@ class ShardWriter:
         self.directory, self.max_shard_size = directory, max_shard_size
         self.header_bytes = header_bytes + -header_bytes % 8
         self.total = 0
-        self._shards: list[tuple[Path, dict[str, dict]]] = []
-        self._file = None
+        self._shards: list[tuple[Path, dict[str, dict[str, object]]]] = []
+        self._file: BufferedWriter | None = None
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
@@ -52,8 +54,9 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor, on whatever device, under ``name``."""
         size = tensor.numel() * tensor.element_size()
-        if self._file is None or (self._offset and self._offset + size > self.max_shard_size):
-            self._next()
+        file = self._file
+        if file is None or (self._offset and self._offset + size > self.max_shard_size):
+            file = self._next()
         self._shards[-1][1][name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -61,24 +64,24 @@ class ShardWriter:
         }
         data = tensor.detach().to("cpu").contiguous()
         if data.numel():
-            self._file.write(data.view(-1).view(torch.uint8).numpy())
+            file.write(data.view(-1).view(torch.uint8).numpy().data)
         self._offset += size
         self.total += size
 
-    def _next(self) -> None:
+    def _next(self) -> BufferedWriter:
         self._close()
         path = self.directory / f"shard-{len(self._shards)}"
         self._shards.append((path, {}))
         self._file = open(path, "wb")  # noqa: SIM115 (closed when the shard is full)
         self._file.write(bytes(8 + self.header_bytes))
         self._offset = 0
+        return self._file
 
     def _close(self) -> None:
         if self._file is None:
             return
-        header = json.dumps(
-            {"__metadata__": {"format": "pt"}, **self._shards[-1][1]}, separators=(",", ":")
-        ).encode()
+        entries = {"__metadata__": {"format": "pt"}, **self._shards[-1][1]}
+        header = json.dumps(entries, separators=(",", ":")).encode()
         if len(header) > self.header_bytes:
             raise AssertionError(
                 f"the header takes {len(header)} bytes, but {self.header_bytes} were left for it"
@@ -99,9 +102,8 @@ class ShardWriter:
             names = ["model.safetensors"]
         else:
             index = {n: names[i] for i, (_, tensors) in enumerate(self._shards) for n in tensors}
-            text = json.dumps(
-                {"metadata": {"total_size": self.total}, "weight_map": index}, indent=2
-            )
+            written = {"metadata": {"total_size": self.total}, "weight_map": index}
+            text = json.dumps(written, indent=2)
             (self.directory / "model.safetensors.index.json").write_text(text + "\n")
         for (path, _), name in zip(self._shards, names, strict=True):
             path.rename(self.directory / name)

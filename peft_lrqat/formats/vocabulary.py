@@ -1,8 +1,12 @@
-"""A tokenizer's words in a GGUF file: byte-level BPE (``gpt2`` there) and sentencepiece's BPE with byte fallback (``llama``)."""
+"""A tokenizer's words in a GGUF file.
+
+Byte-level BPE is ``gpt2`` there, and sentencepiece's BPE with byte fallback is ``llama``.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from itertools import groupby
 from typing import Any
 
@@ -11,26 +15,36 @@ from transformers import PreTrainedTokenizerBase
 
 OTHERWISE = "export another format"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
-# How text is cut before the byte pairs are merged, by llama.cpp's names: the regular expression of the tokenizer's first step.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How text is cut before the byte pairs are merged, by llama.cpp's names: the regular expression of
+# the tokenizer's first step.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {_SPLIT.replace("DIGITS", "{1,3}"): "llama-bpe", _SPLIT.replace("DIGITS", ""): "qwen2"}
 
 
 def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Writes the tokenizer of a model with ``vocab_size`` embeddings; ValueError for one that llama.cpp would read otherwise."""
+    """Writes the tokenizer of a model with ``vocab_size`` embeddings.
+
+    Raises:
+        ValueError: llama.cpp would read the tokenizer differently.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if backend is not None else {}
     model = parts.get("model", {})
     if model.get("type") != "BPE":
         raise ValueError(
-            f"GGUF is written with BPE tokenizers, but this is a {type(tokenizer).__name__}; {OTHERWISE}"
+            "GGUF is written with BPE tokenizers, but this is a"
+            f" {type(tokenizer).__name__}; {OTHERWISE}"
         )
     added = {token["id"]: token for token in parts["added_tokens"]}
     by_id = {index: token for token, index in model["vocab"].items()}
     last = max([*added, *by_id])
     if last >= vocab_size:
         raise ValueError(
-            f"the tokenizer has a token {last}, but the model embeds {vocab_size} tokens; give the model's own tokenizer"
+            f"the tokenizer has a token {last}, but the model embeds {vocab_size} tokens; give the"
+            " model's own tokenizer"
         )
     tokens, kinds = [], []
     for index in range(vocab_size):
@@ -53,18 +67,39 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     for kind in ("bos", "eos", "unk", "pad"):
-        index = getattr(tokenizer, f"{kind}_token_id", None)
-        if index is not None:
-            getattr(writer, f"add_{kind}_token_id")(index)
+        special = getattr(tokenizer, f"{kind}_token_id", None)
+        if special is not None:
+            getattr(writer, f"add_{kind}_token_id")(special)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_chat_templates(writer: Any, templates: str | dict[str, str] | None) -> None:
+    """One template, or several by name: ``tokenizer.chat_template.NAME`` and a list of names."""
+    if not isinstance(templates, dict):
+        if templates:
+            writer.add_chat_template(templates)
+        return
+    for name in templates:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise ValueError(
+                "GGUF names chat templates with letters, digits and underscores, but the tokenizer"
+                f" has one called {name!r}; rename it, or {OTHERWISE}"
+            )
+    # Sorted: the writer's own order of names changes from run to run.
+    for name, template in sorted(templates.items()):
+        if name == "default":
+            writer.add_chat_template(template)
+        else:
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+    if others := sorted(templates.keys() - {"default"}):
+        writer.add_array("tokenizer.chat_templates", others)
 
 
 def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
-    """llama.cpp's name for the way a tokenizer cuts text into words; ValueError for one it is not known for here."""
+    """llama.cpp's name for the way a tokenizer cuts text into words; ValueError for others."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
@@ -74,7 +109,8 @@ def split_name(pre_tokenizer: dict[str, Any] | None) -> str:
     if kinds == ["Split", "ByteLevel"] and (pattern := steps[0]["pattern"].get("Regex")) in SPLITS:
         return SPLITS[pattern]
     raise ValueError(
-        f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp; {OTHERWISE}"
+        f"this tokenizer cuts text in a way ({kinds}) that has no known name in llama.cpp;"
+        f" {OTHERWISE}"
     )
 
 
@@ -86,7 +122,11 @@ def _add_sentencepiece(
     merges: list[tuple],
     unknown: int | None,
 ) -> None:
-    """llama.cpp joins the two neighbours whose joint token has the highest score, where `tokenizers` goes by a list of merges."""
+    """Scores in place of merges.
+
+    llama.cpp joins the two neighbours whose joint token has the highest score; `tokenizers` goes by
+    a list of merges.
+    """
     for index, token in enumerate(tokens):
         if token.startswith("<0x") and len(token) == 6 and token.endswith(">"):
             kinds[index] = BYTE
@@ -100,7 +140,8 @@ def _add_sentencepiece(
     }
     if len(order) != len(set(order)) or pairs != set(merges):
         raise ValueError(
-            f"the merges of this tokenizer are not those that scores of its tokens give, which llama.cpp goes by; {OTHERWISE}"
+            "llama.cpp joins tokens by their scores, but the merges of this tokenizer follow from"
+            f" no scores; {OTHERWISE}"
         )
     rank = {token: i for i, token in enumerate(order)}
     writer.add_tokenizer_model("llama")
@@ -110,7 +151,7 @@ def _add_sentencepiece(
 
 
 def _has_space_prefix(parts: dict[str, Any]) -> bool:
-    """Whether a space goes before a text; ValueError for a tokenizer that changes text in any other way."""
+    """Whether a space goes before a text; ValueError for any other change of the text."""
     normalizer, cutter = parts["normalizer"], parts["pre_tokenizer"]
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     kinds = [step["type"] for step in steps]
@@ -120,5 +161,6 @@ def _has_space_prefix(parts: dict[str, Any]) -> bool:
         return cutter["prepend_scheme"] != "never"
     cutter = cutter["type"] if cutter else None
     raise ValueError(
-        f"this tokenizer prepares text by {kinds} and {cutter}, which GGUF has no place for; {OTHERWISE}"
+        f"this tokenizer prepares text by {kinds} and {cutter}, which a GGUF file cannot say;"
+        f" {OTHERWISE}"
     )

@@ -1,4 +1,4 @@
-"""GGUF files in the runtimes they are for: transformers' reader to the last bit, llama.cpp to its own arithmetic."""
+"""GGUF files in their runtimes: transformers to the last bit, llama.cpp to its own arithmetic."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.export.gguf import _paired
+from peft_lrqat.formats.gguf import paired_rows
 
 
 pytest.importorskip("gguf")
@@ -54,7 +54,8 @@ def blocks_of(path):
     return {tensor.tensor_type.name for tensor in reader.tensors} - plain
 
 
-# Different numbers of query and key heads, biases, norms of heads, fused projections, rotary embeddings made longer.
+# Different numbers of query and key heads, biases, norms of heads, fused projections, stretched
+# rotary embeddings.
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -76,7 +77,10 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module")
 def make_small():
-    """``make_small(name, **fields)``: a random model of two layers in float32, whose biases and norms differ from 0 and 1."""
+    """``make_small(name, **fields)``: a random model of two layers in float32.
+
+    Its biases and norms differ from 0 and 1.
+    """
 
     def make(name, bits=4, group_size=32, **fields):
         torch.manual_seed(0)
@@ -126,7 +130,8 @@ def test_architectures(name, tied, make_small, tokenizer, run_llama_cpp, tmp_pat
     assert found.exact
     assert found.logits_difference == 0
     if find_spec("xllamacpp") is not None:
-        # Rounded activations move these logits by less than a thousandth; the wrong rows, rotation or bias by much more.
+        # Rounded activations move these logits by less than a thousandth; the wrong rows, rotation
+        # or bias by much more.
         assert_llama_cpp_agrees(run_llama_cpp, model, tmp_path / "out" / "model.gguf", within=0.005)
 
 
@@ -158,7 +163,7 @@ def test_a_model_that_gguf_is_not_written_for(make_peft, make_model, tokenizer, 
         match="GGUF is written for llama, mistral, phi3, qwen2, qwen3, but this model is a gemma",
     ):
         export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
-    with pytest.raises(ValueError, match="a GGUF file holds the tokenizer, too; give `tokenizer`"):
+    with pytest.raises(ValueError, match="a GGUF file also holds the tokenizer; give `tokenizer`"):
         export_model(make_model(bits=4), tmp_path / "out", format="gguf", progress=False)
     for field, value, message in (
         (
@@ -179,7 +184,7 @@ def test_a_model_that_gguf_is_not_written_for(make_peft, make_model, tokenizer, 
 
 def test_rows_of_a_head_are_paired():
     rows = torch.arange(16).view(16, 1)
-    assert _paired(rows, 2).flatten().tolist() == [
+    assert paired_rows(rows, 2).flatten().tolist() == [
         0,
         4,
         1,

@@ -1,0 +1,99 @@
+"""Everything that a deployed model is made of, by its names in the plain base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..lrqat.layer import LRQATLayer
+
+
+def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Tensor | LRQATLayer]]:
+    """The names and tensors of the deployed model, one after another.
+
+    The weight of a target comes as its layer under the module's name. Everything else comes as
+    tensors: biases, embeddings, norms, buffers, and the trained copies of ``modules_to_save``.
+    Tensors that are tied to an earlier one are left out, as transformers does.
+    """
+    seen: set[int] = set()
+    for plain, module in _plain_modules(model.get_base_model(), adapter_name):
+        if isinstance(module, LRQATLayer):
+            yield plain, module
+            if module.base_layer.bias is not None:
+                yield f"{plain}.bias", module.base_layer.bias.detach()
+            continue
+        not_saved = module._non_persistent_buffers_set
+        buffers = {name: b for name, b in module._buffers.items() if name not in not_saved}
+        for kind, tensor in {**module._parameters, **buffers}.items():
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            yield f"{plain}.{kind}" if plain else kind, tensor.detach()
+
+
+def plain_linears(model: PeftModel, adapter_name: str) -> list[str]:
+    """The names of the linear layers that are not quantised."""
+    modules = _plain_modules(model.get_base_model(), adapter_name)
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def name_of_module(model: PeftModel, adapter_name: str, wanted: nn.Module | None) -> str | None:
+    """The plain name of a module that may lie in a wrapper; None if it is not part of the model."""
+    if wanted is None:
+        return None
+    inside = {id(module) for module in wanted.modules()}
+    modules = _plain_modules(model.get_base_model(), adapter_name)
+    return next((name for name, module in modules if id(module) in inside), None)
+
+
+def _plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that run under an adapter, by their names without PEFT's wrappers.
+
+    What lies inside a target is left out: it belongs to the target.
+    """
+    for name, module in base.named_modules():
+        parents = _parents(base, name)
+        if any(isinstance(parent, LRQATLayer) for parent in parents):
+            continue
+        if _is_other_copy(parents, name, adapter_name):
+            continue
+        if not isinstance(module, ModulesToSaveWrapper):
+            yield _plain_name(parents, name), module
+
+
+def _parents(base: nn.Module, name: str) -> list[nn.Module]:
+    parts = name.split(".")
+    return [base.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
+
+
+def _is_other_copy(parents: list[nn.Module], name: str, adapter_name: str) -> bool:
+    """Whether a module lies in a copy that ``modules_to_save`` keeps beside the one that runs."""
+    parts = name.split(".")
+    for i, parent in enumerate(parents, start=1):
+        if isinstance(parent, ModulesToSaveWrapper):
+            runs = adapter_name in parent.modules_to_save
+            own = ["modules_to_save", adapter_name] if runs else ["original_module"]
+            rest = parts[i:]
+            if rest[: len(own)] != own[: len(rest)]:
+                return True
+            if len(rest) < len(own):  # the dict of the copies
+                return True
+    return False
+
+
+def _plain_name(parents: list[nn.Module], name: str) -> str:
+    """The name of a module without the parts that PEFT put into it."""
+    plain: list[str] = []
+    skip = 0
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if skip:
+            skip -= 1
+            continue
+        plain.append(part)
+        if i < len(parents) and isinstance(parents[i], ModulesToSaveWrapper):
+            skip = 1 if parts[i + 1] == "original_module" else 2
+    return ".".join(plain)

@@ -1,0 +1,163 @@
+"""The formats of compressed-tensors that vLLM and transformers load; that library packs, too.
+
+``pack-quantized`` holds weights alone. Where inputs are rounded as well, it is ``int-quantized``:
+one int8 for each integer of any width, which is how vLLM reads weights for its kernels of 4 and 8
+bits with 8-bit activations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompressedTensorsConfig, PreTrainedModel
+
+from ..quant.grid import Grid
+from .base import (
+    CONFIG_NAME,
+    DeployedModel,
+    Loaded,
+    SafetensorsFormat,
+    from_pretrained,
+)
+from .linear import QuantizedLinear, Target
+
+
+INSTALL = (
+    "writing compressed-tensors needs the package of that name; run"
+    " `pip install 'peft-lrqat[export]'`"
+)
+
+
+class CompressedTensors(SafetensorsFormat):
+    """For vLLM and transformers."""
+
+    name = "compressed-tensors"
+    # The loader computes in the model's dtype and rounds scales to it.
+    scale_dtypes = ("bfloat16", "float16")
+    tags = ("compressed-tensors",)
+    snippet = """from transformers import {auto_class}
+
+# Needs `pip install compressed-tensors`.
+model = {auto_class}.from_pretrained("this repository or folder")"""
+
+    def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
+        if activations.bits != 8:
+            return (
+                f"{name} is written for inputs of 8 bits, which vLLM has kernels for, but"
+                f" `activation_bits` is {activations.bits}"
+            )
+        per_row = grid.bits == 8 and grid.group_size == -1
+        if grid.symmetric and (grid.bits == 4 or per_row):
+            return None
+        kind = "symmetric" if grid.symmetric else "asymmetric"
+        return (
+            f"{name} holds 8-bit inputs beside symmetric weights of 4 bits, or of 8 bits with one"
+            f" scale per row, which vLLM has kernels for, but these weights are {kind},"
+            f" {grid.bits} bits, group size {grid.group_size}"
+        )
+
+    def check(self, model: DeployedModel) -> None:
+        schemes = {_scheme(target) for target in model.targets.values()}
+        if len(schemes) > 1 and not all(symmetric for _, symmetric, _ in schemes):
+            raise ValueError(
+                "transformers loads asymmetric compressed-tensors of one width and group size"
+                " only, but this model has several; export it as 'packed' or 'dequantized', or"
+                " train with symmetric=True"
+            )
+
+    def tensors_of(
+        self, linear: QuantizedLinear, activations: Grid | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        if activations is not None:
+            yield "weight", linear.codes.to(torch.int8)
+            yield "weight_scale", linear.scale_as(linear.dtype)
+            return
+        try:
+            from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+        except ImportError as error:
+            raise ImportError(INSTALL) from error
+        bits = linear.grid.bits
+        # The library's grids are signed: an asymmetric one is moved down by half its length.
+        middle = 0 if linear.grid.symmetric else 2 ** (bits - 1)
+        codes = (linear.codes.to(torch.int16) - middle).to(torch.int8)
+        yield "weight_packed", pack_to_int32(codes, bits)
+        yield "weight_scale", linear.scale_as(linear.dtype)
+        if linear.zero_point is not None:
+            zero_point = (linear.zero_point.to(torch.int16) - middle).to(torch.int8)
+            yield "weight_zero_point", pack_to_int32(zero_point, bits, packed_dim=0).contiguous()
+        yield "weight_shape", torch.tensor(linear.codes.shape)
+
+    def config_entry(self, model: DeployedModel) -> dict[str, Any]:
+        try:
+            from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+        except ImportError as error:
+            raise ImportError(INSTALL) from error
+
+        groups: dict[tuple[int, bool, int], list[str]] = {}
+        for name, target in model.targets.items():
+            groups.setdefault(_scheme(target), []).append(name)
+        format = "pack-quantized" if model.activations is None else "int-quantized"
+        schemes = {
+            f"group_{number}": QuantizationScheme(
+                # Names only where they are needed: more runtimes read "Linear".
+                targets=["Linear"] if len(groups) == 1 else names,
+                weights=_weight_args(*scheme),
+                input_activations=_input_args(model.activations),
+                format=format,
+            )
+            for number, (scheme, names) in enumerate(groups.items())
+        }
+        config = QuantizationConfig(
+            config_groups=schemes,
+            format=format,
+            quantization_status="compressed",
+            ignore=list(model.plain_linears),
+        )
+        return config.model_dump(mode="json", exclude_none=True)
+
+    def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
+        written = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        entry = written["quantization_config"]
+        options = {}
+        if entry["format"] == "pack-quantized" and len(entry["config_groups"]) == 1:
+            # Asymmetric weights load in no other way, and those of several widths not in this one.
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        loader = f"transformers ({self.name})"
+        loaded = from_pretrained(path, model_class, dtype, loader, **options)
+        return loaded
+
+
+def _scheme(target: Target) -> tuple[int, bool, int]:
+    """What layers of one group have in common: bits, symmetric, group size."""
+    return target.grid.bits, target.grid.symmetric, target.group_size
+
+
+def _weight_args(bits: int, symmetric: bool, group_size: int) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(
+        num_bits=bits,
+        type="int",
+        symmetric=symmetric,
+        strategy="channel" if group_size == -1 else "group",
+        group_size=None if group_size == -1 else group_size,
+    )
+
+
+def _input_args(activations: Grid | None) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if activations is None:
+        return None
+    return QuantizationArgs(
+        num_bits=activations.bits,
+        type="int",
+        symmetric=activations.symmetric,
+        strategy="token",
+        dynamic=True,
+    )

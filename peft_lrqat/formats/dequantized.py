@@ -1,0 +1,26 @@
+"""Plain weights in the dtype of the model, which everything loads: no integers, no saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..quant.grid import Grid
+from .base import SafetensorsFormat
+from .linear import QuantizedLinear
+
+
+class Dequantized(SafetensorsFormat):
+    """The weights that the model computes with."""
+
+    name = "dequantized"
+    holds_conv1d = True
+    snippet = """from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("this repository or folder")"""
+
+    def tensors_of(
+        self, linear: QuantizedLinear, activations: Grid | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", linear.weight.T.contiguous() if linear.is_conv1d else linear.weight

@@ -1,0 +1,90 @@
+"""One quantised linear layer as file formats see it: what is known before, and its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..quant.grid import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is known of a quantised weight before its integers are computed."""
+
+    name: str  # of the module in the plain model
+    grid: Grid
+    scale_dtype: str  # such as "bfloat16"
+    out_features: int
+    in_features: int
+    is_conv1d: bool = False  # transformers' Conv1D, whose weight is (in, out)
+
+    @property
+    def num_groups(self) -> int:
+        """Scales in a row."""
+        return self.grid.num_groups(self.in_features)
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale; -1 where one group is the whole row."""
+        return -1 if self.num_groups == 1 else self.grid.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedLinear:
+    """The tensors of a target: ``weight = scale * (codes - zero_point)``, rounded to ``dtype``."""
+
+    name: str  # of the module in the plain model
+    grid: Grid
+    codes: Tensor  # (out, in), int8 on a symmetric grid, uint8 on an asymmetric one
+    scale: Tensor  # (out, groups) in the dtype that training rounded it to
+    zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
+    weight: Tensor  # (out, in) in ``dtype``: what the model computes with
+    is_conv1d: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model."""
+        return self.weight.dtype
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale; the width of a row where the grid says -1."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def centered(self) -> Tensor:
+        """``codes - zero_point``, (out, in) int16."""
+        codes = self.codes.to(torch.int16)
+        return codes if self.zero_point is None else self.grid.centered(codes, self.zero_point)
+
+    def scale_as(self, dtype: torch.dtype) -> Tensor:
+        """The scales in another dtype; ValueError if it cannot represent them exactly."""
+        scale = self.scale.to(dtype)
+        lost = self.scale.double() != scale.double()
+        if lost.any():
+            worst = float(self.scale.double()[lost].abs().min())
+            raise ValueError(
+                f"{int(lost.sum())} of {lost.numel()} scales of `{self.name}` (such as"
+                f" {worst:.3g}) cannot be represented exactly in {dtype}, which this format uses"
+                " for scales; export in another format, or train in bfloat16 with"
+                " scale_dtype='bfloat16'"
+            )
+        return scale
+
+
+def widened(grid: Grid, bits: int | None) -> Grid:
+    """The grid with more bits, which also holds all its integers. None: the grid itself.
+
+    Raises:
+        ValueError: ``bits`` is less than the grid's, or more than 8.
+    """
+    if bits is None:
+        return grid
+    if not grid.bits <= bits <= 8:
+        raise ValueError(
+            f"`container_bits` must be {grid.bits}, the bits of the weights, to 8, but is {bits!r}"
+        )
+    return replace(grid, bits=bits)
