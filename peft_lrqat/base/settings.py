@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 from peft.utils.other import get_pattern_key
 
@@ -15,6 +15,14 @@ from ..shared.checks import check_choice, check_flag, check_integer, check_items
 @dataclass
 class WeightSettings:
     """Fields that `LRQATConfig` and `LowBitConfig` share."""
+
+    # The names of the fields that the maker of the object gave a value.
+    given: ClassVar[frozenset[str]] = frozenset()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        made.given = frozenset(kwargs)
+        return made
 
     bits: int = field(
         default=4,

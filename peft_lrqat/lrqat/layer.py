@@ -223,14 +223,15 @@ class LRQATLayer(BaseTunerLayer):
 
 
 class LRQATLinear(nn.Module, LRQATLayer):
-    """LR-QAT on `nn.Linear` and transformers' `Conv1D`.
+    """LR-QAT on `nn.Linear`, transformers' `Conv1D`, and the layers of a low-bit base.
 
-    It stands where ``linear`` stood and takes its weight: ``linear`` has none afterwards.
+    It stands where ``linear`` stood and takes its weight: ``linear`` has none afterwards. A layer
+    of a low-bit base becomes its base layer as it is.
     """
 
     def __init__(
         self,
-        linear: nn.Linear | Conv1D,
+        linear: nn.Linear | Conv1D | DowncastLinear,
         adapter_name: str,
         format: WeightFormat,
         config: LRQATConfig,
@@ -239,15 +240,18 @@ class LRQATLinear(nn.Module, LRQATLayer):
         cache: TensorCache | None = None,  # the model's, of dense weights
     ) -> None:
         super().__init__()
-        base = DowncastLinear.from_linear(
-            linear,
-            format,
-            estimator=config.range_estimator,
-            p=config.range_p,
-            base_dtype=base_dtype or linear.weight.dtype,
-        )
-        # PEFT holds every replaced module until the last one is done; the weights need not wait.
-        del linear.weight
+        if isinstance(linear, DowncastLinear):
+            base = linear
+        else:
+            base = DowncastLinear.from_linear(
+                linear,
+                format,
+                estimator=config.range_estimator,
+                p=config.range_p,
+                base_dtype=base_dtype or linear.weight.dtype,
+            )
+            # PEFT holds every replaced module until the last one is done; weights need not wait.
+            del linear.weight
         LRQATLayer.__init__(self, base, name, cache)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -303,8 +307,11 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Linear | Conv1D:
-        """The plain module with weight s * Q. PEFT calls this from ``merge_and_unload``; ``unload`` does not come this far."""
+    ) -> nn.Linear | Conv1D | DowncastLinear:
+        """The plain module with weight s * Q; without ``merge``, the layer of the low-bit base."""
+        if not merge:
+            self.base_layer.merged_weight = None
+            return self.base_layer
         if not self.merged:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self.base_layer

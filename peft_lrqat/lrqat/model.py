@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..activations import attention
+from ..base.downcast import DowncastLinear
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
 from .layer import LRQATLayer, LRQATLinear
+from .low_bit import is_low_bit, low_bit_layers, take_grids
 from .packed_factors import unpack_factors
 from .targets import (
     DTYPE_NAMES,
@@ -60,6 +62,9 @@ class LRQATModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter as PEFT does; shows the progress if it takes long."""
+        if is_low_bit(model):
+            # The grids of this base must not be taken for the user's word on another model.
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -87,9 +92,19 @@ class LRQATModel(BaseTuner):
     def _prepare_model(self, peft_config: LRQATConfig, model: nn.Module) -> None:
         """Looks at every target before any is replaced: a refusal leaves the model as it was."""
         all_linear = peft_config.target_modules == "all-linear"
+        frozen = low_bit_layers(model)
+        if all_linear and frozen:
+            peft_config.target_modules = set(frozen)
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear and peft_config.task_type in TASKS_WITH_HEADS:
             peft_config.target_modules -= HEADS
+        frozen = {
+            name: layer
+            for name, layer in frozen.items()
+            if self._check_target_module_exists(peft_config, name)
+        }
+        if frozen:
+            take_grids(peft_config, frozen)
         self._plan = plan(
             model,
             peft_config,
@@ -148,7 +163,10 @@ class LRQATModel(BaseTuner):
         attention.delete_adapter(self.model, adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        low_bit = is_low_bit(self.model)
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if low_bit and not any(isinstance(m, DowncastLinear) for m in model.modules()):
+            model.hf_quantizer.remove_quantization_config(model)
         attention.merge(model)
         return model
 
@@ -170,7 +188,9 @@ class LRQATModel(BaseTuner):
         self._cache.set_limit(limit)
 
     def unload(self) -> nn.Module:
-        """Raises ValueError, and the model stays as it is."""
+        """The low-bit base without its adapters; ValueError, and no change, for another model."""
+        if is_low_bit(self.model):
+            return self._unload_and_optionally_merge(merge=False)
         raise ValueError(
             "unload() cannot give the original weights back: LR-QAT replaced them by low-bit ones. "
             "Load the base model again, or use merge_and_unload() for the quantised model"

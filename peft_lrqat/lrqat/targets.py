@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..activations.attention import check_attention
-from ..base.downcast import range_name
+from ..base.downcast import DowncastLinear, range_name
 from ..quant.grid import SCALE_DTYPES
 from ..quant.storage import WeightFormat
 from .config import LRQATConfig
@@ -75,7 +75,7 @@ def plan(model: nn.Module, config: LRQATConfig, is_target: Callable[[str], bool]
         weights=sum(
             module.weight.numel()
             for module in targets.values()
-            if not isinstance(module, LRQATLinear)
+            if not isinstance(module, LRQATLinear | DowncastLinear)
         ),
     )
 
@@ -100,6 +100,8 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
     if isinstance(module, LRQATLinear):
         _check_same_recipe(name, module, config)
         return
+    if isinstance(module, DowncastLinear):
+        return  # `take_grids` has compared it with the config
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     plain = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (
         nn.Linear.forward,
@@ -163,8 +165,10 @@ def _in_words(format: WeightFormat, first_range: str, base_dtype: str | None = N
     )
 
 
-def _base_dtype(module: nn.Linear | Conv1D | LRQATLinear) -> torch.dtype:
-    return module.base_layer.base_dtype if isinstance(module, LRQATLayer) else module.weight.dtype
+def _base_dtype(module: nn.Linear | Conv1D | DowncastLinear | LRQATLinear) -> torch.dtype:
+    if isinstance(module, LRQATLayer):
+        return module.base_layer.base_dtype
+    return module.base_dtype if isinstance(module, DowncastLinear) else module.weight.dtype
 
 
 def _check_patterns(config: LRQATConfig, targets: Mapping[str, nn.Module]) -> None:

@@ -1,0 +1,98 @@
+"""An adapter on a low-bit base takes the grids from it: the integers are there already."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..base.config import LowBitConfig
+from ..base.downcast import DowncastLinear
+from .config import LRQATConfig
+from .layer import LRQATLinear
+
+
+# Fields with one value for all targets.
+SHARED_FIELDS = ("symmetric", "downcast", "scale_dtype")
+FIRST_RANGE = re.compile(r"(?P<estimator>minmax|lp)(?:, p = (?P<p>[\d.]+))?")
+
+
+def is_low_bit(model: nn.Module) -> bool:
+    """Whether ``model`` was loaded or made as a low-bit base."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return isinstance(config, LowBitConfig)
+
+
+def low_bit_layers(model: nn.Module) -> dict[str, DowncastLinear]:
+    """The frozen layers of a low-bit base by name, with adapters or without; none elsewhere."""
+    if not is_low_bit(model):
+        return {}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LRQATLinear):
+            found[name] = module.base_layer
+        elif isinstance(module, DowncastLinear) and not name.endswith(".base_layer"):
+            found[name] = module
+    return found
+
+
+def take_grids(config: LRQATConfig, layers: Mapping[str, DowncastLinear]) -> None:
+    """Sets the fields of ``config`` that decide frozen integers to what ``layers`` have.
+
+    ``layers`` are the targets by name. Raises ValueError for a field that its maker gave another
+    value, and for layers that one configuration cannot describe.
+    """
+    for name, layer in layers.items():
+        _check_given(config, name, layer)
+    for field in SHARED_FIELDS:
+        values = {_value(layer, field): name for name, layer in layers.items()}
+        if len(values) > 1:
+            raise ValueError(
+                f"an adapter has one `{field}` for all targets, but the low-bit base has "
+                + " and ".join(f"{value} in `{name}`" for value, name in values.items())
+                + "; give each its own adapter, or leave some out of `target_modules`"
+            )
+        setattr(config, field, next(iter(values)))
+    for field in ("bits", "group_size"):
+        if not {field, f"{field}_pattern"} & config.given:
+            values = {name: _value(layer, field) for name, layer in layers.items()}
+            ((most, _),) = Counter(values.values()).most_common(1)
+            setattr(config, field, most)
+            others = {re.escape(name): value for name, value in values.items() if value != most}
+            setattr(config, f"{field}_pattern", others)
+    ((first_range, _),) = Counter(layer.range for layer in layers.values()).most_common(1)
+    if known := FIRST_RANGE.fullmatch(first_range):
+        config.range_estimator = known["estimator"]
+        config.range_p = float(known["p"] or config.range_p)
+
+
+def _value(layer: DowncastLinear, field: str) -> object:
+    format = layer.format
+    return (
+        getattr(format, field)
+        if field in ("downcast", "scale_dtype")
+        else getattr(format.grid, field)
+    )
+
+
+def _check_given(config: LRQATConfig, name: str, layer: DowncastLinear) -> None:
+    asked = {field: getattr(config, field) for field in SHARED_FIELDS}
+    grid = config.weight_format(name, layer.in_features).grid if _asks_for_grid(config) else None
+    for field in ("bits", "group_size"):
+        if {field, f"{field}_pattern"} & config.given and grid is not None:
+            asked[field] = getattr(grid, field)
+    for field, value in asked.items():
+        given = field in config.given or f"{field}_pattern" in config.given
+        if given and value != _value(layer, field):
+            raise ValueError(
+                f"`{field}` is {value!r}, but the low-bit base holds `{name}` with "
+                f"{_value(layer, field)!r}, and adapters take the grids from it; leave `{field}` "
+                "out, or make a base with these settings"
+            )
+
+
+def _asks_for_grid(config: LRQATConfig) -> bool:
+    fields = {"bits", "bits_pattern", "group_size", "group_size_pattern"}
+    return bool(fields & config.given)
