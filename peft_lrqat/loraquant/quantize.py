@@ -107,12 +107,21 @@ def quantize_factors(
         published = _by_one_method(
             factors, replace(config, method="paper"), scaling, progress=progress
         )
-        errors = [
-            sum(scaling[name] ** 2 * quantized.squared_error for name, quantized in result.items())
-            for result in (published, found)
-        ]
-        found = published if errors[0] < errors[1] else found
+        found = _better(published, found, scaling)
     return found
+
+
+def _better(
+    one: dict[str, QuantizedFactors],
+    other: dict[str, QuantizedFactors],
+    scaling: Mapping[str, float],
+) -> dict[str, QuantizedFactors]:
+    """The result with the lower error as it enters the model; ``other`` if they are equal."""
+    errors = [
+        sum(scaling[name] ** 2 * quantized.squared_error for name, quantized in result.items())
+        for result in (one, other)
+    ]
+    return one if errors[0] < errors[1] else other
 
 
 def _by_one_method(
@@ -120,6 +129,26 @@ def _by_one_method(
     config: LoRAQuantConfig,
     scaling: Mapping[str, float],
     *,
+    progress: bool,
+) -> dict[str, QuantizedFactors]:
+    if config.method == "residual":
+        return _on_one_grid(factors, config, scaling, zero_points=False, progress=progress)
+    # Skewed vectors may need zero points; most do better without.
+    return _better(
+        *(
+            _on_one_grid(factors, config, scaling, zero_points=zero_points, progress=progress)
+            for zero_points in (True, False)
+        ),
+        scaling,
+    )
+
+
+def _on_one_grid(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: LoRAQuantConfig,
+    scaling: Mapping[str, float],
+    *,
+    zero_points: bool,
     progress: bool,
 ) -> dict[str, QuantizedFactors]:
     scale_dtype = SCALE_DTYPES[config.scale_dtype]
@@ -132,7 +161,12 @@ def _by_one_method(
             A = torch.stack([factors[name][1].float() for name in names])
             if config.method == "paper":
                 components = quantize_paper(
-                    B, A, bits_high=config.bits_high, ratio=config.ratio, **options
+                    B,
+                    A,
+                    bits_high=config.bits_high,
+                    ratio=config.ratio,
+                    zero_points=zero_points,
+                    **options,
                 )
             else:
                 width = torch.tensor([bits[name] for name in names])
@@ -142,13 +176,20 @@ def _by_one_method(
                 )
             norms = squared_norm(B, A)
             for row, name in enumerate(names):
-                found[name] = _packed(components[row], B[row], A[row], float(norms[row]), config)
+                found[name] = _packed(
+                    components[row], B[row], A[row], float(norms[row]), config, zero_points
+                )
             bar.update(len(names))
     return {name: found[name] for name in factors}
 
 
 def _packed(
-    components: Components, B: Tensor, A: Tensor, norm: float, config: LoRAQuantConfig
+    components: Components,
+    B: Tensor,
+    A: Tensor,
+    norm: float,
+    config: LoRAQuantConfig,
+    zero_points: bool,
 ) -> QuantizedFactors:
     q_B, q_A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
     if components:
@@ -160,7 +201,7 @@ def _packed(
         columns=A.shape[1],
         group_size=config.group_size,
         scale_dtype=SCALE_DTYPES[config.scale_dtype],
-        zero_points=config.method == "paper",
+        zero_points=zero_points,
     )
     error = float(squared_error(B[None], A[None], q_B[None], q_A[None]))
     return QuantizedFactors(format=format, tensors=tensors, squared_error=error, squared_norm=norm)
@@ -201,19 +242,18 @@ def _allocated(
 
 
 def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> int:
-    """Bits of storage of a module in the published procedure: zero points of the high part included."""
+    """Bits of storage of a module in the published procedure, on the grid without zero points."""
     high = int(high_components(layer.singular_values[None], config.ratio))
     if not high:
         return 0
-    groups = layer.groups(config.group_size)
     low = len(layer.singular_values) - high
-    return high * (
-        layer.cost(config.bits_high, config.group_size, scale_bits) + config.bits_high * groups
-    ) + low * (layer.cost(1, config.group_size, scale_bits))
+    return high * layer.cost(config.bits_high, config.group_size, scale_bits) + low * layer.cost(
+        1, config.group_size, scale_bits
+    )
 
 
 def stored_zero_points(found: Mapping[str, QuantizedFactors]) -> bool:
-    """Whether components above 1 bit have zero points; it is the same in all modules of an adapter."""
+    """Whether components above 1 bit have zero points: the same in all modules of an adapter."""
     return any(quantized.format.zero_points for quantized in found.values())
 
 
