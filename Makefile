@@ -19,7 +19,7 @@ DOCS_PINS := mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint unit docs conformance clean
+.PHONY: demo demo-smollm2 test lint unit docs conformance fuzz clean
 
 $(BIN)/.demo: pyproject.toml setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,11 @@ docs: $(BIN)/.docs
 
 conformance: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
+
+# Damaged adapters, many more than in the tests: 10,000 of each kind take about half an hour.
+FUZZ_CASES ?= 10000
+fuzz: $(BIN)/.test
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/shared/test_integrity.py -k damage
 
 clean:
 	rm -rf $(VENV) demo-output site .cache build *.egg-info

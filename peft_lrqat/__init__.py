@@ -21,7 +21,8 @@ from .lrqat.config import LRQATConfig
 from .lrqat.layer import LRQATLayer, LRQATLinear
 from .lrqat.model import LRQATModel
 from .lrqat.size import deployed_weight_bytes, target_weight_bytes
-from .registration import register
+from .registration import override_load_adapter, register
+from .shared.adapter_files import sign_adapter
 
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = [
     "push_folder_to_hub",
     "push_to_hub",
     "quantize_adapter",
+    "sign_adapter",
     "target_weight_bytes",
     "verify_export",
 ]
@@ -104,3 +106,4 @@ register("lrqat", LRQATConfig, LRQATModel, describe_lrqat)
 register("loraquant", LoRAQuantConfig, LoRAQuantModel, describe_loraquant)
 register_low_bit()
 override_push_to_hub()
+override_load_adapter()

@@ -1,16 +1,27 @@
-"""Makes PEFT know a type that PEFT does not ship."""
+"""Makes PEFT know a type that PEFT does not ship, and load its adapters whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 
+from .activations import attention
+from .shared.adapter_files import check_adapter, read_config
 from .shared.config import CARDS, AdapterConfig
+from .shared.integrity import is_signed
+from .shared.transaction import unchanged_on_failure
 
 
 # The types that were registered here; their adapters are published by hub.py.
@@ -59,3 +70,147 @@ def register(
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     OWN_TYPES.add(peft_type)
     CARDS[peft_type.value] = card
+
+
+def override_load_adapter() -> None:
+    """Lets PEFT and transformers load adapters of this package whole or not at all.
+
+    Their own methods leave an adapter that they refuse in the model, under its name and untrained.
+    Adapters of other types go where they went before. Calling it again changes nothing.
+    """
+    _override(PeftModel, "load_adapter", _load_adapter)
+    _override(PeftAdapterMixin, "load_adapter", _load_adapter_natively)
+    inherited = PeftModel.from_pretrained.__func__
+    if getattr(inherited, "knows_peft_lrqat", False):
+        return
+
+    @functools.wraps(inherited)
+    def from_pretrained(
+        cls: type[PeftModel], model: nn.Module, model_id: str, *args: Any, **kwargs: Any
+    ) -> PeftModel:
+        # Before the model is touched; it costs a look at the files.
+        _check_files(model_id, kwargs)
+        return inherited(cls, model, model_id, *args, **kwargs)
+
+    from_pretrained.knows_peft_lrqat = True
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
+    inherited = getattr(owner, name)
+    # functools.wraps hands the mark on, so that a method which somebody put around this one is
+    # left in place, too.
+    if getattr(inherited, "knows_peft_lrqat", False):
+        return
+
+    @functools.wraps(inherited)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(inherited, self, *args, **kwargs)
+
+    call.knows_peft_lrqat = True
+    setattr(owner, name, call)
+
+
+def _load_adapter(
+    inherited: Callable[..., Any],
+    self: PeftModel,
+    model_id: str,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not has_own_adapter(self):
+        return inherited(self, model_id, adapter_name, *args, **kwargs)
+    with _whole_or_not_at_all(self, adapter_name):
+        _check_files(model_id, kwargs)
+        return inherited(self, model_id, adapter_name, *args, **kwargs)
+
+
+def _load_adapter_natively(
+    inherited: Callable[..., Any],
+    self: nn.Module,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    own = _check_files(peft_model_id, kwargs | (kwargs.get("adapter_kwargs") or {}))
+    if not own:
+        return inherited(self, peft_model_id, adapter_name, *args, **kwargs)
+    name = adapter_name or "default"
+    with _whole_or_not_at_all(self, name):
+        result = inherited(self, peft_model_id, adapter_name, *args, **kwargs)
+        if result.missing_keys:
+            raise ValueError(
+                f"the saved adapter has no `{min(result.missing_keys)}` "
+                f"({len(result.missing_keys)} tensors are missing); its file is not whole, or for "
+                "another model"
+            )
+        # PEFT's loaders check this before anything is loaded.
+        for module in self.modules():
+            if hasattr(module, "check_loaded"):
+                module.check_loaded(name)
+        return result
+
+
+@contextmanager
+def _whole_or_not_at_all(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    try:
+        with unchanged_on_failure(model, adapter_name):
+            yield
+    except BaseException:
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                attention.route(part)
+        raise
+
+
+def _check_files(source: str | None, place: dict[str, Any]) -> bool:
+    """Whether a saved adapter is of a type that was registered here, and if so, whole.
+
+    ValueError if it is not whole; False if ``source`` cannot be read here at all, which the
+    inherited method explains.
+    """
+    config_path = _find(source, CONFIG_NAME, place)
+    if config_path is None:
+        return False
+    try:
+        written = read_config(config_path)
+    except ValueError:
+        # Whose it is, only the weights can say.
+        weights_path = _find(source, SAFETENSORS_WEIGHTS_NAME, place)
+        if weights_path is not None and is_signed(weights_path):
+            raise
+        return False
+    own = {peft_type.value for peft_type in OWN_TYPES}
+    weights_path = None
+    if written.get("peft_type") in own or Path(str(source)).is_dir():
+        weights_path = _find(source, SAFETENSORS_WEIGHTS_NAME, place)
+    if weights_path is None:
+        return written.get("peft_type") in own
+    if written.get("peft_type") in own or _is_signed(weights_path):
+        check_adapter(config_path, weights_path)
+    return written.get("peft_type") in own
+
+
+def _is_signed(weights_path: Path) -> bool:
+    try:
+        return is_signed(weights_path)
+    except ValueError:
+        return False  # an adapter of another type
+
+
+def _find(source: object, name: str, place: dict[str, Any]) -> Path | None:
+    """A file of a saved adapter, in a directory or downloaded from the Hub; None: not there."""
+    if source is None:
+        return None
+    subfolder = place.get("subfolder")
+    local = Path(str(source), subfolder or "", name)
+    if local.parent.is_dir():
+        return local if local.is_file() else None
+    known = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+    options = {key: place[key] for key in known if key in place}
+    try:
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
+    except (OSError, ValueError):  # not there, or not to be reached
+        return None

@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,13 +47,13 @@ class Projection(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class KeyValueGrids:
     """The grids of one attention layer's keys and values, by adapter."""
 
-    def __init__(self) -> None:
-        self.by_adapter: dict[str, Grid] = {}
-        self.projections: list[Projection] = []
-        self.merged: Grid | None = None  # the grid of the adapter that became plain weights
+    by_adapter: Mapping[str, Grid] = field(default_factory=dict)
+    projections: tuple[Projection, ...] = ()
+    merged: Grid | None = None  # the grid of the adapter that became plain weights
 
     def running(self) -> Grid | None:
         """The grid of the adapter that runs; None if keys and values stay as they are."""
@@ -61,6 +62,24 @@ class KeyValueGrids:
             if adapter_name in self.by_adapter:
                 return self.by_adapter[adapter_name]
         return self.merged
+
+    def with_adapter(self, name: str, grid: Grid, projection: Projection) -> KeyValueGrids:
+        """The same, and an adapter that ``projection`` has."""
+        known = any(other is projection for other in self.projections)
+        projections = self.projections if known else (*self.projections, projection)
+        return replace(self, by_adapter={**self.by_adapter, name: grid}, projections=projections)
+
+    def without_adapter(self, name: str) -> KeyValueGrids:
+        """The same, and one adapter less."""
+        return replace(
+            self, by_adapter={n: grid for n, grid in self.by_adapter.items() if n != name}
+        )
+
+    def as_merged(self) -> KeyValueGrids:
+        """The grid of the adapter that was merged, now that its layers are plain ones."""
+        merged = [name for layer in self.projections for name in layer.merged_adapters]
+        found = [self.by_adapter[name] for name in merged if name in self.by_adapter]
+        return KeyValueGrids(merged=found[0] if found else None)
 
 
 def kv_cache_grid(attention: nn.Module) -> Grid | None:
@@ -76,44 +95,45 @@ def add_adapter(
 
     ``targets`` are names of layers that have the adapter.
     """
-    for grids in _all_grids(model):
-        grids.by_adapter.pop(adapter_name, None)
+    delete_adapter(model, adapter_name)
     if grid is None:
         return
     for name in targets:
         attention = model.get_submodule(name.rpartition(".")[0])
-        if not _rounds(attention):
-            continue
-        grids = _grids_of(attention) or KeyValueGrids()
-        attention.__dict__[GRIDS] = grids
-        grids.by_adapter[adapter_name] = grid
-        projection = model.get_submodule(name)
-        if not any(known is projection for known in grids.projections):
-            grids.projections.append(projection)
-    _route_attention(model)
+        if _rounds(attention):
+            grids = _grids_of(attention) or KeyValueGrids()
+            projection = model.get_submodule(name)
+            vars(attention)[GRIDS] = grids.with_adapter(adapter_name, grid, projection)
+    route(model)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Forgets an adapter; with the last grid, attention is called as it was before."""
-    found = list(_all_grids(model))
-    for grids in found:
-        grids.by_adapter.pop(adapter_name, None)
-    if found and not any(grids.by_adapter for grids in found):
-        for module in model.modules():
-            module.__dict__.pop(GRIDS, None)
-        _unroute_attention(model)
+    found = _all_grids(model)
+    if not found:
+        return
+    left = {module: grids.without_adapter(adapter_name) for module, grids in found.items()}
+    for module, grids in left.items():
+        vars(module)[GRIDS] = grids
+        if not any(other.by_adapter or other.merged for other in left.values()):
+            del vars(module)[GRIDS]
+    route(model)
 
 
 def merge(model: nn.Module) -> None:
     """Keeps the grids of the adapter that was merged, once its layers are plain ones."""
-    for grids in _all_grids(model):
-        merged = [name for layer in grids.projections for name in layer.merged_adapters]
-        found = [grids.by_adapter[name] for name in merged if name in grids.by_adapter]
-        grids.merged = found[0] if found else None
-        grids.projections.clear()
-        grids.by_adapter.clear()
-        if found:
+    for module, grids in _all_grids(model).items():
+        vars(module)[GRIDS] = grids.as_merged()
+        if grids.as_merged().merged is not None:
             say_what_is_not_saved()
+
+
+def route(model: nn.Module) -> None:
+    """Lets every attention layer ask for its grid first, if any has one; else as it was before."""
+    if _all_grids(model):
+        _set_names(model, WRAPPED)
+    elif isinstance(model, PreTrainedModel):
+        _set_names(model, {wrapped: name for name, wrapped in WRAPPED.items()})
 
 
 class Rounded(Tensor):
@@ -161,24 +181,18 @@ def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
         )
 
 
-def _route_attention(model: PreTrainedModel) -> None:
-    """Lets every attention layer ask for its grid first. Calling it again changes nothing."""
-    model.set_attn_implementation(_wrapped_names(model.config))
-
-
-def _unroute_attention(model: PreTrainedModel) -> None:
-    """Back to the functions that were called before."""
-    model.set_attn_implementation(
-        _wrapped_names(model.config, {wrapped: name for name, wrapped in WRAPPED.items()})
-    )
+def _set_names(model: PreTrainedModel, names: Mapping[str, str]) -> None:
+    wanted = _wrapped_names(model.config, names)
+    if wanted != _wrapped_names(model.config, {}):
+        model.set_attn_implementation(wanted)
 
 
 def _grids_of(module: nn.Module) -> KeyValueGrids | None:
-    return module.__dict__.get(GRIDS)
+    return vars(module).get(GRIDS)
 
 
-def _all_grids(model: nn.Module) -> Iterable[KeyValueGrids]:
-    return [grids for m in model.modules() if (grids := _grids_of(m)) is not None]
+def _all_grids(model: nn.Module) -> dict[nn.Module, KeyValueGrids]:
+    return {m: grids for m in model.modules() if (grids := _grids_of(m)) is not None}
 
 
 def _rounds(module: nn.Module) -> bool:
@@ -197,7 +211,7 @@ def _asks_for(name: str, part: PreTrainedModel) -> bool:
     return re.search(rf"_attn_implementation [!=]= [\"']{name}[\"']", source) is not None
 
 
-def _wrapped_names(config: PreTrainedConfig, names: dict[str, str] = WRAPPED) -> dict[str, Any]:
+def _wrapped_names(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
     """The argument of ``set_attn_implementation``, for a configuration and those inside it."""
     own = config._attn_implementation
     inside = {name: getattr(config, name, None) for name in config.sub_configs}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any, TypeVar
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..shared.adapter_files import check_adapter, read_config
+from ..shared.integrity import is_signed, sign_file
 from ..shared.names import PREFIX
 from ..shared.staging import whole_directory
 
@@ -59,6 +60,8 @@ def write_packed(
     }
     with whole_directory(target) as directory:
         save_tensors({**tensors, **rest}, directory)
+        # The digests count, too; the config's own, which are yet to come, take the same room.
+        sign_file(directory / SAFETENSORS_WEIGHTS_NAME, {}, {})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
         config = finished(
             size - sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
@@ -98,14 +101,7 @@ def from_files(
         raise ValueError(
             f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved adapter"
         )
-    try:
-        written = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{CONFIG_NAME} in {source} cannot be read ({error})") from error
-    if not isinstance(written, dict):
-        raise ValueError(
-            f"{CONFIG_NAME} in {source} must hold an object of JSON, but holds a {type(written).__name__}"
-        )
+    written = read_config(config_path)
     check(written)
     try:
         config = PeftConfig.from_pretrained(str(config_path.parent))
@@ -117,6 +113,8 @@ def from_files(
             f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code when they are read. Load the "
             "adapter with PEFT and save it with `save_pretrained`"
         )
+    if config.peft_type != PeftType.LORA or is_signed(path):
+        check_adapter(config_path, path)
     try:
         return config, load_file(path)
     except (OSError, SafetensorError) as error:

@@ -108,6 +108,11 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                 "another base model"
             ) from None
 
+    def check_loaded(self, adapter_name: str) -> None:
+        """Raises ValueError unless the tensors of an adapter that was loaded are whole."""
+        if adapter_name in self.loraquant_codes:
+            self.check(adapter_name, self.tensors(adapter_name))
+
     def factors(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensors:
         """B (out, K) and A (K, in) of an adapter."""
         factors = self._cache.get(self.name, adapter_name)

@@ -170,6 +170,17 @@ class LRQATLayer(BaseTunerLayer):
         """Whether ``fingerprint`` of a saved adapter is that of the downcast weight here."""
         return int(fingerprint) == self.base_layer.fingerprint
 
+    def check_loaded(self, adapter_name: str) -> None:
+        """Raises ValueError unless an adapter that was loaded is finite and for this base model."""
+        if adapter_name not in self.lrqat_A:
+            return
+        for name in self.adapter_layer_names:
+            if not torch.isfinite(getattr(self, name)[adapter_name]).all():
+                raise ValueError(
+                    f"`{name}` of `{self.name}` has NaN or infinite entries in the saved adapter"
+                )
+        self._verify_base(adapter_name)
+
     def _verify_base(self, adapter_name: str) -> None:
         if self._verified.get(adapter_name) == self.base_layer.fingerprint:
             return

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .._version import __version__
+from .adapter_files import update_signature
 from .checks import check_integer
 
 
@@ -54,6 +56,8 @@ class AdapterConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the configuration, and updates the model card of an adapter in that folder."""
         super().save_pretrained(save_directory, **kwargs)
+        if os.path.exists(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            update_signature(Path(save_directory))
         weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         if any(os.path.exists(os.path.join(save_directory, name)) for name in weights):
             self.write_card(save_directory)

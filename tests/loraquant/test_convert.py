@@ -749,7 +749,7 @@ def test_files_that_are_not_whole(function, lora, tmp_path):
         ),
         (CONFIG, config[: len(config) // 2], f"{CONFIG} in .* cannot be read"),
         (CONFIG, b"\xff\xfe", f"{CONFIG} in .* cannot be read"),
-        (CONFIG, b"[]", "must hold an object of JSON, but holds a list"),
+        (CONFIG, b"[]", "must hold a JSON object, but holds a list"),
         (CONFIG, b"{}", "is of type None, but must be LORA"),
         (CONFIG, None, f"has no {CONFIG}"),
     ]

@@ -1,0 +1,52 @@
+"""A change of a model that is undone as a whole if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Puts ``model`` back as it was if the block raises, whatever it did to it.
+
+    Modules, parameters and attributes come back, and so do the values of the tensors that loading
+    the adapter ``adapter_name`` may write into: its own, and biases. What the block replaces stays
+    in memory until it ends.
+    """
+    modules = [(module, _shallow(vars(module))) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    values = [
+        (tensor, tensor.detach().clone())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not tensor.is_meta and _may_be_written(name, adapter_name)
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise
+
+
+def _may_be_written(name: str, adapter_name: str) -> bool:
+    parts = name.split(".")
+    return adapter_name in parts or parts[-1] == "bias"
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes, with containers of their own."""
+    return {
+        name: value.copy() if isinstance(value, dict | list | set) else value
+        for name, value in attributes.items()
+    }
