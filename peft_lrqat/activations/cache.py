@@ -56,6 +56,8 @@ class LowBitCacheLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes an empty layer for keys and values of these widths."""
         super().lazy_initialization(key_states, value_states)
+        # transformers keeps it up to 5.23.
+        self.dtype = key_states.dtype
         self.widths = key_states.shape[-1], value_states.shape[-1]
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
 
