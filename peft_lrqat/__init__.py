@@ -12,6 +12,7 @@ from ._moved import find_moved_modules
 from ._version import __version__
 from .base.config import LowBitConfig
 from .base.quantizer import register_low_bit
+from .base.takeover import load_low_bit
 from .hub import override_push_to_hub, push_folder_to_hub, push_to_hub
 from .loraquant.card import describe_adapter as describe_loraquant
 from .loraquant.config import LoRAQuantConfig
@@ -79,6 +80,7 @@ __all__ = [
     "evaluate_perplexity",
     "export_model",
     "load_blocks",
+    "load_low_bit",
     "load_quantized",
     "low_bit_cache",
     "make_blocks",

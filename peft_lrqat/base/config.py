@@ -121,6 +121,13 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
     made_from: Optional[str] = field(
         default=None, metadata={"help": "The model that the base was made from; filled in."}
     )
+    source: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={
+            "help": "The quantization config of the checkpoint that the integers were taken over "
+            "from; filled in by `load_low_bit`."
+        },
+    )
     digests: dict[str, str] = field(
         default_factory=dict,
         metadata={"help": "Digests of the other stored tensors, by name; filled in when saving."},
@@ -150,7 +157,14 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         for name in ("target_modules", "exclude_modules"):
             check_names(name, getattr(self, name), one_string=True)
         check_items("digests", self.digests, "digests")
+        if self.source is not None:
+            check_items("source", self.source, "settings")
         self.stored_weights()
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether the checkpoint is that of another method, whose integers are to be taken over."""
+        return self.source is not None and not self.modules
 
     def stored_weights(self) -> dict[str, StoredWeight]:
         """What is stored, by module, checked."""

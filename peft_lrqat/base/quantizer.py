@@ -27,6 +27,7 @@ from ..quant.grid import SCALE_DTYPES
 from ..shared.words import some
 from .config import FORMAT_VERSION, METHOD, LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
+from .takeover import Takeover, put
 
 
 logger = logging.get_logger(__name__)
@@ -142,12 +143,13 @@ class LowBitQuantizer(HfQuantizer):
         self._files: list[str] = []
         self._conversions: list[Any] = []
         self._not_finite: list[str] = []
+        self._takeover: Takeover | None = None
 
     # Before loading
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises ValueError for what cannot be made."""
-        if self.pre_quantized and not self.stored:
+        if self.pre_quantized and not self.stored and not self.quantization_config.takes_over:
             raise ValueError(
                 "the quantization config of this checkpoint names no module, so it is not a "
                 "low-bit base; make one with `lrqat prepare`"
@@ -174,6 +176,10 @@ class LowBitQuantizer(HfQuantizer):
                 width = module.nx if isinstance(module, Conv1D) else module.in_features
                 self.quantization_config.weight_format(name, width)
             self._targets = set(targets)
+            self.quantization_config.made_from = model.config._name_or_path or None
+            return
+        if self.quantization_config.takes_over:
+            self._takeover = Takeover(model, self.quantization_config.source, self._files)
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         for name, stored in self.stored.items():
@@ -241,15 +247,13 @@ class LowBitQuantizer(HfQuantizer):
             p=config.range_p,
             base_dtype=weight.dtype,
         )
-        # transformers initialises what does not have this mark.
-        for tensor in (made.phi, made.scale0, made.zero_point):
-            if tensor is not None:
-                tensor._is_hf_initialized = True
-        made._is_hf_initialized = True
-        model.set_submodule(name, made)
+        put(model, name, made)
 
     def get_weight_conversions(self) -> list[Any]:
-        """A packed export calls the same bytes by other names."""
+        """Packed exports call the same bytes by other names; other methods have other bytes."""
+        if self._takeover is not None:
+            self._conversions = [self._takeover.converter]
+            return self._conversions
         if not self.is_packed_export:
             return []
         self._conversions = [
@@ -267,6 +271,8 @@ class LowBitQuantizer(HfQuantizer):
                 f"the weights of {some(self._not_finite)} have NaN or infinite entries; repair the "
                 "base model first"
             )
+        if self._takeover is not None:
+            self._takeover.finish(self.quantization_config)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
         for name, layer in layers.items():
             for kind in ("phi", "scale0", "zero_point"):

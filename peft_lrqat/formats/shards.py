@@ -64,7 +64,9 @@ class ShardWriter:
         }
         data = tensor.detach().to("cpu").contiguous()
         if data.numel():
-            file.write(data.view(-1).view(torch.uint8).numpy().data)
+            # An axis of one element may have any stride, which a view of bytes refuses.
+            flat = data.as_strided((data.numel(),), (1,))
+            file.write(flat.view(torch.uint8).numpy().data)
         self._offset += size
         self.total += size
 

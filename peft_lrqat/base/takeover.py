@@ -1,0 +1,264 @@
+"""Integers taken over from GPTQ, AWQ and compressed-tensors checkpoints, without a 16-bit weight.
+
+transformers always loads a quantised checkpoint by the method that its ``config.json`` names.
+`load_low_bit` therefore hands it a configuration that names this package instead and carries the
+checkpoint's own as ``source``; each module's tensors then become a `DowncastLinear` as they arrive.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..shared.words import some
+from .config import METHOD, LowBitConfig
+from .downcast import DowncastLinear
+from .layouts import SCALE_NAMES, find_layout
+
+
+logger = logging.get_logger(__name__)
+# Arguments of `from_pretrained` that say where a checkpoint is.
+PLACE = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def load_low_bit(
+    name: str,
+    settings: LowBitConfig | None = None,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The low-bit base of any checkpoint: one that is stored, a quantised one, or a plain one.
+
+    The integers, scales and zero points of a GPTQ, AWQ or compressed-tensors checkpoint are kept
+    as they are, so that the model computes what it did; modules that are not quantised there stay
+    plain. ``settings`` say how to make a base of a plain checkpoint.
+
+    Args:
+        name: a directory or a name on the Hub.
+        settings: for a plain checkpoint, which needs them; others have their own.
+        auto_class: what loads the model.
+        kwargs: as for ``from_pretrained``.
+
+    Raises:
+        ValueError: for settings that the checkpoint has no use for or that are missing, for a
+            method or a layout that cannot be taken over, and for tensors that do not fit.
+
+    Example:
+        ```py
+        from peft_lrqat import load_low_bit
+
+        model = load_low_bit("org/model-GPTQ-Int4")
+        model.save_pretrained("base-4bit")
+        ```
+    """
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PretrainedConfig):
+        place = {key: kwargs[key] for key in PLACE if key in kwargs}
+        config = AutoConfig.from_pretrained(config or name, **place)
+    stored = stored_settings(config)
+    if stored is None:
+        if settings is None:
+            raise ValueError(
+                f"the checkpoint {name} is not quantised, so `settings` must say how to make a "
+                "low-bit base of it, such as LowBitConfig(bits=4)"
+            )
+        kwargs["quantization_config"] = settings
+    elif settings is not None:
+        raise ValueError(
+            f"`settings` must be None for {name}, which is already quantised by "
+            f"{stored.get('quant_method')!r}: its integers are kept as they are"
+        )
+    elif stored.get("quant_method") != METHOD:
+        config.quantization_config = takeover_settings(stored)
+    return auto_class.from_pretrained(name, config=config, use_safetensors=True, **kwargs)
+
+
+def stored_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantization config of a checkpoint, that of its language model included; None: plain."""
+    for part in (config, config.get_text_config(decoder=True)):
+        stored = getattr(part, "quantization_config", None)
+        if stored is not None:
+            return stored if isinstance(stored, dict) else stored.to_dict()
+    return None
+
+
+def takeover_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """What stands in for the quantization config of another method."""
+    find_layout(stored)
+    return {"quant_method": METHOD, "source": stored}
+
+
+class Takeover:
+    """Makes the low-bit layers of one checkpoint while transformers reads it."""
+
+    def __init__(self, model: PreTrainedModel, settings: dict[str, Any], files: list[str]) -> None:
+        self.settings, self.layout = settings, find_layout(settings)
+        self.made: dict[str, DowncastLinear] = {}
+        self.errors: list[str] = []
+        self.found = self._look_into(files, model)
+        parts = [rf"\.{part}$" for part in self.layout.parts]
+        self.converter = WeightConverter(parts, ".weight", [_TakeOver(self)])
+
+    def _look_into(self, files: list[str], model: PreTrainedModel) -> set[str]:
+        """Names of the quantised modules in the files; ValueError for none, or a bias left over."""
+        keys: dict[str, str] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                keys |= dict.fromkeys(opened.keys(), file)
+        ending = f".{self.layout.parts[0]}"
+        found = {key.removesuffix(ending) for key in keys if key.endswith(ending)}
+        if not found:
+            raise ValueError(
+                f"config.json calls this a {self.layout.name} checkpoint, but its files have no "
+                f"`{self.layout.parts[0]}` tensor; they belong to another checkpoint"
+            )
+        # Some tools give each module a bias of zeros that the model has no place for.
+        for name in found:
+            bias = f"{name}.bias"
+            if bias not in keys or not _lacks_bias(model, name):
+                continue
+            with safe_open(keys[bias], framework="pt") as opened:
+                if opened.get_tensor(bias).any():
+                    raise ValueError(
+                        f"the checkpoint has a bias for `{name}` that is not zero, but "
+                        f"{type(model).__name__} has none there; its config.json belongs to "
+                        "another architecture"
+                    )
+        return found
+
+    def take(
+        self, model: nn.Module, name: str, tensors: dict[str, Tensor]
+    ) -> DowncastLinear | None:
+        """The layer made of ``tensors``; None, and the reason kept, where they do not fit."""
+        linear = model.get_submodule(name)
+        try:
+            made = self._layer(linear, tensors)
+        except ValueError as error:
+            # An exception here would end as a conversion that "encountered some issues".
+            self.errors.append(f"`{name}`: {error}")
+            return None
+        self.made[name] = made
+        return made
+
+    def _layer(self, linear: nn.Module, tensors: dict[str, Tensor]) -> DowncastLinear:
+        transposed = isinstance(linear, Conv1D)
+        if not isinstance(linear, nn.Linear | Conv1D):
+            raise ValueError(f"it is a {type(linear).__name__}, not a linear layer")
+        rows, columns = linear.weight.shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        taken = self.layout.take(tensors, shape, self.settings)
+        made = DowncastLinear(
+            shape[1],
+            shape[0],
+            taken.format,
+            bias=linear.bias,
+            dtype=linear.weight.dtype,
+            base_dtype=linear.weight.dtype,
+            first_range=f"taken over from {self.layout.name}",
+            is_conv1d=transposed,
+            device=taken.phi.device,
+        )
+        made.phi.data = taken.phi
+        made.scale0.data = taken.scale.float()
+        if made.zero_point is not None and taken.zero_point is not None:
+            made.zero_point.data = taken.zero_point
+        self.scale_dtype = taken.scale.dtype
+        return made
+
+    def finish(self, config: LowBitConfig) -> None:
+        """Raises ValueError unless all went over; fills ``config`` with what most layers have."""
+        if self.errors:
+            more = f" (and {len(self.errors) - 1} more)" if len(self.errors) > 1 else ""
+            raise ValueError(f"{self.layout.name} cannot be taken over: {self.errors[0]}{more}")
+        if len(self.made) != len(self.found):
+            left = {n for n in self.found if not any(_is_same(n, made) for made in self.made)}
+            raise ValueError(
+                f"the checkpoint has {self.layout.name} weights for {some(left or self.found)}, "
+                "which the model has no linear layer for"
+            )
+        first = next(iter(self.made.values()))
+        if self.scale_dtype not in (first.dtype, torch.float32):
+            logger.warning(
+                f"The scales of this checkpoint are {SCALE_NAMES[self.scale_dtype]}, but the model "
+                f"is loaded in {SCALE_NAMES[first.dtype]}. Each weight is rounded once to that, "
+                f"while {self.layout.name} loaders may round twice; load with "
+                f"dtype={self.scale_dtype} to compute exactly what they do."
+            )
+        formats = [layer.format for layer in self.made.values()]
+        usual = max(formats, key=formats.count)
+        config.downcast = "int"
+        config.scale_dtype = cast("Any", usual.scale_dtype)
+        config.bits, config.symmetric = usual.grid.bits, usual.grid.symmetric
+        config.group_size = usual.grid.group_size
+        config.target_modules = sorted(self.made)
+
+
+def _lacks_bias(model: nn.Module, name: str) -> bool:
+    try:
+        return getattr(model.get_submodule(name), "bias", None) is None
+    except AttributeError:
+        return False  # called differently here; what is loaded decides
+
+
+def _is_same(stored: str, made: str) -> bool:
+    """Whether two names differ at most by the prefix of the base model."""
+    return f".{stored}".endswith(f".{made}") or f".{made}".endswith(f".{stored}")
+
+
+class _TakeOver(ConversionOps):
+    """Puts a `DowncastLinear` in place of the module whose tensors have arrived."""
+
+    def __init__(self, takeover: Takeover) -> None:
+        # By this name transformers knows that the tensors must come as they are stored.
+        self.hf_quantizer = takeover
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TakeOver:
+        return self  # transformers copies a converter for each module; the record is one
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        tensors = {
+            pattern.removeprefix(r"\.").removesuffix("$"): value[0]
+            if isinstance(value, list)
+            else value
+            for pattern, value in input_dict.items()
+        }
+        weight: str = kwargs["full_layer_name"]
+        name = weight.rpartition(".")[0]
+        made = self.hf_quantizer.take(kwargs["model"], name, tensors)
+        kwargs["missing_keys"].discard(weight)
+        if made is not None:
+            put(kwargs["model"], name, made)
+        return {}
+
+
+def put(model: nn.Module, name: str, made: DowncastLinear) -> None:
+    """Puts a filled layer in place of a plain module while transformers loads."""
+    # transformers initialises what does not have this mark.
+    for part in (made, made.phi, made.scale0, made.zero_point):
+        if part is not None:
+            vars(part)["_is_hf_initialized"] = True
+    model.set_submodule(name, made)
