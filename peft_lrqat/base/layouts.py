@@ -358,12 +358,10 @@ def _taken(
         symmetric=zero_point is None,
         group_size=-1 if groups == 1 else in_features // groups,
     )
-    if not scale.all():
-        phi = _without_weights(phi, scale == 0, zero_point, grid, in_features)
-    # A group that the scale 0 has emptied keeps no weight, so any step describes it.
     tiny = torch.finfo(scale.dtype).tiny
-    scale = torch.where(scale == 0, tiny, scale)
-    # Training keeps steps above the smallest normal number, which such scales are not.
+    if bool((scale < tiny).any()):
+        phi, scale = _with_normal_scales(phi, scale, zero_point, grid, in_features)
+    # Training keeps steps above the smallest normal number, which some scales may not be.
     exact = bool((scale >= tiny).all())
     format = WeightFormat(
         grid=grid,
@@ -376,15 +374,20 @@ def _taken(
     return TakenWeight(format=format, phi=phi, scale=_dense(scale), zero_point=zero_point)
 
 
-def _without_weights(
-    phi: Tensor, empty: Tensor, zero_point: Tensor | None, grid: Grid, in_features: int
-) -> Tensor:
-    """The codes of empty groups set to their zero point, which is the weight 0."""
-    codes = unpack(phi, grid.bits, in_features)
-    zero = codes.new_tensor(-grid.qmin).expand(empty.shape) if zero_point is None else zero_point
-    mask = grid.expand(empty, in_features).expand(codes.shape)
-    codes = torch.where(mask, grid.expand(zero, in_features).expand(codes.shape), codes)
-    return pack(codes, grid.bits)
+def _with_normal_scales(
+    phi: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, in_features: int
+) -> tuple[Tensor, Tensor]:
+    """``phi`` and ``scale`` where groups whose weights are all 0 have a normal number as scale.
+
+    Any step describes them, if all their codes are the zero point.
+    """
+    codes = grid.split(unpack(phi, grid.bits, in_features))
+    zero = torch.full_like(scale, -grid.qmin) if zero_point is None else zero_point
+    zero = zero.to(codes.dtype).unsqueeze(-1)
+    codes = torch.where((scale == 0).unsqueeze(-1), zero, codes)
+    tiny = torch.finfo(scale.dtype).tiny
+    empty = (codes == zero).all(-1) & (scale < tiny)
+    return pack(codes.flatten(1), grid.bits), torch.where(empty, tiny, scale)
 
 
 LAYOUTS = {

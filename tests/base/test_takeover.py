@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from peft_lrqat import LowBitConfig, LRQATConfig, export_model, load_low_bit
 from peft_lrqat.base.downcast import DowncastLinear
+from peft_lrqat.demo import model_path
 
 
 @pytest.fixture
@@ -205,30 +206,81 @@ def test_per_module_widths(compressed):
 # Our own exports
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
-def test_our_exports_come_back(format, symmetric, tmp_path):
-    from peft_lrqat.demo import model_path
+@pytest.fixture
+def exported(tmp_path):
+    """``exported(format, symmetric)``: a trained demo model and the directory of its export."""
 
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
-    config = LRQATConfig(
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-        bits=4,
-        group_size=32,
-        symmetric=symmetric,
-        range_estimator="minmax",
-        init_weights=False,
-    )
-    trained = get_peft_model(base, config).eval()
-    export_model(trained, tmp_path / "export", format=format)
-    model = load_low_bit(tmp_path / "export").eval()
-    ids = torch.arange(24)[None]
-    with torch.no_grad():
-        merged = trained.merge_and_unload()
-        assert torch.equal(model(ids).logits, merged(ids).logits)
+    def make(format, symmetric):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
+        config = LRQATConfig(
+            task_type="CAUSAL_LM",
+            target_modules="all-linear",
+            bits=4,
+            group_size=32,
+            symmetric=symmetric,
+            range_estimator="minmax",
+            init_weights=False,
+        )
+        trained = get_peft_model(base, config).eval()
+        export_model(trained, tmp_path / "export", format=format)
+        return trained, tmp_path / "export"
+
+    return make
+
+
+FORMATS = pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+
+
+@torch.no_grad()
+def logits(model):
+    return model(torch.arange(24)[None]).logits
+
+
+@FORMATS
+@SYMMETRIC
+def test_our_exports_come_back(format, symmetric, exported):
+    trained, path = exported(format, symmetric)
+    model = load_low_bit(path).eval()
+    merged = trained.merge_and_unload()
+    assert torch.equal(logits(model), logits(merged))
     check_weights(model, {name: merged.get_submodule(name).weight for name in layers(model)})
+
+
+def adapted(model, trained):
+    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
+    peft = get_peft_model(model, config).eval()
+    if trained:
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lrqat_scale" in name:
+                    parameter *= 1 + 0.2 * torch.rand_like(parameter)
+                elif "lrqat_" in name:
+                    parameter.normal_(std=0.5)
+    return peft
+
+
+@FORMATS
+@SYMMETRIC
+def test_a_fresh_adapter_exports_the_very_same_tensors(format, symmetric, exported, tmp_path):
+    path = exported(format, symmetric)[1]
+    export_model(adapted(load_low_bit(path), trained=False), tmp_path / "again", format=format)
+    before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@FORMATS
+@SYMMETRIC
+def test_what_is_trained_leaves_in_the_same_format(format, symmetric, exported, tmp_path):
+    path = exported(format, symmetric)[1]
+    before = logits(load_low_bit(path).eval())
+    # GPTQ holds scales in float16 alone, which training in that dtype gives.
+    peft = adapted(load_low_bit(path), trained=True)
+    assert not torch.equal(logits(peft), before)
+    export_model(peft, tmp_path / "again", format=format)
+    assert torch.equal(logits(load_low_bit(tmp_path / "again").eval()), logits(peft))
 
 
 # Scales that training could not keep
@@ -255,6 +307,26 @@ def test_scales_of_zero_mean_the_weight_zero(folder, gptq):
     weights[name][:3, :16] = 0
     check_weights(model, weights)
     assert (model.get_submodule(name).scale0 > 0).all()
+
+
+def test_groups_of_zeros_have_a_normal_scale(folder, gptq):
+    weights = gptq(bits=4, version="gptq_v2")
+
+    def change(scales):
+        scales[0] = 3e-6
+        return scales
+
+    name = edit(folder, "scales", change)
+    tensors = load_file(folder / "model.safetensors")
+    # The zero points of the first group as the codes of its 16 inputs.
+    zeros = tensors[f"{name}.qzeros"].view(torch.uint8)[0]
+    zeros = torch.stack([zeros & 15, zeros >> 4], dim=-1).flatten().int()
+    tensors[f"{name}.qweight"][:2] = sum(zeros << (4 * i) for i in range(8))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layer = load_low_bit(folder).get_submodule(name)
+    assert layer.format.scale_dtype == "float16"
+    assert (layer.stored_weight()[:, :16] == 0).all()
+    assert torch.equal(layer.stored_weight()[:, 16:], weights[name][:, 16:])
 
 
 def test_scales_below_the_smallest_normal_number_stay_exact(folder, gptq):
