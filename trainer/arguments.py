@@ -80,6 +80,13 @@ class LRQATArguments(Base):
             " --max_grad_norm is for the scales and everything else; 0 there clips nothing at all"
         },
     )
+    overwrite_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "delete the checkpoints of an earlier run in --output_dir when training starts;"
+            " without this, a new run there is refused"
+        },
+    )
     distillation_weight: float = field(
         default=0.0,
         metadata={

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from peft_lrqat.shared.staging import flush
+from peft_lrqat.shared.words import some
 
 from .part import TrainerPart
 
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 # Beside the checkpoints. It is not a checkpoint's name, so nobody looks in it; and it begins with
 # an underscore, so that it is not pushed to a hub.
 STAGING = "_incomplete"
+SET_ASIDE = "_set_aside"  # complete checkpoints that are not part of the current run
 # What the Trainer resumes from, as one process, DDP and FSDP write it; with `save_only_model` all
 # three are missing.
 RESUMED_FROM = ("optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -50,13 +52,19 @@ NOT_COMPARED = {
 class WholeCheckpoints(TrainerPart):
     """Writes every checkpoint beside its place and renames it when it is complete.
 
-    Resumes only from complete checkpoints, with the adapters that wrote them.
+    Resumes only from complete checkpoints, with the adapters that wrote them. The checkpoints in
+    the run's directory are those of this run, so that the last one is this run's last: a new run
+    among checkpoints of another run is refused, unless ``overwrite_checkpoints`` is set. A run that
+    resumes from an earlier checkpoint, and a trainer that trains again, set later ones aside.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._staging: Path | None = None  # while a checkpoint is being written
         self._push_when_in_place = False
         self._trial: Any = None  # of a hyperparameter search
+        self._trained_in: set[Path] = set()  # directories in which this trainer has begun a run
+        self._resumed: Path | None = None  # the checkpoint that this run continues
+        self._begun = False  # whether this run has come to its first step
         super().__init__(*args, **kwargs)
 
     def train(
@@ -68,8 +76,9 @@ class WholeCheckpoints(TrainerPart):
     ) -> Any:
         """Trains; True resumes from the last complete checkpoint, an incomplete one is refused."""
         self._trial = trial
+        run_dir = Path(self._get_output_dir(trial)).resolve()
         if self.args.should_save:
-            tidy_up(str(self.args.output_dir))
+            tidy_up(run_dir)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
@@ -88,7 +97,51 @@ class WholeCheckpoints(TrainerPart):
                 "its moments and the schedule restart from scratch, so the resumed run will differ "
                 "from one that was not interrupted"
             )
+        self._resumed = Path(resume_from_checkpoint).resolve() if resume_from_checkpoint else None
+        continued = self._resumed is not None and self._resumed.parent == run_dir
+        if not (continued or self.args.overwrite_checkpoints or run_dir in self._trained_in):
+            check_no_checkpoints(run_dir)
+        self.accelerator.wait_for_everyone()  # before the main process changes the directory
+        self._trained_in.add(run_dir)
         return super().train(resume_from_checkpoint or None, trial, *args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        # `auto_find_batch_size` may make several attempts in one call of `train`.
+        self._begun = False
+        done = super()._init_training_state(*args, **kwargs)
+        if self._resumed is not None and self.is_world_process_zero():
+            logger.warning(
+                f"resuming from step {self.state.global_step} of {self.state.max_steps} "
+                f"({self._resumed})"
+                + ("; this run is over, and nothing is trained" if self._is_over() else "")
+            )
+        return done
+
+    def _is_over(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # The Trainer looks at the number of steps only after a step.
+        if self._is_over():
+            self.control.should_training_stop = True
+            return None
+        if not self._begun:  # everything has been loaded by now
+            self._begun = True
+            self._clear_directory()
+        return super()._run_epoch(*args, **kwargs)
+
+    def _clear_directory(self) -> None:
+        """Leaves no checkpoints but those that this run continues."""
+        run_dir = Path(self._get_output_dir(self._trial)).resolve()
+        continued = self._resumed is not None and self._resumed.parent == run_dir
+        step = self.state.global_step if continued else -1
+        others = [path for number, path in _checkpoints(run_dir) if number > step]
+        if others and self.args.should_save:
+            if self.args.overwrite_checkpoints:
+                _delete(others)
+            else:
+                set_aside(others)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -252,15 +305,45 @@ def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
         (path.stat().st_mtime_ns, step, path) for step, path in _checkpoints(checkpoint.parent)
     ]
     others = sorted(entry for entry in found if entry[-1] not in kept)
-    staging = checkpoint.parent / STAGING
-    for _, _, path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
-        logger.info(f"Deleting older checkpoint [{path}] due to args.save_total_limit")
+    _delete([path for _, _, path in others[: max(0, len(others) - max(0, limit - len(kept)))]])
+
+
+def _delete(checkpoints: Iterable[Path]) -> None:
+    """Deletes checkpoints; each is renamed before, so that no half of one is ever there."""
+    for path in checkpoints:
+        logger.info(f"Deleting checkpoint [{path}]")
+        staging = path.with_name(STAGING)
         try:
             staging.mkdir(exist_ok=True)
             path.rename(staging / f"{path.name}.deleted")
         except OSError as error:
             logger.warning(f"{path} could not be deleted: {error}")
-    shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def set_aside(checkpoints: Sequence[Path]) -> None:
+    """Moves complete checkpoints of one directory into a numbered folder, and says so."""
+    parent = checkpoints[0].with_name(SET_ASIDE)
+    taken = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
+    folder = parent / str(max(taken, default=0) + 1)
+    folder.mkdir(parents=True)
+    for path in checkpoints:
+        path.rename(folder / path.name)
+    logger.warning(
+        f"{some(path.name for path in checkpoints)} of an earlier run are now in {folder}: they "
+        "are not part of this run. Delete them when you do not need them"
+    )
+
+
+def check_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
+    """ValueError if ``run_dir`` holds checkpoints, which a new run there would mix with its own."""
+    if found := sorted(_checkpoints(run_dir)):
+        raise ValueError(
+            f"a new run needs an `output_dir` without checkpoints, but {run_dir} holds "
+            f"`{found[-1][1].name}` of an earlier run. Continue that run with "
+            "`resume_from_checkpoint`, delete its checkpoints with `overwrite_checkpoints=True`, "
+            "or give another `output_dir`"
+        )
 
 
 def _checkpoints(run_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:

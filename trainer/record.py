@@ -30,8 +30,16 @@ class TrainingRecord(TrainerPart):
         super().__init__(*args, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated_step, self._evaluated_metrics, self._loaded_step = -1, {}, None
-        return super()._init_training_state(*args, **kwargs)
+        self._loaded_step = None
+        done = super()._init_training_state(*args, **kwargs)
+        self._recall_metrics(self.state.global_step)
+        return done
+
+    def _recall_metrics(self, step: int | None) -> None:
+        """Takes the metrics that were logged after ``step`` for those of the current weights."""
+        logs = [log for log in self.state.log_history if log.get("step") == step]
+        self._evaluated_step = self.state.global_step
+        self._evaluated_metrics = {k: v for log in logs for k, v in _quality(log).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, and keeps the metrics of an evaluation for the record."""
@@ -46,11 +54,7 @@ class TrainingRecord(TrainerPart):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._loaded_step = self.state.best_global_step
-        logs = [log for log in self.state.log_history if log.get("step") == self._loaded_step]
-        self._evaluated_step = self.state.global_step
-        self._evaluated_metrics = {
-            name: value for log in logs for name, value in _quality(log).items()
-        }
+        self._recall_metrics(self._loaded_step)
         self._keep_record()
 
     def _save(

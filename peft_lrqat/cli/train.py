@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.shared.config import AdapterConfig
 from peft_lrqat.trainer import LRQATTrainingArguments, last_complete_checkpoint
-from peft_lrqat.trainer.checkpoint import why_incomplete
+from peft_lrqat.trainer.checkpoint import check_no_checkpoints, why_incomplete
 from peft_lrqat.trainer.data import load_blocks
 from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
 
@@ -237,6 +237,8 @@ def _check_block_size(model: PreTrainedModel, block_size: int) -> None:
 def _checkpoint(args: TrainArguments) -> str | None:
     """What `Trainer.train` takes as ``resume_from_checkpoint``."""
     if args.resume_from_checkpoint is None:
+        if not args.overwrite_checkpoints:
+            check_no_checkpoints(args.output_dir)
         return None
     if args.resume_from_checkpoint == "last":
         checkpoint = last_complete_checkpoint(args.output_dir)

@@ -859,3 +859,9 @@ def test_bugs_keep_their_traceback(base, monkeypatch):
     monkeypatch.setattr(Trainer, "train", broken)
     with pytest.raises(ValueError, match="a bug"):
         train(base)
+
+
+def test_main_is_found_where_release_0_1_0_had_it():
+    from peft_lrqat.cli import main as found
+
+    assert found is main

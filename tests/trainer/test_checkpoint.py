@@ -30,7 +30,13 @@ from peft_lrqat.trainer import (
     LRQATTrainingArguments,
     last_complete_checkpoint,
 )
-from peft_lrqat.trainer.checkpoint import STAGING, delete_older, tidy_up, why_incomplete
+from peft_lrqat.trainer.checkpoint import (
+    SET_ASIDE,
+    STAGING,
+    delete_older,
+    tidy_up,
+    why_incomplete,
+)
 
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -601,10 +607,11 @@ def test_checkpoint_that_cannot_take_its_place_leaves_the_older_one_of_its_name(
             raise OSError("no")
         return rename(path, target)
 
+    trainer = make_trainer(folder, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
     monkeypatch.setattr(Path, "rename", refuse)
-    trainer = make_trainer(folder, max_steps=2, save_steps=2)
     with pytest.raises(RuntimeError, match=r"checkpoint-2 could not be written .*\(OSError: no\)"):
-        trainer.train()
+        trainer._save_checkpoint(trainer.model_wrapped, None)
     assert names_in(folder) == ["checkpoint-2"]
     assert tree(checkpoint) == content
 
@@ -761,18 +768,100 @@ def test_best_model_of_any_name_is_loaded(adapters, tmp_path):
         assert_same(adapter_of(model, name), saved_adapter(folder))
 
 
-def test_new_run_in_a_used_directory(uninterrupted, checkpoint):
-    """It replaces the old run's checkpoints by its own as it comes to them."""
+def test_new_run_among_another_runs_checkpoints_is_refused(checkpoint, tmp_path):
+    """Resuming from elsewhere is a new run there, too."""
+    content = tree(checkpoint.parent)
+    other = shutil.copytree(checkpoint, tmp_path / "other" / "checkpoint-2")
+    for resume in (None, False, str(other)):
+        trainer = make_trainer(checkpoint.parent, max_steps=4)
+        with pytest.raises(ValueError, match=r"holds `checkpoint-2` of an earlier run\. Continue"):
+            trainer.train(resume_from_checkpoint=resume)
+    assert tree(checkpoint.parent) == content
+
+
+def test_new_run_overwrites_when_told_to(uninterrupted, checkpoint):
+    """Nothing of the old run is left, not even later checkpoints, from the first step on."""
     _, source = uninterrupted(max_steps=4)
+    shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-9"))
     with (checkpoint / "README.md").open("a") as file:
         file.write("of the old run")
-    make_trainer(checkpoint.parent, max_steps=4, callbacks=[Stop(3)]).train()
+    fields = {"max_steps": 4, "overwrite_checkpoints": True}
+    with pytest.raises(InterruptedError):
+        make_trainer(checkpoint.parent, callbacks=[Stop(0, "error")], **fields).train()
+    assert names_in(checkpoint.parent) == []
+    make_trainer(checkpoint.parent, callbacks=[Stop(3)], **fields).train()
     assert names_in(checkpoint.parent) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     for step in (1, 2, 3):
         one, two = checkpoint.with_name(f"checkpoint-{step}"), source / f"checkpoint-{step}"
         assert set(names_in(one)) == FILES
         assert_same(saved_adapter(one), saved_adapter(two))
         assert (one / "README.md").read_text() == (two / "README.md").read_text()
+
+
+def test_later_checkpoints_are_set_aside_by_a_run_from_an_earlier_one(
+    uninterrupted, checkpoint, caplog
+):
+    """The last checkpoint is then this run's last, whenever it is stopped."""
+    whole, source = uninterrupted(max_steps=4)
+    for step in (3, 4):
+        shutil.copytree(source / f"checkpoint-{step}", checkpoint.with_name(f"checkpoint-{step}"))
+    content = tree(source / "checkpoint-4")
+    trainer = make_trainer(checkpoint.parent, max_steps=4, callbacks=[Stop(2, "error")])
+    with pytest.raises(InterruptedError):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    aside = checkpoint.with_name(SET_ASIDE) / "1"
+    assert f"`checkpoint-3`, `checkpoint-4` of an earlier run are now in {aside}" in caplog.text
+    assert last_complete_checkpoint(checkpoint.parent) == str(checkpoint)
+    assert tree(aside / "checkpoint-4") == content
+    trainer = make_trainer(checkpoint.parent, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(outcome(trainer), whole)
+    assert names_in(checkpoint.parent) == [
+        SET_ASIDE,
+        *[f"checkpoint-{step}" for step in (2, 3, 4)],
+    ]
+
+
+def test_a_second_training_sets_the_first_ones_checkpoints_aside(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.train()
+    first = tree(tmp_path)
+    trainer.args.max_steps = 2
+    trainer.train()
+    trainer.train()
+    assert names_in(tmp_path) == [SET_ASIDE, "checkpoint-1", "checkpoint-2"]
+    assert tree(tmp_path / SET_ASIDE / "1") == first
+    assert names_in(tmp_path / SET_ASIDE / "2") == ["checkpoint-1", "checkpoint-2"]
+
+
+# A run that is over
+
+
+@pytest.mark.parametrize("fields", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_resuming_a_run_that_is_over_changes_nothing(fields, tmp_path, caplog):
+    """In the middle of an epoch and at its end: no tensor, no file, and the record stays."""
+    fields = {**fields, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tmp_path, **fields)
+    trainer.train()
+    steps, whole = trainer.state.global_step, outcome(trainer)
+    record = trainer.model.peft_config["default"].training_record
+    files = tree(tmp_path)
+    again = make_trainer(tmp_path, **fields)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert_same(outcome(again), whole)
+    assert tree(tmp_path) == files
+    assert again.model.peft_config["default"].training_record == record
+    assert record["metrics"].keys() == {"eval_loss"}
+    checkpoint = tmp_path / f"checkpoint-{steps}"
+    assert f"resuming from step {steps} of {steps} ({checkpoint}); this run is over" in caplog.text
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_over_too(checkpoint, caplog):
+    trainer = make_trainer(checkpoint.parent, max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(adapter_of(trainer.model), saved_adapter(checkpoint))
+    assert f"resuming from step 2 of 1 ({checkpoint}); this run is over" in caplog.text
 
 
 # Of another run
