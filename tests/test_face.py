@@ -46,8 +46,10 @@ def test_the_import_leaves_training_export_and_data_for_later():
         "peft_lrqat.cli",
         "peft_lrqat.demo",
         "peft_lrqat.export",
+        "peft_lrqat.formats",
         "peft_lrqat.trainer",
         "peft_lrqat.activations.cache",
+        "peft_lrqat.loraquant.convert",
     ]
     code = (
         "import sys, peft, transformers\n"

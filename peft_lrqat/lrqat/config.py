@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.utils import PeftType
 
 from ..base.settings import WeightSettings, check_bits
-from ..formats.runtimes import runtime_named
 from ..quant import Grid
 from ..quant.grid import SCALE_DTYPES
 from ..shared.checks import (
@@ -233,6 +232,9 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
             ```
         """
+        # The formats behind it are many files, which training and loading do without.
+        from ..formats.runtimes import runtime_named
+
         chosen = runtime_named(runtime)
         config = cls(**{**chosen.preset(), "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
