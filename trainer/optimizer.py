@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .part import TrainerPart
 from .rates import FACTORS, GROUPS, check_rates, setting_name
+from .saved import check_trained_is_saved
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,8 @@ class GroupedOptimizer(TrainerPart):
         return cls, kwargs
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Creates the optimizer; a checkpoint that brings other rates than asked for is noticed."""
+        """Creates the optimizer; refuses to train what would not be saved."""
+        check_trained_is_saved(self.accelerator.unwrap_model(self.model))
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if not any("name" in group for group in optimizer.param_groups):
@@ -261,6 +263,7 @@ class LRQATOptimizerFactory:
         factor_max_grad_norm: float = 0.01,
         **adamw: Any,
     ) -> torch.optim.AdamW:
+        check_trained_is_saved(model)
         groups = parameter_groups(
             model,
             lr=lr,

@@ -16,10 +16,17 @@ from .figures import LRQATCallback
 from .finite import FiniteRuns
 from .optimizer import GroupedOptimizer
 from .record import Publishing, TrainingRecord
+from .reference import ReferencePolicy
 
 
 class LRQATTrainerMixin(
-    GroupedOptimizer, Distillation, TrainingRecord, FiniteRuns, WholeCheckpoints, Publishing
+    GroupedOptimizer,
+    Distillation,
+    ReferencePolicy,
+    TrainingRecord,
+    FiniteRuns,
+    WholeCheckpoints,
+    Publishing,
 ):
     """What LR-QAT adds to a trainer.
 
@@ -28,6 +35,7 @@ class LRQATTrainerMixin(
     - `GroupedOptimizer`: A, B and the scales have their own learning rates, with any optimizer
       that ``args.optim`` names; gradients are clipped group by group.
     - `Distillation`: the loss can include the divergence from the unquantised model.
+    - `ReferencePolicy`: in TRL's preference trainers, the reference is the policy at its start.
     - `TrainingRecord`: the adapter's card says how the adapter was trained.
     - `FiniteRuns`: a loss, gradient or parameter that is not finite stops the run and is never
       saved.

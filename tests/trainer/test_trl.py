@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -279,6 +280,52 @@ def test_state_of_the_parts_is_not_the_trainers(trainer):
     parts = [part for part in LRQATTrainerMixin.__mro__ if issubclass(part, TrainerPart)]
     ours = {name for part in parts for name in names_on_self(inspect.getsource(part))} - base
     assert {"_group_norms", "_staging", "teacher"} <= ours
+    ours.remove("ref_model")  # on purpose, see `ReferencePolicy`
     for cls in trainer.__mro__[:-1]:
         if cls.__module__.startswith("trl."):
             assert not ours & names_on_self(inspect.getsource(cls)), cls
+
+
+def reference_of(trainer):
+    """The reference's log-probabilities of one batch, and the policy's."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = []
+    for name in ("ref", "default"):
+        trainer.model.set_adapter(name)
+        with torch.no_grad():
+            found.append(trainer.model.eval()(batch["input_ids"]).logits)
+    trainer.model.set_adapter("default")
+    return found
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("way", ["peft_config", "path", "wrapped", "trained"])
+def test_the_reference_is_the_policy_at_its_start(
+    way, precompute, make_trainer, make_base, make_config, make_peft, step_logs, disturb, tmp_path
+):
+    """Whoever wrapped the model: the first loss is ln 2, and the reference stays what it is."""
+    if way == "path":
+        make_base().save_pretrained(tmp_path / "base")
+    given = {
+        "peft_config": lambda: None,
+        "path": lambda: str(tmp_path / "base"),
+        "wrapped": make_peft,
+        "trained": lambda: disturb(make_peft()),
+    }[way]()
+    options = {"peft_config": make_config()} if way == "path" else {}
+    fields = {"precompute_ref_log_probs": precompute, "learning_rate": 1e-2}
+    trainer = make_trainer("dpo", given, options, **fields)
+    reference, policy = reference_of(trainer)
+    assert torch.equal(reference, policy)
+    trainer.train()
+    losses = [log["loss"] for log in step_logs(trainer)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] != losses[0]
+    after, trained = reference_of(trainer)
+    assert torch.equal(after, reference)
+    assert not torch.equal(trained, after)
+    assert not any(".ref" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+def test_no_reference_where_none_is_needed(make_trainer):
+    assert list(make_trainer("sft").model.peft_config) == ["default"]
