@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.cli.main import main
+from peft_lrqat.cli import main
 from peft_lrqat.demo import load_topics, model_path
 
 

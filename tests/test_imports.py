@@ -21,7 +21,7 @@ FLOORS = [
     {"hub", "loraquant", "export"},
     {"trainer"},
     {"demo"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The face of the package shows all of it, and is on no floor.

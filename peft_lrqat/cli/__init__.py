@@ -1,6 +1,6 @@
-"""The command `lrqat`, one file per command."""
+"""The command `lrqat`, one file per command; the program itself is `lrqat_command`."""
 
-from .main import main
+from lrqat_command import COMMANDS, main
 
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]

@@ -1,8 +1,9 @@
-"""``python -m peft_lrqat.cli``."""
+"""``python -m peft_lrqat.cli``, the same program as ``lrqat``."""
 
 import sys
 
-from .main import main
+from lrqat_command import main
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

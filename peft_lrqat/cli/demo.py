@@ -1,24 +1,14 @@
 """`lrqat demo`: LR-QAT against its baselines on a small model, offline."""
 
-import sys
 from collections.abc import Sequence
+
+from peft_lrqat.demo.run import DemoArguments, check_arguments, run
 
 from .parser import Parser
 
 
 def run_demo(argv: Sequence[str]) -> int:
     """`lrqat demo`."""
-    try:
-        from peft_lrqat.demo.run import DemoArguments, check_arguments, run
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("matplotlib"):
-            raise
-        print(
-            "lrqat demo: error: the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`",
-            file=sys.stderr,
-        )
-        return 2
-
     parser = Parser(
         "demo",
         "[options]",

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
@@ -225,6 +224,11 @@ class _LossInProgressBar(ProgressCallback):
 
 def check_arguments(args: DemoArguments) -> None:
     """Raises for what the user can fix, before any work is done."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        message = "the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`"
+        raise ImportError(message) from error
     for bits in args.bits or ():
         LRQATConfig(bits=bits)
     if args.steps is not None and args.steps < 1:
@@ -412,6 +416,8 @@ def format_table(rows: list[Row]) -> str:
 
 def plot_losses(losses: dict[int, dict[str, list[tuple[int, float]]]], path: Path) -> None:
     """A PNG with one panel per bit width, one curve per trained method."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5 * len(losses), 4), layout="constrained")
     panels = figure.subplots(1, len(losses), squeeze=False)[0]
     for panel, (bits, curves) in zip(panels, losses.items(), strict=True):

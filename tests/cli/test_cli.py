@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from peft_lrqat import LRQATConfig
+from peft_lrqat.cli import main
 from peft_lrqat.cli.adapters import RECIPE
-from peft_lrqat.cli.main import main
 from peft_lrqat.cli.parser import Parser
 from peft_lrqat.cli.stop import StopOnSignal
 from peft_lrqat.cli.train import NOT_FOR_TRAINING, AdapterArguments, adapter_config
@@ -483,7 +483,7 @@ def test_adapters_in_json(lora, capsys):
 
 def test_a_packed_adapter_is_published(lora, tmp_path):
     code = (
-        "from peft_lrqat.cli.main import main\n"
+        "from peft_lrqat.cli import main\n"
         "main(['quantize-adapter', 'lora', 'packed', '--push_to_hub', 'user/packed'])\n"
         "main(['dequantize-adapter', 'user/packed', 'back'])\n"
         "main(['quantize-adapter', 'user/none', 'other'])"
@@ -692,8 +692,8 @@ def test_a_demo_that_fails_says_why_and_ends_non_zero(small_demo, monkeypatch, c
 
 def test_the_demo_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "peft_lrqat.demo.run")
-    assert main(["demo"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo"])
     assert capsys.readouterr().err == (
         "lrqat demo: error: the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`\n"
     )

@@ -108,7 +108,7 @@ print(digest(t.model))
 
 def test_command_line_pushes(hub, tmp_path):
     code = """
-from peft_lrqat.cli.main import main
+from peft_lrqat.cli import main
 from peft_lrqat.demo import model_path
 open("text.txt", "w").write("The quick brown fox jumps over the lazy dog. " * 60)
 code = main(

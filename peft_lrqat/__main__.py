@@ -1,0 +1,9 @@
+"""``python -m peft_lrqat``, the same program as ``lrqat``."""
+
+import sys
+
+from lrqat_command import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())
