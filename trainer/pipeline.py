@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,26 +16,94 @@ from transformers import (
     PreTrainedTokenizerBase,
     default_data_collator,
 )
+from transformers.utils.hub import cached_file
 
 from peft_lrqat.lrqat.layer import LRQATLayer
 from peft_lrqat.lrqat.size import deployed_weight_bytes, target_weight_bytes
+from peft_lrqat.shared.tasks import class_of
+from peft_lrqat.shared.words import some
 
 from .arguments import LRQATTrainingArguments
 from .metrics import compute_metrics, preprocess_logits_for_metrics
 from .trainer import LRQATTrainer
 
 
-def load_base(
-    name: str, dtype: str | torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer.
+def load_model(
+    name: str, dtype: str | torch.dtype, config: PeftConfig | None = None
+) -> PreTrainedModel:
+    """A base model for the task of an adapter; without one, a causal language model.
 
     A local directory becomes an absolute path, so that an adapter finds its base from anywhere.
+
+    Raises:
+        ValueError: tensors of the model are missing from its files, and the adapter does not bring
+            them. transformers fills them with random numbers.
     """
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(
-        name
-    )
+    loader = AutoModelForCausalLM if config is None else class_of(config)
+    model, report = loader.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    brought = set(getattr(config, "modules_to_save", None) or ())
+    missing = [key for key in report["missing_keys"] if not brought & set(key.split("."))]
+    if missing:
+        raise ValueError(
+            f"a base model must be whole, but {some(missing)} of {type(model).__name__} are not in"
+            f" the files of {name}: they would be random. Give a checkpoint that has them"
+        )
+    return model
+
+
+def load_base(
+    name: str, dtype: str | torch.dtype, config: PeftConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `load_model` loads, and its tokenizer."""
+    model = load_model(name, dtype, config)
+    return model, AutoTokenizer.from_pretrained(model.config.name_or_path)
+
+
+def load_adapter(
+    adapter: str, name: str | None, dtype: str | torch.dtype, **where: str | None
+) -> PeftModel:
+    """An adapter on its base model ``name``, which by default is the one that it names; evaluates.
+
+    Args:
+        adapter: a directory, or a name on the Hub.
+        name: of the base model.
+        dtype: of the base model.
+        where: ``revision`` and ``subfolder`` of the adapter.
+    """
+    config = PeftConfig.from_pretrained(adapter, **where)
+    name = name or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"the adapter in {adapter} does not name its base model; give --model")
+    model = load_model(name, dtype, config)
+    rows = _embeddings_of(adapter, model, **where)
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        # Tokens were added before training, and their embeddings were saved with the adapter.
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter, **where).eval()
+
+
+def _embeddings_of(adapter: str, model: PreTrainedModel, **where: str | None) -> int | None:
+    """How many tokens an adapter embeds, if it brings embeddings."""
+    inputs = model.get_input_embeddings()
+    ends = [f"{n}.weight" for n, module in model.named_modules() if module is inputs]
+    file = find_file(adapter, SAFETENSORS_WEIGHTS_NAME, **where)
+    if file is None or not ends:
+        return None
+    with safe_open(file, framework="pt") as stored:
+        for key in stored.keys():  # noqa: SIM118 (no dict)
+            if key.endswith(ends[0]):
+                return stored.get_slice(key).get_shape()[0]
+    return None
+
+
+def find_file(place: str, file: str, **where: str | None) -> str | None:
+    """The path of a file in a directory or in a repository of the Hub; None if it has none."""
+    options = {key: value for key, value in where.items() if value is not None}
+    try:
+        return cached_file(place, file, **options)
+    except OSError:
+        return None
 
 
 def make_trainer(

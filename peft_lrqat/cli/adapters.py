@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_a
 from peft_lrqat.shared.staging import check_target
 from peft_lrqat.trainer.data import load_tokens
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
-from peft_lrqat.trainer.pipeline import load_base
+from peft_lrqat.trainer.pipeline import load_adapter
+from peft_lrqat.trainer.tokenizers import load_tokenizer
 
 from .options import JsonOptions, SourceOptions, WindowOptions
 from .parser import Parser, escaped, print_table
@@ -144,7 +144,7 @@ class _Live:
 
     def with_adapter(self, folder: str) -> _Live:
         """The same with another adapter, on a base model of its own."""
-        model = PeftModel.from_pretrained(load_base(self.base, "auto")[0], folder)
+        model = load_adapter(folder, self.base, "auto")
         return dataclasses.replace(self, model=model)
 
 
@@ -152,13 +152,10 @@ def _load_live(source: str, where: dict[str, Any], options: Any) -> _Live | None
     """The adapter ``source`` on its base model, if the options ask for one."""
     if not options.dataset and not options.model:
         return None
-    base = options.model or PeftConfig.from_pretrained(source, **where).base_model_name_or_path
-    if base is None:
-        raise ValueError(f"the adapter in {source} does not name its base model; give --model")
-    plain, tokenizer = load_base(base, "auto")
-    model = PeftModel.from_pretrained(plain, source, **where)
-    tokens = None
+    model = load_adapter(source, options.model, "auto", **where)
+    base, tokens = model.config.name_or_path, None
     if options.dataset:
+        tokenizer, _ = load_tokenizer(source, base, **where)
         tokens = load_tokens(options.dataset, tokenizer)
         check_window(model, tokens, window=options.window)
     return _Live(model=model, base=base, tokens=tokens, window=options.window)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, TaskType
 
 from peft_lrqat.trainer.data import load_tokens
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
-from peft_lrqat.trainer.pipeline import load_base
+from peft_lrqat.trainer.pipeline import load_adapter, load_base
+from peft_lrqat.trainer.tokenizers import load_tokenizer
 
 from .options import JsonOptions, ModelOptions, WindowOptions
 from .parser import Parser
@@ -62,11 +63,16 @@ def run_eval(argv: Sequence[str]) -> int:
             raise ValueError("give --model, --adapter, or both")
         if args.merge and args.adapter is None:
             raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
-        name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
         model: Any
-        model, tokenizer = load_base(name, args.dtype)
-        if args.adapter is not None:
-            model = PeftModel.from_pretrained(model, args.adapter)
+        if args.adapter is None:
+            name = args.model
+            model, tokenizer = load_base(name, args.dtype)
+        else:
+            config = PeftConfig.from_pretrained(args.adapter)
+            _check_task(config)
+            model = load_adapter(args.adapter, args.model, args.dtype)
+            tokenizer, _ = load_tokenizer(args.adapter, model.config.name_or_path)
+            name = args.model or config.base_model_name_or_path
         tokens = load_tokens(
             args.dataset, tokenizer, split=args.split, text_column=args.text_column
         )
@@ -88,3 +94,12 @@ def run_eval(argv: Sequence[str]) -> int:
         f"{result['tokens']:,} tokens scored; windows of {args.window}, {overlap})"
     )
     return 0
+
+
+def _check_task(config: PeftConfig) -> None:
+    """ValueError for an adapter that does not predict the next token."""
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            "perplexity is measured of causal language models, but the `task_type` of this adapter"
+            f" is {config.task_type}; evaluate it in Python with the metric of its task"
+        )

@@ -2,44 +2,41 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
-
-from peft import PeftConfig, PeftModel
+from typing import Any, Literal
 
 from peft_lrqat.export import export_model, verify_export
 from peft_lrqat.formats.runtimes import RUNTIMES, runtime_named
 from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.lrqat.config import LRQATConfig
-from peft_lrqat.shared.staging import check_target
-from peft_lrqat.trainer.pipeline import load_base
+from peft_lrqat.shared.staging import check_target, directory_bytes
+from peft_lrqat.trainer.pipeline import load_adapter
+from peft_lrqat.trainer.tokenizers import (
+    has_tokenizer,
+    load_generation_config,
+    load_tokenizer,
+)
 
+from .options import JsonOptions, ModelOptions
 from .parser import Parser, print_table
 
 
 @dataclass(kw_only=True)
-class ExportArguments:
+class ExportArguments(ModelOptions, JsonOptions):
     """Which model is exported, and how."""
 
-    adapter: str = field(metadata={"help": "directory or hub name of an LR-QAT adapter"})
+    adapter: str = field(metadata={"help": "LR-QAT adapter: a directory or a name on the Hub"})
     output: str = field(
-        metadata={"help": "directory to be made; one that is not empty is not written over"}
+        metadata={"help": "new directory for the model; one with files in it is refused"}
     )
     format: str = field(
         default="compressed-tensors",
         metadata={
             "choices": list(FORMATS),
-            "help": "see the table in the README; `lrqat recipe` chooses before training",
+            "help": "file format; `lrqat recipe` chooses one before training",
         },
-    )
-    model: str | None = field(
-        default=None,
-        metadata={"help": "directory or hub name; left out: the base model that --adapter names"},
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "dtype of the model; auto: as saved"}
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "bytes of tensors in a file"})
     container_bits: int | None = field(
@@ -51,17 +48,17 @@ class ExportArguments:
     activations: Literal["write", "ignore"] = field(
         default="write",
         metadata={
-            "help": "of an adapter with activation_bits or kv_cache_bits. write: as part of the"
-            " export, or it is refused; ignore: the weights alone"
+            "help": "for an adapter with activation_bits or kv_cache_bits. write: they are part of "
+            "the export, or it is refused; ignore: the export holds the weights alone"
         },
     )
     verify: bool = field(
         default=False,
         metadata={
-            "help": "load the export, compare every weight and some logits, and fail if one differs"
+            "help": "load the export, compare every tensor, the logits and a rendered chat, and "
+            "fail if one differs"
         },
     )
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
 @dataclass(kw_only=True)
@@ -82,20 +79,26 @@ def run_export(argv: Sequence[str]) -> int:
         "--adapter ADAPTER --output DIRECTORY [options]",
         [ExportArguments],
         "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales\n"
-        "of training, no weight changed.",
+        "of training, every weight unchanged. Tokenizer, chat template and generation config come\n"
+        "from the adapter's folder if they are there, otherwise from the base model.",
         "  lrqat export --adapter lrqat-4bit --output model-ct --verify\n"
         "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf",
     )
     (args,) = parser.parse(argv)
     with parser.user_errors():
         check_target(args.output)
-        name = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-        if name is None:
-            raise ValueError(
-                f"the adapter in {args.adapter} does not name its base model; give --model"
-            )
-        model, tokenizer = load_base(name, args.dtype)
-        model = PeftModel.from_pretrained(model, args.adapter).eval()
+        model: Any = load_adapter(args.adapter, args.model, args.dtype)
+        base = model.get_base_model()
+        tokenizer, places = None, {}
+        if has_tokenizer(args.adapter) or has_tokenizer(base.config.name_or_path):
+            tokenizer, places = load_tokenizer(args.adapter, base.config.name_or_path)
+        if base.can_generate():
+            places["generation config"] = base.config.name_or_path
+            if (generation := load_generation_config(args.adapter)) is not None:
+                base.generation_config = generation
+                places["generation config"] = args.adapter
+        for what, place in places.items():
+            print(f"{what} from {place}", file=sys.stderr)
         export_model(
             model,
             args.output,
@@ -106,32 +109,31 @@ def run_export(argv: Sequence[str]) -> int:
             activations=args.activations,
         )
     if not args.verify:
-        size = sum(file.stat().st_size for file in Path(args.output).iterdir())
-        print(
-            json.dumps(vars(args) | {"bytes": size})
-            if args.json
-            else f"{size:,} bytes in {args.output}"
-        )
+        size = directory_bytes(args.output)
+        result = vars(args) | {"sources": places, "bytes": size}
+        print(json.dumps(result) if args.json else f"{size:,} bytes in {args.output}")
         return 0
     found = verify_export(model, args.output, format=args.format)
     if args.json:
-        print(json.dumps(vars(args) | dataclasses.asdict(found) | {"exact": found.exact}))
-    else:
-        logits = "not run" if found.logits_difference is None else f"{found.logits_difference:.3g}"
-        print_table(
-            {
-                "loaded by": found.loader,
-                "layers whose weights differ": f"{len(found.different_layers)} of {found.layers}",
-                "other tensors that differ": f"{len(found.different_tensors)}",
-                "largest difference of a logit": logits,
-                "bytes": f"{found.bytes:,}",
-            }
-        )
-        print(
-            "every weight is what was trained"
-            if found.exact
-            else "the export is NOT what was trained"
-        )
+        checked = dataclasses.asdict(found) | {"exact": found.exact}
+        print(json.dumps(vars(args) | {"sources": places} | checked))
+        return 0 if found.exact else 1
+    logits = "not run" if found.logits_difference is None else f"{found.logits_difference:.3g}"
+    print_table(
+        {
+            "loaded by": found.loader,
+            "layers whose weights differ": f"{len(found.different_layers)} of {found.layers}",
+            "other tensors that differ": f"{len(found.different_tensors)}",
+            "tensors missing, unexpected or newly made": f"{len(found.keys)}",
+            "largest difference of a logit": logits,
+            "bytes": f"{found.bytes:,}",
+        }
+    )
+    for problem in (*found.keys, *found.problems):
+        print(problem)
+    print(
+        "every weight is what was trained" if found.exact else "the export is NOT what was trained"
+    )
     return 0 if found.exact else 1
 
 

@@ -17,9 +17,13 @@ def write_card(
     config: LRQATConfig,
     format: Format,
     figures: dict[str, int],
+    loader: str,
     activations: str = "write",
 ) -> None:
-    """Writes ``README.md`` for the model that was exported into ``directory``."""
+    """Writes ``README.md`` for the model that was exported into ``directory``.
+
+    ``loader``: the class of transformers that loads the model.
+    """
     place, _, base = base_in_words(config.base_model_name_or_path)
     tags = {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *format.tags}
     if activations == "write":
@@ -52,7 +56,7 @@ Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat
 `{format.name}`. The files hold the integers and scales of training: the export changed no weight.
 
 ```py
-{format.snippet.format(auto_class="AutoModelForCausalLM")}
+{format.code(loader, config.symmetric)}
 ```
 
 - base model: {place}

@@ -6,11 +6,12 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -22,9 +23,11 @@ from ..formats.table import format_named
 from ..lrqat.layer import LRQATLayer
 from ..shared.checks import check_choice
 from ..shared.staging import check_target, whole_directory
+from ..shared.tasks import class_name
 from .card import write_card
+from .layout import CheckpointLayout
 from .linears import base_of, config_of, lrqat_layers, quantized_linear, target_of
-from .tensors import model_tensors, name_of_module, plain_linears
+from .tensors import model_tensors, name_of_module, plain_linears, plain_modules
 
 
 logger = logging.get_logger(__name__)
@@ -87,7 +90,8 @@ def export_model(
             base.generation_config.save_pretrained(str(directory))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
-        write_card(directory, config, writer, figures, activations)
+        loader = type(base).__name__ if config.task_type is None else class_name(config)
+        write_card(directory, config, writer, figures, loader, activations)
     return Path(path)
 
 
@@ -120,13 +124,32 @@ def deployed_model(
         # Packed integers are counted from the lowest of the wider grid.
         return replace(linear, grid=target.grid)
 
+    @cache
+    def layout() -> CheckpointLayout:
+        return CheckpointLayout(base_of(model), tensors)
+
     return DeployedModel(
         config=_config(model, adapter_name),
         targets=targets,
         tensors=tensors,
+        checkpoint_tensors=lambda: layout().tensors(),
         quantize=quantize,
-        plain_linears=tuple(plain_linears(model, adapter_name)),
+        plain_linears=lambda: _plain_linears(model, adapter_name, layout()),
     )
+
+
+def _plain_linears(
+    model: PeftModel, adapter_name: str, layout: CheckpointLayout
+) -> tuple[str, ...]:
+    """The linear layers that stay, by their names in memory and in checkpoints.
+
+    A runtime sees each expert and each router as a linear layer, whatever they are in memory.
+    """
+    names = plain_linears(model, adapter_name)
+    modules = plain_modules(base_of(model), adapter_name)
+    embeddings = {name for name, module in modules if isinstance(module, nn.Embedding)}
+    known = {*names, *embeddings, *layout.target_names}
+    return (*names, *(name for name in layout.linears if name not in known))
 
 
 def _check(

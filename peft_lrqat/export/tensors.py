@@ -19,7 +19,7 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
     Tensors that are tied to an earlier one are left out, as transformers does.
     """
     seen: set[int] = set()
-    for plain, module in _plain_modules(model.get_base_model(), adapter_name):
+    for plain, module in plain_modules(model.get_base_model(), adapter_name):
         if isinstance(module, LRQATLayer):
             yield plain, module
             if module.base_layer.bias is not None:
@@ -36,7 +36,7 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
 
 def plain_linears(model: PeftModel, adapter_name: str) -> list[str]:
     """The names of the linear layers that are not quantised."""
-    modules = _plain_modules(model.get_base_model(), adapter_name)
+    modules = plain_modules(model.get_base_model(), adapter_name)
     return [name for name, module in modules if isinstance(module, nn.Linear)]
 
 
@@ -45,11 +45,11 @@ def name_of_module(model: PeftModel, adapter_name: str, wanted: nn.Module | None
     if wanted is None:
         return None
     inside = {id(module) for module in wanted.modules()}
-    modules = _plain_modules(model.get_base_model(), adapter_name)
+    modules = plain_modules(model.get_base_model(), adapter_name)
     return next((name for name, module in modules if id(module) in inside), None)
 
 
-def _plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+def plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that run under an adapter, by their names without PEFT's wrappers.
 
     What lies inside a target is left out: it belongs to the target.

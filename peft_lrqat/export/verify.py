@@ -19,6 +19,7 @@ from ..formats.base import Loaded
 from ..formats.linear import Target
 from ..formats.table import format_named
 from ..lrqat.model import LRQATModel
+from ..shared.staging import directory_bytes
 from .exporter import deployed_model
 from .linears import base_of, config_of
 
@@ -34,28 +35,35 @@ class Verification:
     keys: tuple[str, ...]  # tensors that are missing, unexpected, or newly made by the loader
     logits_difference: float | None  # largest, on one row of tokens; None where nothing was run
     logits_agree: bool  # up to another order of summation
+    problems: tuple[str, ...]  # what else users would meet, such as a tokenizer that differs
     bytes: int  # of the directory
 
     @property
     def exact(self) -> bool:
-        """Whether the loaded model is the one that was trained: every tensor, and the logits."""
-        wrong = (*self.different_layers, *self.different_tensors, *self.keys)
+        """Whether the loaded model is the one that was trained: all of the above."""
+        wrong = (*self.different_layers, *self.different_tensors, *self.keys, *self.problems)
         return not wrong and self.logits_agree
 
 
 @torch.no_grad()
 def verify_export(
-    model: PeftModel, path: str | os.PathLike[str], *, format: str, adapter_name: str | None = None
+    model: PeftModel,
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    adapter_name: str | None = None,
 ) -> Verification:
     """Loads the export in ``path`` as its users do, and compares it with ``model``.
 
-    Compared are every tensor of the model, which keys the loader found missing or unexpected, and
-    the logits of 32 tokens. GPTQ is read by this package, by the definition of its layout.
+    Compared are every tensor of the model, the keys that the loader found missing or unexpected,
+    and the logits of 32 tokens; for a GGUF file also the token ids of a chat of two turns. GPTQ is
+    read by this package, by the definition of its layout.
     """
     path = Path(path)
     adapter_name = adapter_name or model.active_adapters[0]
     base = base_of(model)
-    loaded = format_named(format).load(path, type(base), base.dtype)
+    reader = format_named(format)
+    loaded = reader.load(path, type(base), base.dtype)
     # compressed-tensors makes weights of its integers in the first forward pass.
     difference, agree = _compare_outputs(model, loaded.model, adapter_name)
     deployed = deployed_model(model, adapter_name)
@@ -92,7 +100,8 @@ def verify_export(
         keys=tuple(keys),
         logits_difference=difference,
         logits_agree=agree,
-        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        problems=tuple(reader.problems(path)),
+        bytes=directory_bytes(path),
     )
 
 

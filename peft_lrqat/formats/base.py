@@ -29,8 +29,12 @@ class DeployedModel:
     config: PretrainedConfig  # of the plain model
     targets: dict[str, Target]  # by the module's name
     tensors: Callable[[], Iterable[tuple[str, Tensor | Target]]]  # each call starts anew
+    # The same by the names and in the shapes that a checkpoint of the architecture has.
+    checkpoint_tensors: Callable[[], Iterable[tuple[str, Tensor | Target]]]
     quantize: Callable[[Target], QuantizedLinear]
-    plain_linears: tuple[str, ...]  # names of the linear layers that are not quantised
+    plain_linears: Callable[
+        [], tuple[str, ...]
+    ]  # the linear layers that stay, by every name they go by
     activations: Grid | None = None  # of the targets' inputs, where the files should say it
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -59,7 +63,7 @@ class Format(ABC):
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
     library_name: ClassVar[str] = "transformers"  # in the metadata of the card
     tags: ClassVar[tuple[str, ...]] = ()  # likewise
-    snippet: ClassVar[str]  # Python code for the card that loads an export
+    snippet: ClassVar[str]  # Python code for the card that loads an export, with {auto_class}
 
     def why_not(
         self, grid: Grid, scale_dtype: str, in_features: int | None = None, is_conv1d: bool = False
@@ -121,6 +125,10 @@ class Format(ABC):
             " compressed-tensors can"
         )
 
+    def code(self, auto_class: str, symmetric: bool) -> str:
+        """Python code for the card that loads an export by a class of transformers."""
+        return self.snippet.format(auto_class=auto_class)
+
     def check(self, model: DeployedModel) -> None:  # noqa: B027 (most hold every model)
         """ValueError for what the format cannot hold of the whole model. Nothing is written yet."""
 
@@ -146,9 +154,15 @@ class Format(ABC):
         """The export in ``path``, loaded as its users load it; in eval mode."""
         return from_pretrained(path, model_class, dtype, "transformers")
 
+    def problems(self, path: Path) -> list[str]:
+        """What else the export in ``path`` says differently from the directory around it."""
+        return []
+
 
 class SafetensorsFormat(Format):
     """A format in transformers' own layout: safetensors files, and an entry in ``config.json``."""
+
+    checkpoint_names: ClassVar[bool] = True  # False: names and shapes are those in memory
 
     @abstractmethod
     def tensors_of(
@@ -171,15 +185,16 @@ class SafetensorsFormat(Format):
         max_shard_size: int,
         done: Callable[[int], object],
     ) -> dict[str, int]:
+        tensors = model.checkpoint_tensors if self.checkpoint_names else model.tensors
         # The entry of a tensor has its name, the longest ending, and some numbers; a target has
         # up to four.
         entries = (
             4 * (len(name) + 220) if isinstance(value, Target) else len(name) + 200
-            for name, value in model.tensors()
+            for name, value in tensors()
         )
         weights = 0
         with ShardWriter(directory, max_shard_size, 4096 + sum(entries)) as writer:
-            for name, value in model.tensors():
+            for name, value in tensors():
                 if isinstance(value, Tensor):
                     writer.write(name, value)
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ class CompressedTensors(SafetensorsFormat):
 
 # Needs `pip install compressed-tensors`.
 model = {auto_class}.from_pretrained("this repository or folder")"""
+    # transformers loads zero points in this way only.
+    asymmetric_snippet = """from transformers import {auto_class}, CompressedTensorsConfig
+
+# Needs `pip install compressed-tensors`.
+model = {auto_class}.from_pretrained(
+    "this repository or folder", quantization_config=CompressedTensorsConfig(dequantize=True)
+)"""
+
+    def code(self, auto_class: str, symmetric: bool) -> str:
+        snippet = self.snippet if symmetric else self.asymmetric_snippet
+        return snippet.format(auto_class=auto_class)
 
     def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
         if activations.bits != 8:
@@ -116,7 +128,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
             config_groups=schemes,
             format=format,
             quantization_status="compressed",
-            ignore=list(model.plain_linears),
+            ignore=list(model.plain_linears()),
         )
         return config.model_dump(mode="json", exclude_none=True)
 
@@ -124,12 +136,31 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
         written = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         entry = written["quantization_config"]
         options = {}
-        if entry["format"] == "pack-quantized" and len(entry["config_groups"]) == 1:
-            # Asymmetric weights load in no other way, and those of several widths not in this one.
+        if not all(group["weights"]["symmetric"] for group in entry["config_groups"].values()):
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         loader = f"transformers ({self.name})"
-        loaded = from_pretrained(path, model_class, dtype, loader, **options)
-        return loaded
+        try:
+            return from_pretrained(path, model_class, dtype, loader, **options)
+        except RuntimeError:
+            if options:
+                raise
+            # transformers 5.23 takes all experts of a checkpoint for quantised ones.
+            with _experts_as_stored():
+                loader += ", experts read as they are stored"
+                return from_pretrained(path, model_class, dtype, loader)
+
+
+@contextmanager
+def _experts_as_stored() -> Iterator[None]:
+    """Lets transformers read plain experts beside quantised layers; runtimes such as vLLM do."""
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    inherited = CompressedTensorsHfQuantizer.get_load_operations
+    CompressedTensorsHfQuantizer.get_load_operations = lambda self: {}
+    try:
+        yield
+    finally:
+        CompressedTensorsHfQuantizer.get_load_operations = inherited
 
 
 def _scheme(target: Target) -> tuple[int, bool, int]:

@@ -40,6 +40,13 @@ ARCHITECTURES = {
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
 }
+MODEL_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 class Gguf(Format):
@@ -152,6 +159,12 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
             quantization_config=GgufConfig(dequantize=True),
         )
 
+    def problems(self, path: Path) -> list[str]:
+        """Chats and texts that the file's tokenizer would cut differently from the tokenizer's."""
+        if not vocabulary.is_saved_in(path):
+            return []
+        return vocabulary.differences(path, FILE)
+
 
 class _Entry:
     """One tensor of the file: what its header says, and its bytes when their turn comes.
@@ -228,7 +241,19 @@ def _stretch(config: PretrainedConfig) -> Tensor:
 
 
 def _check_config(config: PretrainedConfig) -> None:
-    """ValueError for an attention that the file cannot describe."""
+    """ValueError for a model that llama.cpp would compute differently."""
+    name = (config.architectures or [None])[0]
+    wanted = MODEL_CLASSES[config.model_type]
+    if name != wanted:
+        raise ValueError(
+            f"GGUF holds a {wanted} with its token head, but this model is a {name}; export it as"
+            " 'packed' or 'dequantized'"
+        )
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"llama.cpp computes a {config.model_type} with SiLU, which GGUF cannot change, but"
+            f" `hidden_act` is {config.hidden_act!r}; export another format"
+        )
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind != "default" and not _stretches(config):
         raise ValueError(

@@ -78,7 +78,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
             "sym": target.grid.symmetric,
             "desc_act": False,
             "modules_in_block_to_quantize": None,
-            "modules_to_not_convert": list(model.plain_linears),
+            "modules_to_not_convert": list(model.plain_linears()),
         }
 
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:

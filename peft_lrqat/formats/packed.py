@@ -41,6 +41,7 @@ class Packed(SafetensorsFormat):
     name = "packed"
     holds_conv1d = True
     tags = ("packed",)
+    checkpoint_names = False
     snippet = """from peft_lrqat.export import load_quantized
 
 model = load_quantized("this folder")"""

@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import re
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
+ADDS_BOS, ADDS_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
 
 OTHERWISE = "export another format"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
@@ -164,3 +169,76 @@ def _has_space_prefix(parts: dict[str, Any]) -> bool:
         f"this tokenizer prepares text by {kinds} and {cutter}, which a GGUF file cannot say;"
         f" {OTHERWISE}"
     )
+
+
+TURNS = [
+    {"role": "user", "content": "What is 12345.67 in words? It's\n\n  for Zoë."},
+    {"role": "assistant", "content": "Twelve thousand ..."},
+    {"role": "user", "content": "Thanks!"},
+]
+
+
+def is_saved_in(path: Path) -> bool:
+    """Whether the directory of an export also holds a tokenizer for transformers."""
+    return (path / "tokenizer_config.json").is_file()
+
+
+def differences(path: Path, file: str) -> list[str]:
+    """How the tokenizer in a GGUF file differs from the one saved beside it, in words.
+
+    A text and a chat of two turns are cut by both. Like llama.cpp, the reader of the file puts the
+    token that begins a text in front, once, if the file says so.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path / file).fields
+    mine = AutoTokenizer.from_pretrained(path)
+    theirs = AutoTokenizer.from_pretrained(path, gguf_file=file)
+
+    def value(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    begins = value("tokenizer.ggml.bos_token_id") if value(ADDS_BOS) else None
+    ends = value("tokenizer.ggml.eos_token_id") if value(ADDS_EOS) else None
+
+    def cut(text: str) -> list[int]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        if begins is not None and ids[:1] != [begins]:
+            ids = [begins, *ids]
+        return ids if ends is None else [*ids, ends]
+
+    found = []
+    text = TURNS[0]["content"]
+    expected = mine(text)["input_ids"]
+    if cut(text) != expected:
+        found.append(f"a text becomes {cut(text)} in the file, but {expected} in training")
+    templates = mine.chat_template
+    for name, template in (templates if isinstance(templates, dict) else {"": templates}).items():
+        if template is None:
+            continue
+        key = f"tokenizer.chat_template{f'.{name}' if name not in ('', 'default') else ''}"
+        if value(key) != template:
+            found.append(f"`{key}` of the file is not the tokenizer's template")
+            continue
+        options = {"chat_template": template, "add_generation_prompt": True}
+        try:
+            rendered = mine.apply_chat_template(TURNS, tokenize=False, **options)
+        except Exception as error:  # a template may refuse a chat, in whatever way
+            logger.warning(f"the chat template {name or 'of the tokenizer'} was not tried: {error}")
+            continue
+        expected = mine(rendered, add_special_tokens=False)["input_ids"]
+        if cut(rendered) != expected:
+            found.append(
+                f"a chat begins with {cut(rendered)[:3]} in llama.cpp, but with {expected[:3]} in"
+                f" training: {_why(cut(rendered), expected, begins)}"
+            )
+    return found
+
+
+def _why(theirs: list[int], mine: list[int], begins: int | None) -> str:
+    if begins is not None and theirs == [begins, *mine]:
+        return (
+            "the tokenizer begins every text with a token that the chat template leaves out; begin"
+            " the template with `{{ bos_token }}`, or train with it"
+        )
+    return "the tokens differ; export another format"

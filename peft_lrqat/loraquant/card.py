@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from peft import TaskType
-
 from ..shared.card import base_in_words, table, write_section
+from ..shared.tasks import class_name
 from .config import LoRAQuantConfig
-
-
-AUTO_MODELS = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
 
 
 def describe_adapter(
@@ -35,7 +25,7 @@ def describe_adapter(
 def _section(config: LoRAQuantConfig, subfolder: str | None) -> str:
     place, note, base = base_in_words(config.base_model_name_or_path)
     folder = f', subfolder="{subfolder}"' if subfolder else ""
-    auto_model = AUTO_MODELS.get(config.task_type, "AutoModel")
+    auto_model = class_name(config)
     widths = sorted(set("".join(config.component_bits.values())), reverse=True)
     grid = "integer zero points above 1 bit" if config.zero_points else "no zero points"
     kind = ", DoRA" * config.use_dora + ", rank-stabilised" * config.use_rslora

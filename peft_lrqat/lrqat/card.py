@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..shared.card import base_in_words, table, training_text, write_section
+from ..shared.tasks import class_name
 from .config import LRQATConfig
 
 
@@ -27,6 +28,7 @@ def scheme_tags(config: LRQATConfig) -> set[str]:
 
 def _section(config: LRQATConfig, subfolder: str | None) -> str:
     place, note, base = base_in_words(config.base_model_name_or_path)
+    loader = class_name(config)
     folder = f', subfolder="{subfolder}"' if subfolder else ""
     groups = (
         "one scale per output channel"
@@ -51,9 +53,9 @@ pip install peft-lrqat
 ```py
 import peft_lrqat  # registers the type LRQAT with PEFT
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{config.base_dtype}")
+base = {loader}.from_pretrained("{base}", dtype="{config.base_dtype}")
 model = PeftModel.from_pretrained(base, "this repository or folder"{folder})
 model = model.merge_and_unload()  # plain linear layers, weight = scale * integer
 ```

@@ -58,6 +58,8 @@ class AdapterConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if os.path.exists(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             update_signature(Path(save_directory))
+        # For the card: without a task, only this names the class of the base model.
+        self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         if any(os.path.exists(os.path.join(save_directory, name)) for name in weights):
             self.write_card(save_directory)

@@ -32,6 +32,11 @@ def flush(directory: Path) -> list[Path]:
     return files
 
 
+def directory_bytes(directory: str | os.PathLike[str]) -> int:
+    """The size of all files below a directory."""
+    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+
+
 @contextmanager
 def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory beside ``target`` that takes its place when everything in it is on the disk.

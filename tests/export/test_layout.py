@@ -1,0 +1,97 @@
+"""Exports have the names and shapes that a checkpoint of the architecture has."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from safetensors import safe_open
+
+from peft_lrqat import LRQATConfig
+from peft_lrqat.export import export_model, verify_export
+from peft_lrqat.formats.table import FORMATS
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=4)
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **SIZES, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+}
+
+
+def names(directory):
+    found = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= set(file.keys())
+    return found
+
+
+@pytest.fixture(params=MODELS)
+def model_and_checkpoint(request, tmp_path):
+    base = MODELS[request.param]()
+    base.save_pretrained(tmp_path / "plain")
+    fields = {"target_modules": "all-linear", "r": 4, "bits": 4, "group_size": 32}
+    model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", init_weights=False, **fields))
+    return model.eval(), names(tmp_path / "plain")
+
+
+def test_names_are_those_of_save_pretrained(model_and_checkpoint, tmp_path):
+    model, expected = model_and_checkpoint
+    export_model(model, tmp_path / "out", format="dequantized", progress=False)
+    assert names(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "gguf"])
+def test_experts_load_as_they_were(format, model_and_checkpoint, tmp_path):
+    model, _ = model_and_checkpoint
+    model.get_base_model().to(torch.bfloat16)
+    export_model(model, tmp_path / "out", format=format, progress=False)
+    assert verify_export(model, tmp_path / "out", format=format).exact
+
+
+def test_experts_and_routers_are_ignored_by_name(model_and_checkpoint, tmp_path):
+    model, checkpoint = model_and_checkpoint
+    model.get_base_model().to(torch.bfloat16)
+    export_model(model, tmp_path / "out", progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    stay = {
+        name.removesuffix(".weight")
+        for name in checkpoint
+        if ".experts." in name or name.endswith((".gate.weight", "lm_head.weight"))
+    }
+    assert stay <= set(config["ignore"])
+    assert not [name for name in config["ignore"] if name.endswith(("q_proj", "embed_tokens"))]
+
+
+def test_weights_that_a_checkpoint_stores_together_are_refused(monkeypatch, tmp_path):
+    """Integers cannot be joined with other weights; the packed format has its own names."""
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    base = MODELS["llama"]()
+    parts = [".self_attn.k_proj.weight", ".self_attn.v_proj.weight"]
+    base._weight_conversions = [WeightConverter(".kv_proj.weight", parts, [Chunk(0)])]
+    fields = {"target_modules": ["k_proj"], "bits": 4}
+    model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", **fields)).eval()
+    with pytest.raises(ValueError, match=r"store `.*k_proj\.weight` as .*kv_proj.*together"):
+        export_model(model, tmp_path / "out", format="dequantized", progress=False)
+    assert not (tmp_path / "out").exists()
+    export_model(model, tmp_path / "out", format="packed", progress=False)
+    assert verify_export(model, tmp_path / "out", format="packed").exact
