@@ -1,10 +1,11 @@
-"""Weights of 4 bits with activations and a KV cache of 16, 8 and 4: round-to-nearest, scales only and LR-QAT on the same tokens.
+"""Weights of 4 bits with activations and a KV cache of 16, 8 and 4: round-to-nearest, scales only
+and LR-QAT on the same tokens.
 
     python benchmarks/activations.py                            # the demo model
     python benchmarks/activations.py --model smollm2 --steps 15
 
-Every figure is kept in OUTPUT/activations.json as soon as it is there; the next call goes on from there, and the table at the end
-has what there is. ``--minutes``: begin nothing new after that time.
+Every figure is kept in OUTPUT/activations.json as soon as it is there; the next call goes on from
+there, and the table at the end has what there is. ``--minutes``: begin nothing new after that time.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def main() -> None:
     }
     if results.setdefault("setting", setting) != setting:
         parser.error(
-            f"{path} has figures of {results['setting']}, but these would be of {setting}; give another --output"
+            f"{path} has figures of {results['setting']}, but these would be of {setting}; give "
+            "another --output"
         )
 
     def store(name: str, cell: dict) -> None:
@@ -132,7 +134,8 @@ def main() -> None:
             store(f"{scheme} {method}", measure(experiment, method, SCHEMES[scheme]))
     setup = experiment.setup
     print(
-        f"{setting}, {setup.batch_size} x {setup.window} tokens a step; unquantised {results['unquantised']['perplexity']:.2f}"
+        f"{setting}, {setup.batch_size} x {setup.window} tokens a step; unquantised "
+        f"{results['unquantised']['perplexity']:.2f}"
     )
     print(table(results))
 

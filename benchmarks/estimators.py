@@ -1,13 +1,17 @@
-"""What the gradient of clipped weights is worth, and what a low-rank product in bfloat16 would cost.
+"""What the gradient of clipped weights is worth, and what a low-rank product in bfloat16 would
+cost.
 
-    python benchmarks/estimators.py                            # the demo model at 4, 3 and 2 bits: about 5 minutes on 2 idle cores
-    python benchmarks/estimators.py --model smollm2 --bits 3   # SmolLM2-135M: about 4 minutes for each row
+    python benchmarks/estimators.py                            # the demo model at 4, 3 and 2 bits:
+    about 5 minutes on 2 idle cores python benchmarks/estimators.py --model smollm2 --bits 3   #
+    SmolLM2-135M: about 4 minutes for each row
 
-Each width trains twice from the same adapter on the same batches: with the exact gradient, in which clipped weights have no part,
-and with the pass-through estimator (``LRQATConfig(clipped_gradient="pass_through")``). Perplexity: held-out help topics.
+Each width trains twice from the same adapter on the same batches: with the exact gradient, in which
+clipped weights have no part, and with the pass-through estimator
+(``LRQATConfig(clipped_gradient="pass_through")``). Perplexity: held-out help topics.
 
     clipped   share of all target weights that lie outside the grid, before and after training
-    flipped   share of the integers that would be others, had gamma * B @ A been computed from bfloat16 factors; after training
+    flipped   share of the integers that would be others, had gamma * B @ A been computed from
+    bfloat16 factors; after training
 """
 
 import argparse

@@ -1,9 +1,12 @@
-"""Speed of greedy generation: an LR-QAT model as it was trained, merged and unloaded, against the model it was made from.
+"""Speed of greedy generation: an LR-QAT model as it was trained, merged and unloaded, against the
+model it was made from.
 
-    python benchmarks/generation.py          # SmolLM2-135M, one request of 16 tokens, then 32 new ones: about 3 minutes on 2 cores
+    python benchmarks/generation.py          # SmolLM2-135M, one request of 16 tokens, then 32 new
+    ones: about 3 minutes on 2 cores
 
-All models are in one process and answer in turn; medians, and ratios to the plain model. The adapter's factors are random.
-"No weights held": ``model.base_model.set_cache_limit(0)``, so that every token makes every weight anew.
+All models are in one process and answer in turn; medians, and ratios to the plain model. The
+adapter's factors are random. "No weights held": ``model.base_model.set_cache_limit(0)``, so that
+every token makes every weight anew.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ def main() -> None:
     for name, found in seconds.items():
         median = statistics.median(found)
         print(
-            f"{name:16} {args.tokens / median:6.1f} tokens/s, {median / reference:5.2f} times the plain model's time"
+            f"{name:16} {args.tokens / median:6.1f} tokens/s, {median / reference:5.2f} times the "
+            "plain model's time"
         )
     print(f"held: {held.base_model._cache.bytes / 2**20:.0f} MiB of weights")
 

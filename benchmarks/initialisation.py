@@ -1,11 +1,12 @@
 """Time and memory of making a model low-bit: the search for the first scales, and the downcast.
 
-    python benchmarks/initialisation.py                     # SmolLM2-135M, and one block of a 7B Llama: about 2 minutes on 2 cores
-    python benchmarks/initialisation.py --models 7b --bits 2 --group_size 128 --asymmetric
+    python benchmarks/initialisation.py                     # SmolLM2-135M, and one block of a 7B
+    Llama: about 2 minutes on 2 cores python benchmarks/initialisation.py --models 7b --bits 2
+    --group_size 128 --asymmetric
 
-Every model runs in processes of its own, one for time and one for memory. Of the 7B one, a single block of random bfloat16 weights
-is made; its seconds, times 32, are the model's. Peak: growth of the resident set from before ``get_peft_model`` to its largest
-during it.
+Every model runs in processes of its own, one for time and one for memory. Of the 7B one, a single
+block of random bfloat16 weights is made; its seconds, times 32, are the model's. Peak: growth of
+the resident set from before ``get_peft_model`` to its largest during it.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def main() -> None:
         print(json.dumps(measure(args.models[0], args)))
         return
     print(
-        f"{torch.get_num_threads()} threads, {args.bits} bits, group size {args.group_size}, {args.range_estimator}"
+        f"{torch.get_num_threads()} threads, {args.bits} bits, group size {args.group_size}, "
+        f"{args.range_estimator}"
     )
     rest = [word for word in sys.argv[1:] if word not in ("--models", *MODELS)]
     for name in args.models:
@@ -96,7 +98,8 @@ def main() -> None:
             for memory in (False, True)
         )
         print(
-            f"{name:8} {timed['weights'] / 1e6:6.0f} million weights: {timed['seconds']:6.1f} s for all, "
+            f"{name:8} {timed['weights'] / 1e6:6.0f} million weights: {timed['seconds']:6.1f} s "
+            "for all, "
             f"peak {measured['peak'] / MB:5.0f} MB above the model",
             flush=True,
         )

@@ -1,18 +1,22 @@
-"""What packing costs a real LoRA adapter: perplexity or accuracy, error, true bits and bytes, by method.
+"""What packing costs a real LoRA adapter: perplexity or accuracy, error, true bits and bytes, by
+method.
 
-    python benchmarks/loraquant.py                                        # SmolLM2-135M on Python's help topics
-    python benchmarks/loraquant.py --style shakespeare=tinyshakespeare.txt --style stories=stories.txt \\
+    python benchmarks/loraquant.py                                        # SmolLM2-135M on Python's
+    help topics python benchmarks/loraquant.py --style shakespeare=tinyshakespeare.txt --style
+    stories=stories.txt \\
         --task sst2=sst2_train.tsv,sst2_dev.tsv                           # files of your own
 
-Each adapter is trained once (rank 16, all linear layers, bfloat16 base) and kept in ``--output``; so is each finished row,
-and a second run goes on where the first ended. A style is a text, whose last part is held out; its score is perplexity. A task
-is two files of tab-separated ``sentence`` and ``label`` (0 negative, 1 positive); its score is the share of sentences for which
-the right word is the likelier one. About 5 minutes of training and 20 seconds a row for each adapter, on one core.
+Each adapter is trained once (rank 16, all linear layers, bfloat16 base) and kept in ``--output``;
+so is each finished row, and a second run goes on where the first ended. A style is a text, whose
+last part is held out; its score is perplexity. A task is two files of tab-separated ``sentence``
+and ``label`` (0 negative, 1 positive); its score is the share of sentences for which the right word
+is the likelier one. About 5 minutes of training and 20 seconds a row for each adapter, on one core.
 
     FP16        the adapter itself, in float16
     RTN, sign   B and A each rounded as they are, by columns of B and rows of A, in groups of 128
     paper       LoRAQuant as published, bits_high @ ratio
-    residual    this package's procedure in the storage that the paper's would take; or at --average_bits
+    residual    this package's procedure in the storage that the paper's would take; or at
+    --average_bits
 """
 
 import argparse
@@ -78,7 +82,7 @@ class Style:
 
 
 class Task:
-    """Sentiment of a sentence, as the next word after a prompt; scored by the share that is right."""
+    """Sentiment of a sentence as the next word after a prompt; scored by the share right."""
 
     score = "accuracy"
 
@@ -158,7 +162,9 @@ def train(data, base: Path, output: Path) -> None:
 
 
 def rounded(source: Path, target: Path, bits: int, quantize) -> dict[str, float]:
-    """The adapter with B and A rounded as they are, written as LoRA; error, and the bytes that packing would take."""
+    """The adapter with B and A rounded as they are, written as LoRA; error, and the bytes that
+    packing would take.
+    """
     state = load_file(source / WEIGHTS)
     stored = error = norm = parameters = 0.0
     for key in [key for key in state if "lora_A" in key]:
@@ -327,11 +333,13 @@ def main() -> None:
     results = read_results(log)
     for adapter in dict.fromkeys(row["adapter"] for row in results):
         print(
-            f"\n{adapter}\n{'':20} {'score':>8} {'error':>7} {'bits':>7} {'nominal':>8} {'bytes':>11}"
+            f"\n{adapter}\n{'':20} {'score':>8} {'error':>7} {'bits':>7} {'nominal':>8} "
+            f"{'bytes':>11}"
         )
         for r in (r for r in results if r["adapter"] == adapter):
             print(
-                f"{r['row']:20} {r['score']:8.3f} {r['error']:7.3f} {r['bits']:7.3f} {r['nominal']:8.3f} {r['bytes']:11,.0f}"
+                f"{r['row']:20} {r['score']:8.3f} {r['error']:7.3f} {r['bits']:7.3f} "
+                f"{r['nominal']:8.3f} {r['bytes']:11,.0f}"
             )
     if results:
         plot(results, output / "loraquant.png")

@@ -1,10 +1,13 @@
-"""Error against true bits: the published LoRAQuant procedure and the residual-aware one, on factors with geometric spectra.
+"""Error against true bits: the published LoRAQuant procedure and the residual-aware one, on factors
+with geometric spectra.
 
     python benchmarks/loraquant_error.py           # about a minute on one core
-    python benchmarks/loraquant_error.py --model 7b   # only the time of a whole adapter: of a 7B Llama, or of smollm2
+    python benchmarks/loraquant_error.py --model 7b   # only the time of a whole adapter: of a 7B
+    Llama, or of smollm2
 
-Relative error ``||BA - Q(B)Q(A)||_F / ||BA||_F`` over all layers; bits of codes, scales and zero points per parameter of B and A.
-Singular vectors are random; the k-th singular value is decay^k. No file is written, so no header is counted.
+Relative error ``||BA - Q(B)Q(A)||_F / ||BA||_F`` over all layers; bits of codes, scales and zero
+points per parameter of B and A. Singular vectors are random; the k-th singular value is decay^k. No
+file is written, so no header is counted.
 """
 
 import argparse
@@ -75,7 +78,8 @@ if __name__ == "__main__":
     if args.model:
         factors = whole_adapter(args.model, args.rank)
         print(
-            f"{args.model}, rank {args.rank}, {len(factors)} modules, {torch.get_num_threads()} threads"
+            f"{args.model}, rank {args.rank}, {len(factors)} modules, {torch.get_num_threads()} "
+            "threads"
         )
         for method in ("paper", "residual"):
             error, true, _, seconds = measured(
@@ -84,7 +88,8 @@ if __name__ == "__main__":
             print(f"{method}: {seconds:.0f} s, error {error:.3f} at {true:.3f} bits")
         raise SystemExit
     print(
-        f"{'decay':>5} {'variant':>8} {'method':>9} {'error':>7} {'bits':>6} {'nominal':>8} {'seconds':>8}"
+        f"{'decay':>5} {'variant':>8} {'method':>9} {'error':>7} {'bits':>6} {'nominal':>8} "
+        f"{'seconds':>8}"
     )
     for decay, bits, ratio in [(0.6, 2, 0.8), (0.8, 2, 0.9), (0.8, 3, 0.8), (0.9, 2, 0.9)]:
         factors = adapter(args.layers, args.size, args.size, args.rank, decay)
@@ -92,5 +97,6 @@ if __name__ == "__main__":
             config = LoRAQuantConfig(method=method, bits_high=bits, ratio=ratio)
             error, true, nominal, seconds = measured(factors, config)
             print(
-                f"{decay:5} {f'{bits}@{ratio}':>8} {method:>9} {error:7.3f} {true:6.3f} {nominal:8.3f} {seconds:8.1f}"
+                f"{decay:5} {f'{bits}@{ratio}':>8} {method:>9} {error:7.3f} {true:6.3f} "
+                f"{nominal:8.3f} {seconds:8.1f}"
             )

@@ -30,7 +30,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def in_own_process(script: str, *arguments: str, for_memory: bool = True) -> Any:
-    """What ``script`` prints last, read as JSON; ``for_memory``: with an allocator that gives back at once, which takes time."""
+    """What ``script`` prints last, read as JSON; ``for_memory``: with an allocator that gives back
+    at once, which takes time.
+    """
     env = dict(os.environ)
     if for_memory:
         # glibc keeps freed blocks below its mmap threshold in the heap, which would count as ours.

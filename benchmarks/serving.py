@@ -1,13 +1,17 @@
-"""Many adapters on one base model: memory, loading, switching and generation, packed against standard LoRA.
+"""Many adapters on one base model: memory, loading, switching and generation, packed against
+standard LoRA.
 
-    python benchmarks/serving.py                       # SmolLM2-135M, 1, 16 and 128 adapters: about 10 minutes on one core
-    python benchmarks/serving.py --adapters 512 --kinds packed    # standard adapters would take hours to load
+    python benchmarks/serving.py                       # SmolLM2-135M, 1, 16 and 128 adapters: about
+    10 minutes on one core python benchmarks/serving.py --adapters 512 --kinds packed    # standard
+    adapters would take hours to load
 
-Standard adapters are LoRA of rank 16 on all linear layers, kept in bfloat16; packed ones are the same at ``--average_bits`` bits of
-storage. Factors are random: neither memory nor time depends on their values.
+Standard adapters are LoRA of rank 16 on all linear layers, kept in bfloat16; packed ones are the
+same at ``--average_bits`` bits of storage. Factors are random: neither memory nor time depends on
+their values.
 
-Memory: each count in a process of its own, growth of the resident set (VmRSS) from the base model alone to all adapters loaded and
-each run once, per adapter. Switch: ``set_adapter``. Generation: both models in one process, requests in turn, medians.
+Memory: each count in a process of its own, growth of the resident set (VmRSS) from the base model
+alone to all adapters loaded and each run once, per adapter. Switch: ``set_adapter``. Generation:
+both models in one process, requests in turn, medians.
 """
 
 import argparse
@@ -162,7 +166,8 @@ def generation(output: Path, rounds: int) -> None:
         for index in range(rounds + 1):
             for name, model in models.items():
                 if name == "packed, expanded factors kept" and "another" in title:
-                    # As for an adapter that has not run for long: its expanded factors have made room.
+                    # As for an adapter that has not run for long: its expanded factors have made
+                    # room.
                     model.base_model.set_cache_limit(2**28)
                 times[name].append(case(model, index))
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -195,10 +200,12 @@ def main() -> None:
     prepare(output, args.average_bits)
     sizes = {kind: (output / kind / WEIGHTS).stat().st_size / MB for kind in ("lora", "packed")}
     print(
-        f"files: LoRA in bfloat16 {sizes['lora']:.2f} MB, packed {sizes['packed']:.2f} MB, {torch.get_num_threads()} threads"
+        f"files: LoRA in bfloat16 {sizes['lora']:.2f} MB, packed {sizes['packed']:.2f} MB, "
+        f"{torch.get_num_threads()} threads"
     )
     print(
-        f"{'':8}{'adapters':>9}{'MB in all':>11}{'MB each':>9}{'load, s':>9}{'last load, s':>13}{'switch, ms':>11}"
+        f"{'':8}{'adapters':>9}{'MB in all':>11}{'MB each':>9}{'load, s':>9}"
+        f"{'last load, s':>13}{'switch, ms':>11}"
     )
     for count in args.adapters:
         for kind in args.kinds:

@@ -1,14 +1,16 @@
-"""Time and memory of a training step: LR-QAT against LoRA, full QAT, and LR-QAT as published (autograd, checkpointed).
+"""Time and memory of a training step: LR-QAT against LoRA, full QAT, and LR-QAT as published
+(autograd, checkpointed).
 
-    python benchmarks/step.py                                            all of it: about two hours on 2 cores
-    python benchmarks/step.py --cases 4096x4096 --tokens 2048            one layer: a few minutes
-    python benchmarks/step.py --cases 1024x1024 --tokens 256 --rounds 3  a look, in seconds
+    python benchmarks/step.py                                            all of it: about two hours
+    on 2 cores python benchmarks/step.py --cases 4096x4096 --tokens 2048            one layer: a few
+    minutes python benchmarks/step.py --cases 1024x1024 --tokens 256 --rounds 3  a look, in seconds
     python benchmarks/step.py --cases smollm2 --variants "LoRA" "LR-QAT, fixed8" --groups -1
 
-A case is a linear layer of out x in, forward and backward, or SmolLM2-135M on sequences of 512, with AdamW. Weights are
-bfloat16, grids have 4 bits, factors rank 32. All variants of a case run in one process, in turn; the table gives medians of
-the rounds and their ratio to LoRA with bfloat16 factors. Then each runs in a process of its own for the peak of one step: on
-Linux of the resident set, above the imports. Results are added to results.json in ``--output`` and plotted from there.
+A case is a linear layer of out x in, forward and backward, or SmolLM2-135M on sequences of 512,
+with AdamW. Weights are bfloat16, grids have 4 bits, factors rank 32. All variants of a case run in
+one process, in turn; the table gives medians of the rounds and their ratio to LoRA with bfloat16
+factors. Then each runs in a process of its own for the peak of one step: on Linux of the resident
+set, above the imports. Results are added to results.json in ``--output`` and plotted from there.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ PLOTTED = (
 
 
 def spread_factors(model: nn.Module) -> None:
-    """B such that gamma * B @ A has a deviation of a quarter of a step, as after training: some weights are clipped then."""
+    """B such that gamma * B @ A has a deviation of a quarter of a step, as after training: some
+    weights are clipped then.
+    """
     for layer in model.modules():
         if isinstance(layer, LRQATLayer):
             deviation = (
@@ -149,14 +153,16 @@ def measure_memory(case: str, tokens: int, group_size: int, variant: str) -> int
 def table(rows: dict[str, dict[str, float]]) -> str:
     reference = rows.get(REFERENCE, next(iter(rows.values())))
     lines = [
-        f"{'':26} {'seconds':>8} {'least':>7} {'most':>7} {'of LoRA':>8} {'peak, MB':>9} {'less':>7} {'clipped':>8}"
+        f"{'':26} {'seconds':>8} {'least':>7} {'most':>7} {'of LoRA':>8} {'peak, MB':>9} "
+        f"{'less':>7} {'clipped':>8}"
     ]
     for name, row in rows.items():
         peak, less = row.get("peak"), None
         if peak is not None and "peak" in reference:
             less = (reference["peak"] - peak) / MB
         lines.append(
-            f"{name:26} {row['seconds']:8.3f} {row['least']:7.3f} {row['most']:7.3f} {row['seconds'] / reference['seconds']:8.2f} "
+            f"{name:26} {row['seconds']:8.3f} {row['least']:7.3f} {row['most']:7.3f} "
+            f"{row['seconds'] / reference['seconds']:8.2f} "
             + (f"{peak / MB:9.0f} " if peak is not None else f"{'-':>9} ")
             + (f"{less:7.0f} " if less is not None else f"{'-':>7} ")
             + f"{row['clipped']:8.2%}"
@@ -165,7 +171,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], group_size: int, path: Path) -> None:
-    """Time and memory against tokens (one layer) and against the size of a layer (one number of tokens)."""
+    """Time and memory against tokens (one layer) and against the size of a layer (one number of
+    tokens).
+    """
     by_key = {tuple(json.loads(key)): rows for key, rows in results.items()}
     layers = {k: r for k, r in by_key.items() if k[0] != "smollm2" and k[2] == group_size}
     if not layers:
@@ -244,10 +252,12 @@ def main() -> None:
     if not args.plot:
         if "torchao QAT + LoRA" not in VARIANTS:
             print(
-                "torchao is not installed (`pip install --no-deps torchao`): its QAT + LoRA is left out"
+                "torchao is not installed (`pip install --no-deps torchao`): its QAT + LoRA is "
+                "left out"
             )
         print(
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {args.rounds} rounds"
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of "
+            f"{args.rounds} rounds"
         )
         settings = [(c, t, g) for c in args.cases for t in args.tokens for g in args.groups]
         for case, tokens, group_size in settings:

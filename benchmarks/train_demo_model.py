@@ -1,11 +1,14 @@
-"""Trains the small Llama that ships in `peft_lrqat/demo/model`, from scratch, on the documentation that CPython carries.
+"""Trains the small Llama that ships in `peft_lrqat/demo/model`, from scratch, on the documentation
+that CPython carries.
 
     python benchmarks/train_demo_model.py
 
-Text: the train side of the help topics (`pydoc_data.topics`), which alone are too few to load every weight, and the docstrings of
-the standard library. A model this small, trained for many epochs without regularisation, feels every bit of its weights:
-rounding them to 3 or 2 bits does real damage, which a larger and less trained one would hardly notice. The defaults give the
-shipped model, in about 20 minutes on one core; its exact weights also depend on the versions of Python and PyTorch.
+Text: the train side of the help topics (`pydoc_data.topics`), which alone are too few to load every
+weight, and the docstrings of the standard library. A model this small, trained for many epochs
+without regularisation, feels every bit of its weights: rounding them to 3 or 2 bits does real
+damage, which a larger and less trained one would hardly notice. The defaults give the shipped
+model, in about 20 minutes on one core; its exact weights also depend on the versions of Python and
+PyTorch.
 """
 
 import argparse
@@ -85,7 +88,9 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor
 
 
 def docstrings() -> Iterator[str]:
-    """One text for each module of the standard library that has docstrings; a docstring that comes twice is taken once."""
+    """One text for each module of the standard library that has docstrings; a docstring that comes
+    twice is taken once.
+    """
     root, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -164,7 +169,8 @@ def main() -> None:
         model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
     )
     print(
-        f"parameters {model.num_parameters():,}; tokens: train {len(train):,}, held-out {len(heldout):,}",
+        f"parameters {model.num_parameters():,}; tokens: train {len(train):,}, held-out "
+        f"{len(heldout):,}",
         flush=True,
     )
 
@@ -183,7 +189,8 @@ def main() -> None:
         if step % args.eval_every == 0 or step == args.steps:
             current, seconds = perplexity(model, heldout, args.window), time.perf_counter() - start
             print(
-                f"step {step}: loss {loss.item():.3f}, held-out perplexity {current:.2f}, {seconds:.0f} s",
+                f"step {step}: loss {loss.item():.3f}, held-out perplexity {current:.2f}, "
+                f"{seconds:.0f} s",
                 flush=True,
             )
             if current < best:
@@ -195,7 +202,8 @@ def main() -> None:
     )
     save(model, tokenizer, args.output_dir)
     print(
-        f"{sum(p.stat().st_size for p in args.output_dir.iterdir()):,} bytes in {args.output_dir.name}/"
+        f"{sum(p.stat().st_size for p in args.output_dir.iterdir()):,} bytes in "
+        f"{args.output_dir.name}/"
     )
 
 

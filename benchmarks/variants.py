@@ -1,4 +1,6 @@
-"""Ways to fine-tune a model that has to become low-bit, for the benchmarks: LoRA, full QAT, LR-QAT by autograd, and ours."""
+"""Ways to fine-tune a model that has to become low-bit, for the benchmarks: LoRA, full QAT, LR-QAT
+by autograd, and ours.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ RANK = 32
 
 
 class NaiveLRQAT(nn.Module):
-    """The formula left to autograd, on the same int8 phi: what a direct reading of the paper costs."""
+    """The formula left to autograd, on the same int8 phi: a direct reading of the paper."""
 
     def __init__(self, layer: LRQATLinear, checkpointed: bool) -> None:
         super().__init__()
@@ -79,7 +81,8 @@ def lrqat(model: nn.Module, grid: Grid, downcast: str) -> nn.Module:
         bits=grid.bits,
         group_size=grid.group_size,
         downcast=downcast,
-        range_estimator="minmax",  # the search takes longer, and changes neither time nor memory of a step
+        # The search takes longer, and changes neither time nor memory of a step
+        range_estimator="minmax",
     )
     return get_peft_model(model, config)
 
@@ -104,7 +107,9 @@ def full_qat(model: nn.Module, grid: Grid) -> nn.Module:
 
 
 def torchao_lora(model: nn.Module, grid: Grid) -> nn.Module:
-    """LoRA beside a fake-quantised frozen weight, as torchtune and Unsloth train: rounded, but the product is not inside."""
+    """LoRA beside a fake-quantised frozen weight, as torchtune and Unsloth train: rounded, but the
+    product is not inside.
+    """
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.linear import FakeQuantizedLinear
 

@@ -1,4 +1,6 @@
-"""Publishing adapters with the card that says how to load them; other people's text in a published card stays."""
+"""Publishing adapters with the card that says how to load them; other people's text in a published
+card stays.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,11 @@ def push_to_hub(
     max_shard_size: int | str | None = "50GB",
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Uploads the adapters of ``model`` and their cards in one commit. Parameters and result as transformers' ``push_to_hub``.
+    """Uploads the adapters of ``model`` and their cards in one commit. Parameters and result as
+    transformers' ``push_to_hub``.
 
-    Nothing is created on the Hub before all files are written. ``max_shard_size`` is accepted and changes nothing: an
-    adapter is one file.
+    Nothing is created on the Hub before all files are written. ``max_shard_size`` is accepted and
+    changes nothing: an adapter is one file.
     """
     _check(model, tags)
 
@@ -82,11 +85,14 @@ def push_folder_to_hub(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """As `push_to_hub`, for one adapter that is saved in ``folder``; its files are uploaded as they are, its card as there."""
+    """As `push_to_hub`, for one adapter that is saved in ``folder``; its files are uploaded as they
+    are, its card as there.
+    """
     config = PeftConfig.from_pretrained(str(folder))
     if config.peft_type not in OWN_TYPES:
         raise ValueError(
-            f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can publish"
+            f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can "
+            "publish"
         )
     _check_tags(tags)
 
@@ -102,12 +108,14 @@ def push_folder_to_hub(
 
 
 def override_push_to_hub() -> None:
-    """Sends ``push_to_hub`` of models with adapters of this package here, and of all others where it went before.
+    """Sends ``push_to_hub`` of models with adapters of this package here, and of all others where
+    it went before.
 
     The inherited method saves the adapter with its card and then writes a card of its own over it.
     """
     inherited = PeftModel.push_to_hub
-    # functools.wraps hands the mark on, so that a method which somebody put around this one is left in place, too.
+    # functools.wraps hands the mark on, so that a method which somebody put around this one is left
+    # in place, too.
     if getattr(inherited, "knows_peft_lrqat", False):
         return
 
@@ -134,7 +142,9 @@ def _publish(
     revision: str | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """One commit of what ``write`` puts into a folder that has the published cards of ``subfolders`` already."""
+    """One commit of what ``write`` puts into a folder that has the published cards of
+    ``subfolders`` already.
+    """
     api = HfApi(library_name="peft_lrqat", library_version=__version__)
     if "/" not in repo_id:
         repo_id = f"{api.whoami(token=token)['name']}/{repo_id}"
@@ -175,7 +185,8 @@ def _check(model: PeftModel, tags: list[str] | None) -> None:
             model
         ).__name__
         raise ValueError(
-            f"`peft_lrqat.push_to_hub` needs a PeftModel with an adapter of type {known}, but has {found}; use "
+            f"`peft_lrqat.push_to_hub` needs a PeftModel with an adapter of type {known}, but has "
+            f"{found}; use "
             "`model.push_to_hub` for a model of another kind"
         )
     _check_tags(tags)
@@ -184,7 +195,8 @@ def _check(model: PeftModel, tags: list[str] | None) -> None:
         for name, value in state.items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(
-                    f"an adapter must be finite to be published, but `{name}` of the adapter `{adapter}` has NaN or infinite "
+                    f"an adapter must be finite to be published, but `{name}` of the adapter "
+                    f"`{adapter}` has NaN or infinite "
                     "entries; go back to an earlier checkpoint, or train with a lower learning rate"
                 )
 
@@ -198,14 +210,18 @@ def _warn_of_local_base(bases: Iterable[str | None]) -> None:
     for base in set(bases):
         if not is_hub_id(base):
             logger.warning(
-                f"the base model of this adapter is no repository of the Hub (`base_model_name_or_path` is {base!r}): whoever "
-                "loads the adapter must give `PeftModel.from_pretrained` a base model with the same weights. Publish the base "
+                "the base model of this adapter is no repository of the Hub "
+                f"(`base_model_name_or_path` is {base!r}): whoever "
+                "loads the adapter must give `PeftModel.from_pretrained` a base model with the "
+                "same weights. Publish the base "
                 "and train from its name there to have it loaded for them"
             )
 
 
 def _subfolders(model: PeftModel) -> list[str]:
-    """Where `save_pretrained` puts cards: at the top, and beside every adapter that is not the default one."""
+    """Where `save_pretrained` puts cards: at the top, and beside every adapter that is not the
+    default one.
+    """
     return ["", *(f"{name}/" for name in model.peft_config if name != "default")]
 
 
@@ -219,7 +235,8 @@ def _download_card(
             return api.hf_hub_download(repo_id, filename, revision=branch, token=token)
         except RevisionNotFoundError:
             continue
-        # Not the wider EntryNotFoundError, which also means that the Hub gave no answer: the card would be lost.
+        # Not the wider EntryNotFoundError, which also means that the Hub gave no answer: the card
+        # would be lost.
         except (RepositoryNotFoundError, RemoteEntryNotFoundError):
             return None
     return None
@@ -230,13 +247,16 @@ def _load_card(path: str, filename: str, repo_id: str) -> ModelCard:
         return ModelCard.load(path)
     except (ValueError, YAMLError) as error:
         raise ValueError(
-            f"the metadata of a card must be YAML, but those of `{filename}` in `{repo_id}` cannot be read ({error}); repair or "
+            f"the metadata of a card must be YAML, but those of `{filename}` in `{repo_id}` cannot "
+            f"be read ({error}); repair or "
             "delete that file first"
         ) from error
 
 
 def _restore(path: Path, published: ModelCard | None, tags: list[str]) -> None:
-    """Adds ``tags`` and those metadata of the published card that its readers entered and PEFT left out."""
+    """Adds ``tags`` and those metadata of the published card that its readers entered and PEFT left
+    out.
+    """
     card = ModelCard.load(path)
     drop_local_base(card.data)
     earlier = (
@@ -246,8 +266,8 @@ def _restore(path: Path, published: ModelCard | None, tags: list[str]) -> None:
     )
     card.data["tags"] = sorted({*(card.data.tags or []), *earlier, *tags})
     if published is not None and not card.data.base_model:
-        # Somebody has entered what the local directory is called on the Hub, unless our own section says it: then it is the
-        # base of an earlier adapter.
+        # Somebody has entered what the local directory is called on the Hub, unless our own section
+        # says it: then it is the base of an earlier adapter.
         base, section = (
             published.data.base_model or [],
             published.text.partition(BEGIN)[2].partition(END)[0],

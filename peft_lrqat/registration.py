@@ -31,8 +31,8 @@ OWN_TYPES: set[PeftType] = set()
 def _extend_peft_type(name: str) -> PeftType:
     """Adds the member ``name`` to the enum ``PeftType``, or returns the one that is there.
 
-    ``register_peft_method`` only takes names that are in the enum, and PEFT has no way to add one. A real member, unlike a
-    plain string, also works where PEFT and transformers read ``.value``.
+    ``register_peft_method`` only takes names that are in the enum, and PEFT has no way to add one.
+    A real member, unlike a plain string, also works where PEFT and transformers read ``.value``.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -61,7 +61,8 @@ def register(
     model_cls: type[BaseTuner],
     card: Callable[[str, Any, str | None], None],
 ) -> None:
-    """Registers a tuner under ``name`` (lower case; the enum has it in upper case) with PEFT. Calling it again changes nothing.
+    """Registers a tuner under ``name`` (lower case; the enum has it in upper case) with PEFT.
+    Calling it again changes nothing.
 
     ``card(folder, config, subfolder)`` creates or updates the model card of a saved adapter.
     """

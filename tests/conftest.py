@@ -1,4 +1,6 @@
-"""Tiny random models of the architectures that the plug-in is tried on, and what every test of it starts from."""
+"""Tiny random models of the architectures that the plug-in is tried on, and what every test of it
+starts from.
+"""
 
 import os
 
@@ -78,7 +80,9 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def make_base():
-    """``make_base(architecture, dtype, seed)``: the same random weights at every call, biases included; in eval mode."""
+    """``make_base(architecture, dtype, seed)``: the same random weights at every call, biases
+    included; in eval mode.
+    """
     made = {}
 
     def make(architecture="llama", dtype=torch.float32, seed=0):
@@ -97,7 +101,9 @@ def make_base():
 
 @pytest.fixture(scope="session")
 def make_config():
-    """``make_config(architecture, **fields)``: rank 4 on every linear layer but the output layer; the quick range."""
+    """``make_config(architecture, **fields)``: rank 4 on every linear layer but the output layer;
+    the quick range.
+    """
 
     def make(architecture="llama", **fields):
         defaults = {"target_modules": "all-linear", "r": 4, "range_estimator": "minmax"}
@@ -108,7 +114,9 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def make_peft(make_base, make_config):
-    """``make_peft(architecture, dtype, seed, **fields)``: a tiny model with a fresh adapter, in eval mode."""
+    """``make_peft(architecture, dtype, seed, **fields)``: a tiny model with a fresh adapter, in
+    eval mode.
+    """
 
     def make(architecture="llama", dtype=torch.float32, seed=0, **fields):
         return get_peft_model(
@@ -152,7 +160,9 @@ def lrqat_layers():
 
 @pytest.fixture(scope="session")
 def logits_of(batch_for):
-    """``logits_of(model, architecture)``: its logits for ``batch_for(architecture)``, without gradients."""
+    """``logits_of(model, architecture)``: its logits for ``batch_for(architecture)``, without
+    gradients.
+    """
 
     def run(model, architecture="llama"):
         with torch.no_grad():
@@ -163,7 +173,9 @@ def logits_of(batch_for):
 
 @pytest.fixture(scope="session")
 def disturb():
-    """``disturb(model, adapter)``: moves factors and scales as training would, far enough to change integers."""
+    """``disturb(model, adapter)``: moves factors and scales as training would, far enough to change
+    integers.
+    """
 
     def move(model, adapter="default", seed=3):
         generator = torch.Generator().manual_seed(seed)
@@ -188,7 +200,9 @@ def bits(request):
 
 @pytest.fixture(scope="session")
 def make_components():
-    """``make_components(bits, rows, columns, ...)``: pairs of codes of random vectors, one pair per digit."""
+    """``make_components(bits, rows, columns, ...)``: pairs of codes of random vectors, one pair per
+    digit.
+    """
 
     def quantize(length, digit, group_size, scale_dtype, zero_points):
         function = quantize_rtn if zero_points and digit > 1 else quantize_midrise

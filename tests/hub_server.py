@@ -1,7 +1,8 @@
 """A stand-in for the Hub on loopback, for the genuine client: models only, in memory, without Xet.
 
-``with StandInHub() as hub: print(run_client(hub, "import huggingface_hub; ...", tmp_path))``. It answers as the Hub does where
-the client looks: status codes, error codes, headers. What it does not know is answered by 404 and lies in ``hub.unknown``.
+``with StandInHub() as hub: print(run_client(hub, "import huggingface_hub; ...", tmp_path))``. It
+answers as the Hub does where the client looks: status codes, error codes, headers. What it does not
+know is answered by 404 and lies in ``hub.unknown``.
 """
 
 from __future__ import annotations
@@ -101,10 +102,12 @@ class HubError(Exception):
 
 
 class StandInHub:
-    """``endpoint``, ``token`` of the one user ``user``, ``repos`` by name, ``requests`` as they came in.
+    """``endpoint``, ``token`` of the one user ``user``, ``repos`` by name, ``requests`` as they
+    came in.
 
-    ``fail("PUT /lfs/user/name/", 403)`` answers whatever starts so by this status; ``times`` limits how often. The client tries
-    429, 500, 502, 503 and 504 again for 23 seconds, and gives up at once on others.
+    ``fail("PUT /lfs/user/name/", 403)`` answers whatever starts so by this status; ``times`` limits
+    how often. The client tries 429, 500, 502, 503 and 504 again for 23 seconds, and gives up at
+    once on others.
     """
 
     def __init__(self, user="user", token="hf_stand_in"):
@@ -215,7 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name.split("/")[0] != self.user:
             raise HubError(
                 403,
-                f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}",
+                "You don't have the rights to create a model under the namespace "
+                f"{name.split('/')[0]!r}",
             )
 
     def _commit_at(self, repo, revision):
@@ -459,7 +463,9 @@ ROUTES = [
 
 
 def card_problems(content):
-    """Errors and warnings of the Hub for a model card: here only those for ``base_model``, and for metadata that are missing."""
+    """Errors and warnings of the Hub for a model card: here only those for ``base_model``, and for
+    metadata that are missing.
+    """
     block = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
     if not block:
         return [], ["empty or missing yaml metadata in repo card"]
@@ -479,10 +485,12 @@ def card_problems(content):
 
 
 def run_client(hub, code, tmp_path, **environment):
-    """Runs ``code`` in a fresh interpreter whose Hub is ``hub``; what it prints. The working directory is ``tmp_path``.
+    """Runs ``code`` in a fresh interpreter whose Hub is ``hub``; what it prints. The working
+    directory is ``tmp_path``.
 
-    Every call starts with an empty cache, so what it loads by name has come from the stand-in. ``environment`` adds variables
-    or replaces them: ``run_client(hub, code, tmp_path, HF_TOKEN="another")``.
+    Every call starts with an empty cache, so what it loads by name has come from the stand-in.
+    ``environment`` adds variables or replaces them: ``run_client(hub, code, tmp_path,
+    HF_TOKEN="another")``.
     """
     kept = {
         name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")

@@ -1,4 +1,6 @@
-"""Publishing through the genuine client to a stand-in for the Hub, and loading back from there in another process."""
+"""Publishing through the genuine client to a stand-in for the Hub, and loading back from there in
+another process.
+"""
 
 import inspect
 import json
@@ -60,34 +62,44 @@ results["sha"] = [api.model_info("user/files").sha == commit.oid, back.name == c
 results["revision"] = api.file_exists("user/files", "notes.txt", revision=commit.oid)
 api.create_branch("user/files", branch="other")
 api.delete_file("notes.txt", "user/files", revision="other")
-results["branches"] = [sorted(api.list_repo_files("user/files", revision=r)) for r in ("main", "other")]
-results["pr"] = api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="user/files", create_pr=True).pr_num
+results["branches"] = [
+    sorted(api.list_repo_files("user/files", revision=r)) for r in ("main", "other")
+]
+results["pr"] = api.upload_file(
+    path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="user/files", create_pr=True
+).pr_num
 results["user"] = api.whoami()["name"]
 for name, call in {
     "no repo": lambda: api.model_info("user/none"),
     "no file": lambda: api.hf_hub_download("user/files", "none.txt"),
     "no revision": lambda: api.hf_hub_download("user/files", "notes.txt", revision="none"),
-    "upload to no repo": lambda: api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="user/none"),
+    "upload to no repo": lambda: api.upload_file(
+        path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="user/none"),
     "download from no repo": lambda: api.hf_hub_download("user/none", "notes.txt"),
     "another's name": lambda: api.create_repo("somebody/files"),
     "wrong token": lambda: api.create_repo("user/stolen", token="hf_wrong"),
     "wrong token, reading": lambda: api.model_info("user/files", token="hf_wrong"),
     "no token": lambda: api.create_repo("user/stolen", token=False),
     "card": lambda: api.upload_file(
-        path_or_fileobj=b"---\\nbase_model: /srv/base\\n---\\n", path_in_repo="README.md", repo_id="user/files"),
+        path_or_fileobj=b"---\\nbase_model: /srv/base\\n---\\n",
+        path_in_repo="README.md", repo_id="user/files"),
 }.items():
     try:
         call()
         results[name] = None
     except Exception as error:
-        results[name] = f"{type(error).__name__} {getattr(getattr(error, 'response', None), 'status_code', '')} {error}"
+        code = getattr(getattr(error, "response", None), "status_code", "")
+        results[name] = f"{type(error).__name__} {code} {error}"
 print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    """What the client reports of the stand-in, and the stand-in. The first upload of a file fails for a moment."""
+    """What the client reports of the stand-in, and the stand-in.
+
+    The first upload of a file fails for a moment.
+    """
     with StandInHub() as hub:
         hub.fail("PUT /lfs/user/files/", 503, times=1)
         yield json.loads(run_client(hub, CLIENT, tmp_path_factory.mktemp("client"))), hub
@@ -132,7 +144,8 @@ def test_branches_and_pull_requests(client):
         ("no token", "HfHubHTTPError 401"),
         (
             "card",
-            'ValueError  Invalid metadata in README.md.\n- "base_model" with value "/srv/base" is not valid',
+            "ValueError  Invalid metadata in README.md.\n"
+            '- "base_model" with value "/srv/base" is not valid',
         ),
     ],
 )
@@ -205,15 +218,23 @@ results["warnings of a directory"] = list(messages)
 
 # A person edits the card, and the adapter is pushed again, with other bits in its history.
 card = api.hf_hub_download("user/of-directory", "README.md")
-text = open(card).read().replace("# Model Card", "# My Card", 1).replace("tags:", "tags:\\n- by-hand\\n- 8-bit", 1)
-text = text.replace("library_name: peft", "base_model: user/base\\nlanguage: en\\nlibrary_name: other", 1)
+text = open(card).read().replace("# Model Card", "# My Card", 1)
+text = text.replace("tags:", "tags:\\n- by-hand\\n- 8-bit", 1)
+other = "base_model: user/base\\nlanguage: en\\nlibrary_name: other"
+text = text.replace("library_name: peft", other, 1)
 text = text.replace("## LR-QAT adapter", "## Old section") + "\\n## My evaluation\\n\\nfine\\n"
-api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="user/of-directory")
+card = {"path_in_repo": "README.md", "repo_id": "user/of-directory"}
+api.upload_file(path_or_fileobj=text.encode(), **card)
 model.peft_config["default"].training_record = {"steps": 9}
 model.push_to_hub("user/of-directory", commit_message="second push")
 model.push_to_hub("user/of-directory", revision="trial", tags=["trial"])
-results["pr"] = model.push_to_hub("user/of-directory", create_pr=True, tags=["pr"], max_shard_size="1MB").pr_num
-api.upload_file(path_or_fileobj=b"---\\n[\\n---\\n", path_in_repo="README.md", repo_id="user/of-directory", revision="trial")
+results["pr"] = model.push_to_hub(
+    "user/of-directory", create_pr=True, tags=["pr"], max_shard_size="1MB"
+).pr_num
+api.upload_file(
+    path_or_fileobj=b"---\\n[\\n---\\n", path_in_repo="README.md", repo_id="user/of-directory",
+    revision="trial",
+)
 results["broken card"] = error_of(lambda: model.push_to_hub("user/of-directory", revision="trial"))
 # A Hub that does not answer has not said that there is no card.
 results["no answer"] = error_of(lambda: model.push_to_hub("user/unanswered"))
@@ -239,7 +260,8 @@ for value in ("nan", "inf"):
 results["name"] = name.replace(".default", "")
 
 # LoRA goes where it went before.
-lora = get_peft_model(AutoModelForCausalLM.from_pretrained("user/base"), lora.peft_config["default"])
+base = AutoModelForCausalLM.from_pretrained("user/base")
+lora = get_peft_model(base, lora.peft_config["default"])
 lora.push_to_hub("user/lora", tags=["my-tag"])
 transformers.utils.PushToHubMixin.push_to_hub(lora, "user/lora-directly", tags=["my-tag"])
 print(json.dumps(results))
@@ -253,8 +275,10 @@ import peft_lrqat
 from safetensors.torch import save_file
 results = {}
 loaders = {
-    "adapter": lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "user/adapter"),
-    "of-directory": lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "user/of-directory"),
+    "adapter": lambda: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained("base"), "user/adapter"),
+    "of-directory": lambda: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained("base"), "user/of-directory"),
     "auto": lambda: AutoPeftModelForCausalLM.from_pretrained("user/adapter"),
     "second": lambda: PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained("user/base"), "user/named", subfolder="second"),

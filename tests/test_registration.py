@@ -42,7 +42,8 @@ def saved(tmp_path_factory, make_base, make_config, disturb, batch_for):
 
 LOADERS = {
     "PeftConfig": "peft.PeftConfig.from_pretrained('adapter')",
-    "PeftModel": "peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained('base'), 'adapter')",
+    "PeftModel": "peft.PeftModel.from_pretrained("
+    "transformers.AutoModelForCausalLM.from_pretrained('base'), 'adapter')",
     "AutoPeftModel": "peft.AutoPeftModelForCausalLM.from_pretrained('adapter')",
     "transformers": "transformers.AutoModelForCausalLM.from_pretrained('adapter')",
     "unpickled member": "pickle.load(open('member.pkl', 'rb'))",
@@ -50,7 +51,9 @@ LOADERS = {
 
 
 def run_python(code, folder):
-    """Runs ``code`` in a fresh interpreter, with ``folder`` as the working directory; what it prints last, as JSON."""
+    """Runs ``code`` in a fresh interpreter, with ``folder`` as the working directory; what it
+    prints last, as JSON.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(peft_lrqat.__file__)))
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -80,7 +83,9 @@ print(json.dumps(errors))
 
 @pytest.fixture(scope="module")
 def with_import(saved):
-    """What every loader gives where the plug-in was imported: the type, and whether the logits are those that were saved."""
+    """What every loader gives where the plug-in was imported: the type, and whether the logits are
+    those that were saved.
+    """
     return run_python(
         f"""
 import json, pickle, sys, peft, torch, transformers
@@ -93,15 +98,22 @@ for name, call in {LOADERS!r}.items():
     equal = None
     if isinstance(loaded, torch.nn.Module):
         with torch.no_grad():
-            equal = torch.equal(loaded.eval()(**torch.load("batch.pt")).logits, torch.load("logits.pt"))
+            logits = loaded.eval()(**torch.load("batch.pt")).logits
+            equal = torch.equal(logits, torch.load("logits.pt"))
     results[name] = [type(loaded).__name__, equal]
 members = list(peft.PeftType)
 push_to_hub = peft.PeftModel.push_to_hub
 for name in [n for n in sys.modules if n.split(".")[0] == "peft_lrqat"]:
     del sys.modules[name]
 import peft_lrqat
-results["pushes"] = [peft.PeftModel.push_to_hub is push_to_hub, peft.PeftType.LRQAT in peft_lrqat.registration.OWN_TYPES]
-results["imported again"] = [list(peft.PeftType) == members, peft_lrqat.LRQATConfig().peft_type is peft.PeftType.LRQAT]
+results["pushes"] = [
+    peft.PeftModel.push_to_hub is push_to_hub,
+    peft.PeftType.LRQAT in peft_lrqat.registration.OWN_TYPES,
+]
+results["imported again"] = [
+    list(peft.PeftType) == members,
+    peft_lrqat.LRQATConfig().peft_type is peft.PeftType.LRQAT,
+]
 print(json.dumps(results))
 """,
         saved,
@@ -194,7 +206,9 @@ def test_types_of_peft_still_work(make_base, batch_for, tmp_path):
 
 @pytest.mark.parametrize("loader", [name for name in LOADERS if name != "unpickled member"])
 def test_loading_needs_the_import(loader, without_import, with_import):
-    """PEFT has no discovery of plug-ins: without the import every loader ends in a bare KeyError, with it each works."""
+    """PEFT has no discovery of plug-ins: without the import every loader ends in a bare KeyError,
+    with it each works.
+    """
     assert without_import[loader] == "KeyError: 'LRQAT'"
     kind, logits_are_equal = with_import[loader]
     if loader == "PeftConfig":
@@ -212,7 +226,9 @@ def test_card_of_a_saved_adapter_names_the_import(saved):
 
 
 def test_pickled_config_brings_the_type_with_it(without_import, with_import):
-    """A bare member means nothing to a process without the plug-in; a config imports its package first."""
+    """A bare member means nothing to a process without the plug-in; a config imports its package
+    first.
+    """
     assert without_import["unpickled member"] == "ValueError: 'LRQAT' is not a valid PeftType"
     assert with_import["unpickled member"] == ["PeftType", None]
     assert with_import["unpickled config"] == [3, True]

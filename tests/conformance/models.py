@@ -1,4 +1,6 @@
-"""The small random models that stand in for those PEFT's tests would fetch from the hub; one folder each."""
+"""The small random models that stand in for those PEFT's tests would fetch from the hub; one folder
+each.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ BART = {"vocab_size": 100, "d_model": 32, "max_position_embeddings": 128} | {
     for name, value in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))
 }
 
-# Folder: (class, config, its settings). PEFT's tests skip a "gpt2" for types without Conv1D, hence the name of that folder.
+# Folder: (class, config, its settings). PEFT's tests skip a "gpt2" for types without Conv1D, hence
+# the name of that folder.
 MODELS: dict[str, tuple[str, str, dict[str, int | str]]] = {
     "tiny-opt": ("OPTForCausalLM", "OPTConfig", {**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 32}),
     "tiny-conv1d": (

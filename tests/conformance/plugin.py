@@ -1,8 +1,9 @@
 """A pytest plug-in that runs PEFT's tests on LR-QAT: the tests are PEFT's, the cases are ours.
 
-PEFT's test modules have their cases in lists that `parametrize` refers to. The lists are replaced by those below, tests
-that get no case of ours are deselected, and the tests named in `deviations.yaml` are expected to fail, each for its
-reason. A test that fails without being named there is an error, and so is a named one that passes.
+PEFT's test modules have their cases in lists that `parametrize` refers to. The lists are replaced
+by those below, tests that get no case of ours are deselected, and the tests named in
+`deviations.yaml` are expected to fail, each for its reason. A test that fails without being named
+there is an error, and so is a named one that passes.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # PEFT's tests make such warnings of transformers errors, but these are about what PEFT and its tests call.
+    # PEFT's tests make such warnings of transformers errors, but these are about what PEFT and its
+    # tests call.
     config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")
     storage = config.getoption("storage")
     _set_defaults(LRQATConfig, STORAGE[storage])
@@ -152,7 +154,9 @@ def _set_defaults(cls: type, values: dict[str, Any]) -> None:
 def _range_of_a_power_of_two(
     weight: torch.Tensor, grid: Grid, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the place of ``estimate_range``: steps by which a weight is divided and multiplied without rounding."""
+    """In the place of ``estimate_range``: steps by which a weight is divided and multiplied without
+    rounding.
+    """
     scale, zero_point = estimate_range(weight, grid, **options)
     return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent), zero_point
 
@@ -160,7 +164,7 @@ def _range_of_a_power_of_two(
 def _tile_without_rounding(
     w: low_rank.LowRankWeight, rows: slice | torch.Tensor, columns: slice | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In the place of ``low_rank.tile``: Q = Z, and Z counts as inside the grid, wherever it lies."""
+    """Replaces ``low_rank.tile``: Q = Z, and Z counts as inside the grid, wherever it lies."""
     grid = w.format.grid
     columns = slice(0, w.format.in_features) if columns is None else columns
     groups, width = low_rank.groups_of(w, columns), columns.stop - columns.start
@@ -233,7 +237,9 @@ def _expect_deviations(items: list[pytest.Item], storage: str) -> list[str]:
 
 
 def _matches(item: pytest.Item, pattern: str) -> bool:
-    """``Class::test`` stands for all its cases, ``Class::test[case]`` for some; ``*`` only works in the brackets."""
+    """``Class::test`` stands for all its cases, ``Class::test[case]`` for some; ``*`` only works in
+    the brackets.
+    """
     test, _, case = pattern.partition("[")
     name, _, parameters = item.nodeid.partition("::")[2].partition("[")
     return name == test and (not case or fnmatchcase(parameters, case))

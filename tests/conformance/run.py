@@ -1,7 +1,9 @@
-"""Runs PEFT's own test-suite on LR-QAT: ``python tests/conformance/run.py [--storage lossless|int|fixed8] [pytest options]``.
+"""Runs PEFT's own test-suite on LR-QAT: ``python tests/conformance/run.py [--storage
+lossless|int|fixed8] [pytest options]``.
 
-The tests are those of the installed PEFT. Its source distribution is fetched with pip into `.cache/conformance`, once;
-nothing of it is part of this repository. `plugin.py` puts LR-QAT in the place of PEFT's types.
+The tests are those of the installed PEFT. Its source distribution is fetched with pip into
+`.cache/conformance`, once; nothing of it is part of this repository. `plugin.py` puts LR-QAT in the
+place of PEFT's types.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def fetch_tests(version: str) -> Path:
 
 def run(storage: str, source: Path, pytest_options: list[str]) -> int:
     """One pytest run; its exit code."""
-    options = f"-p plugin --storage {storage} -o addopts= -o testpaths=tests -q --disable-warnings".split()
+    options = f"-p plugin --storage {storage} -o addopts= -o testpaths=tests -q".split()
+    options.append("--disable-warnings")
     if importlib.util.find_spec("xdist"):
         options += ["-n", "2"]
     environment = {
@@ -72,8 +75,8 @@ def main() -> int:
     parser.add_argument(
         "--storage",
         choices=["lossless", "int", "fixed8"],
-        help="lossless: no rounding anywhere, which tells errors of plumbing from effects of quantisation. Default: lossless, "
-        "then int.",
+        help="lossless: no rounding anywhere, so that a failure is an error of plumbing and not an "
+        "effect of quantisation. Default: lossless, then int.",
     )
     arguments, pytest_options = parser.parse_known_args()
     source = fetch_tests(importlib.metadata.version("peft"))

@@ -1,4 +1,6 @@
-"""Bits where they take away most of the error: against all other allocations of a small case, and within the budget."""
+"""Bits where they take away most of the error: against all other allocations of a small case, and
+within the budget.
+"""
 
 from itertools import pairwise, product
 
@@ -62,7 +64,10 @@ def test_within_the_budget_and_in_order(values, share):
 
 @pytest.mark.parametrize("budget", range(2000, 8000, 500))
 def test_hardly_any_other_allocation_is_better(budget):
-    """Against all 5^4 allocations of up to 4 bits. Only what is left when no step fits any more can be used better."""
+    """Against all 5^4 allocations of up to 4 bits.
+
+    Only what is left when no step fits any more can be used better.
+    """
     layers = [layer([8.0, 3.0]), layer([4.0, 2.0], rows=128)]
     bits = allocate(layers, budget, **OPTIONS)
     others = ([list(w[:2]), list(w[2:])] for w in product(range(5), repeat=4))

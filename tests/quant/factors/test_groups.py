@@ -68,7 +68,9 @@ def test_midrise_is_no_worse_than_the_scale_of_the_largest_entry(bits, length):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rtn_is_at_most_half_a_step_away(bits):
-    """The range holds the minimum, the maximum and zero; an integer zero point may cost the ends another half."""
+    """The range holds the minimum, the maximum and zero; an integer zero point may cost the ends
+    another half.
+    """
     x = vectors(16, 24)
     quantized = quantize_rtn(x, torch.full((16,), bits), **OPTIONS)
     step = quantized.scale.repeat_interleave(8, 1)

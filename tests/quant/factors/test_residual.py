@@ -1,4 +1,6 @@
-"""The residual-aware procedure: better than the published one at the same bits, and exact about what it claims."""
+"""The residual-aware procedure: better than the published one at the same bits, and exact about
+what it claims.
+"""
 
 import pytest
 import torch

@@ -146,7 +146,8 @@ def test_pairs_may_hold_several_components(make_components):
 def test_the_layout_is_that_of_the_specification(make_components):
     """Two components of 3 bits and one of 1 bit on (5, 13) with groups of 4, byte by byte."""
     components, format, tensors = packed(make_components, "331", 5, 13, 4, zero_points=True)
-    # codes: 2 of ceil(15/8) and 2 of ceil(39/8) bytes; 1 of ceil(5/8) and 1 of ceil(13/8). Groups: 2 and 4.
+    # codes: 2 of ceil(15/8) and 2 of ceil(39/8) bytes; 1 of ceil(5/8) and 1 of ceil(13/8). Groups:
+    # 2 and 4.
     assert format.sizes == {
         "codes": 2 * 2 + 2 * 5 + 1 + 2,
         "scales": 3 * 2 + 3 * 4,
@@ -172,7 +173,7 @@ def test_the_layout_is_that_of_the_specification(make_components):
 
 
 def test_golden_bytes():
-    """B = (1.5, -0.5) at 2 bits: codes 3, 1 -> 0b0111; A = (0.5, -1.5, 1.5) -> 2, 0, 3 -> 0b110010."""
+    """At 2 bits: B = (1.5, -0.5) is 3, 1 or 0b0111; A = (0.5, -1.5, 1.5) is 2, 0, 3 or 0b110010."""
     format = PackedFormat(
         bits="2", rows=2, columns=3, group_size=8, scale_dtype=torch.float16, zero_points=False
     )
