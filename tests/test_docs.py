@@ -20,8 +20,8 @@ from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lrqat_command import COMMANDS, main
 from peft_lrqat import LRQATConfig
-from peft_lrqat.cli import main
 from peft_lrqat.demo import load_topics, model_path
 
 
@@ -84,9 +84,8 @@ def places(tmp_path_factory) -> Path:
     )
     lrqat.peft_config["default"].base_model_name_or_path = str(folder / "MODEL")
     lrqat.save_pretrained(folder / "lrqat-3bit")
-    # 20 blocks of 256 tokens, and 4.
-    for name, split, letters in (("train", "train", 20_000), ("heldout", "heldout", 5_000)):
-        (folder / f"{name}.txt").write_text("\n\n".join(load_topics(split))[:letters])
+    for split in ("train", "heldout"):  # two blocks of 512 tokens each
+        (folder / f"{split}.txt").write_text("\n\n".join(load_topics(split))[:5_000])
     (folder / "TEXT").write_text((folder / "train.txt").read_text())
     return folder
 
@@ -146,3 +145,8 @@ def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         if page.name != "index.md" and page.parent.name != "api":
             assert (page.parent / target).exists(), f"{page_name(page)}: {target}"
+
+
+def test_the_command_line_page_names_every_command():
+    named = set(re.findall(r"^\| `lrqat ([\w-]+)`", (ROOT / "docs/commands.md").read_text(), re.M))
+    assert named == COMMANDS.keys()

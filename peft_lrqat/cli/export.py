@@ -35,10 +35,14 @@ class ExportArguments(ModelOptions, JsonOptions):
         default="compressed-tensors",
         metadata={
             "choices": list(FORMATS),
-            "help": "file format; `lrqat recipe` chooses one before training",
+            "help": "compressed-tensors: for vLLM and transformers. gguf: for llama.cpp. gptq: for "
+            "servers that read GPTQ. packed: for `peft_lrqat.load_quantized`. dequantized: plain "
+            "weights. `lrqat recipe` helps to choose before training",
         },
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "bytes of tensors in a file"})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "largest size of a file with tensors"}
+    )
     container_bits: int | None = field(
         default=None,
         metadata={
