@@ -28,6 +28,7 @@ from .shared.adapter_files import sign_adapter
 
 if TYPE_CHECKING:
     from .activations.cache import low_bit_cache
+    from .base.prepare import prepare_low_bit
     from .export import export_model, load_quantized, verify_export
     from .loraquant import dequantize_adapter, quantize_adapter
     from .trainer import (
@@ -56,6 +57,7 @@ _LAZY = {
     "load_quantized": ".export",
     "low_bit_cache": ".activations.cache",
     "make_blocks": ".trainer.data",
+    "prepare_low_bit": ".base.prepare",
     "quantize_adapter": ".loraquant",
     "verify_export": ".export",
 }
@@ -84,6 +86,7 @@ __all__ = [
     "load_quantized",
     "low_bit_cache",
     "make_blocks",
+    "prepare_low_bit",
     "push_folder_to_hub",
     "push_to_hub",
     "quantize_adapter",

@@ -131,6 +131,23 @@ class _UnpackZeroPoints(ConversionOps):
         return {full_layer_name: unpack(packed, grid.bits, groups).contiguous()}
 
 
+def downcast(
+    linear: nn.Linear | Conv1D, name: str, weight: Tensor, config: LowBitConfig
+) -> DowncastLinear | None:
+    """What stands for ``linear`` once its ``weight`` is there; None if that is not finite."""
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():
+        return None
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    width = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
+    return DowncastLinear.from_linear(
+        linear,
+        config.weight_format(name, width),
+        estimator=config.range_estimator,
+        p=config.range_p,
+        base_dtype=weight.dtype,
+    )
+
+
 class LowBitQuantizer(HfQuantizer):
     """Loads a stored low-bit base or packed export, or makes a base while a checkpoint is read."""
 
@@ -232,22 +249,12 @@ class LowBitQuantizer(HfQuantizer):
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Puts the downcast layer of ``weight`` in place of the plain module ``name``."""
-        config = self.quantization_config
-        linear = model.get_submodule(name)
-        width = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
-        if not torch.stack(torch.aminmax(weight)).isfinite().all():
+        made = downcast(model.get_submodule(name), name, weight, self.quantization_config)
+        if made is None:
             # An exception here would end as a conversion that "encountered some issues".
             self._not_finite.append(name)
-            return
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        made = DowncastLinear.from_linear(
-            linear,
-            config.weight_format(name, width),
-            estimator=config.range_estimator,
-            p=config.range_p,
-            base_dtype=weight.dtype,
-        )
-        put(model, name, made)
+        else:
+            put(model, name, made)
 
     def get_weight_conversions(self) -> list[Any]:
         """Packed exports call the same bytes by other names; other methods have other bytes."""

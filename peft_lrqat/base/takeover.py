@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..quant import WeightFormat
 from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
@@ -73,6 +74,21 @@ def load_low_bit(
     if not isinstance(config, PretrainedConfig):
         place = {key: kwargs[key] for key in PLACE if key in kwargs}
         config = AutoConfig.from_pretrained(config or name, **place)
+    made_by = low_bit_settings(config, name, settings)
+    if made_by is not None and made_by.takes_over:
+        config.quantization_config = made_by.to_dict()
+    elif made_by is not None:
+        kwargs["quantization_config"] = made_by
+    return auto_class.from_pretrained(name, config=config, use_safetensors=True, **kwargs)
+
+
+def low_bit_settings(
+    config: PretrainedConfig, name: str, settings: LowBitConfig | None
+) -> LowBitConfig | None:
+    """How a low-bit base is made of the checkpoint ``name``; None where it is one already.
+
+    ValueError for settings that are missing, or that a quantised checkpoint has no use for.
+    """
     stored = stored_settings(config)
     if stored is None:
         if settings is None:
@@ -80,15 +96,16 @@ def load_low_bit(
                 f"the checkpoint {name} is not quantised, so `settings` must say how to make a "
                 "low-bit base of it, such as LowBitConfig(bits=4)"
             )
-        kwargs["quantization_config"] = settings
-    elif settings is not None:
+        return settings
+    if settings is not None:
         raise ValueError(
             f"`settings` must be None for {name}, which is already quantised by "
             f"{stored.get('quant_method')!r}: its integers are kept as they are"
         )
-    elif stored.get("quant_method") != METHOD:
-        config.quantization_config = takeover_settings(stored)
-    return auto_class.from_pretrained(name, config=config, use_safetensors=True, **kwargs)
+    if stored.get("quant_method") == METHOD:
+        return None
+    find_layout(stored)
+    return LowBitConfig(source=stored)
 
 
 def stored_settings(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -100,19 +117,14 @@ def stored_settings(config: PretrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def takeover_settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """What stands in for the quantization config of another method."""
-    find_layout(stored)
-    return {"quant_method": METHOD, "source": stored}
-
-
 class Takeover:
     """Makes the low-bit layers of one checkpoint while transformers reads it."""
 
     def __init__(self, model: PreTrainedModel, settings: dict[str, Any], files: list[str]) -> None:
         self.settings, self.layout = settings, find_layout(settings)
-        self.made: dict[str, DowncastLinear] = {}
+        self.formats: dict[str, WeightFormat] = {}  # of what was made
         self.errors: list[str] = []
+        self.dtype, self.scale_dtypes = model.dtype, set[torch.dtype]()
         self.found = self._look_into(files, model)
         parts = [rf"\.{part}$" for part in self.layout.parts]
         self.converter = WeightConverter(parts, ".weight", [_TakeOver(self)])
@@ -155,7 +167,7 @@ class Takeover:
             # An exception here would end as a conversion that "encountered some issues".
             self.errors.append(f"`{name}`: {error}")
             return None
-        self.made[name] = made
+        self.formats[name] = made.format
         return made
 
     def _layer(self, linear: nn.Module, tensors: dict[str, Tensor]) -> DowncastLinear:
@@ -180,7 +192,7 @@ class Takeover:
         made.scale0.data = taken.scale.float()
         if made.zero_point is not None and taken.zero_point is not None:
             made.zero_point.data = taken.zero_point
-        self.scale_dtype = taken.scale.dtype
+        self.scale_dtypes.add(taken.scale.dtype)
         return made
 
     def finish(self, config: LowBitConfig) -> None:
@@ -188,27 +200,26 @@ class Takeover:
         if self.errors:
             more = f" (and {len(self.errors) - 1} more)" if len(self.errors) > 1 else ""
             raise ValueError(f"{self.layout.name} cannot be taken over: {self.errors[0]}{more}")
-        if len(self.made) != len(self.found):
-            left = {n for n in self.found if not any(_is_same(n, made) for made in self.made)}
+        if len(self.formats) != len(self.found):
+            left = {n for n in self.found if not any(_is_same(n, made) for made in self.formats)}
             raise ValueError(
                 f"the checkpoint has {self.layout.name} weights for {some(left or self.found)}, "
                 "which the model has no linear layer for"
             )
-        first = next(iter(self.made.values()))
-        if self.scale_dtype not in (first.dtype, torch.float32):
+        for other in self.scale_dtypes - {self.dtype, torch.float32}:
             logger.warning(
-                f"The scales of this checkpoint are {SCALE_NAMES[self.scale_dtype]}, but the model "
-                f"is loaded in {SCALE_NAMES[first.dtype]}. Each weight is rounded once to that, "
-                f"while {self.layout.name} loaders may round twice; load with "
-                f"dtype={self.scale_dtype} to compute exactly what they do."
+                f"The scales of this checkpoint are {SCALE_NAMES[other]}, but the model is "
+                f"{SCALE_NAMES[self.dtype]}. Each weight is rounded once to that, while "
+                f"{self.layout.name} loaders may round twice; load with dtype={other} to compute "
+                "exactly what they do."
             )
-        formats = [layer.format for layer in self.made.values()]
+        formats = list(self.formats.values())
         usual = max(formats, key=formats.count)
         config.downcast = "int"
         config.scale_dtype = cast("Any", usual.scale_dtype)
         config.bits, config.symmetric = usual.grid.bits, usual.grid.symmetric
         config.group_size = usual.grid.group_size
-        config.target_modules = sorted(self.made)
+        config.target_modules = sorted(self.formats)
 
 
 def _lacks_bias(model: nn.Module, name: str) -> bool:
