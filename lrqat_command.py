@@ -22,6 +22,10 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 # By name: the module in peft_lrqat/cli and its function, and what the command does.
 COMMANDS = {
     "train": ("train:run_train", "train an LR-QAT adapter on a text"),
+    "prepare": (
+        "prepare:run_prepare",
+        "make a low-bit base of a model, or of a GPTQ, AWQ or compressed-tensors checkpoint",
+    ),
     "eval": ("evaluate:run_eval", "measure the perplexity of a model, with or without an adapter"),
     "recipe": ("export:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),

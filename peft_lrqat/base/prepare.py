@@ -272,11 +272,10 @@ class _Job:
             for number, names in enumerate(shards, start=1):
                 file = _shard_name(number, len(shards))
                 record = records / f"{number}.json"
-                if not record.exists():
-                    written = self._write_shard(directory, file, names, bar)
-                    _write_json(record, written)
-                else:
+                if record.exists() and (directory / file).exists():
                     bar.update(len(names))
+                else:
+                    _write_json(record, self._write_shard(directory, file, names, bar))
                 written = json.loads(record.read_text())
                 modules |= written["modules"]
                 digests |= written["digests"]
@@ -431,8 +430,8 @@ def _start(partial: Path, identity: dict[str, Any]) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     if any(path.name != _temporary(plan).name for path in partial.iterdir()):
         raise ValueError(
-            f"{partial} exists, but this command has not made it; rename it, or give another output "
-            "directory"
+            f"{partial} exists, but this command has not made it; rename it, or give another "
+            "output directory"
         )
     _write_json(plan, identity)
 

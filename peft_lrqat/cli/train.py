@@ -1,12 +1,9 @@
 """`lrqat train`: trains an LR-QAT adapter on a text."""
 
-import argparse
 import dataclasses
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
@@ -18,8 +15,9 @@ from peft_lrqat.trainer.checkpoint import check_no_checkpoints, why_incomplete
 from peft_lrqat.trainer.data import load_blocks
 from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
 
+from .fields import config_values, given_names, options_of
 from .options import ModelOptions
-from .parser import Parser, escaped
+from .parser import Parser
 from .stop import StopOnSignal
 
 
@@ -32,68 +30,22 @@ NOT_FOR_TRAINING = {
     "base_dtype_found",
     "verify_base",
 }
-# A module's name; anything else in `--target_modules` is a regular expression.
-NAME = re.compile(r"[\w.]+")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A dict from the command line, such as ``'{"down_proj": 4}'``."""
-    message = f'must be a JSON object such as {{"down_proj": 4}}, but is {text!r}'
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{message} ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(message)
-    return value
-
-
-def _command_line_type(hint: Any) -> Any:
-    """The type hint of a config field as `HfArgumentParser` understands it."""
-    lists = [option for option in get_args(hint) if get_origin(option) is list]
-    if lists:
-        # A single value becomes a list of one; `adapter_config` tells names and patterns apart.
-        return lists[0] | None
-    return json_object if get_origin(hint) is dict else hint
-
-
-def _adapter_fields() -> list[tuple[str, Any, dataclasses.Field]]:
-    """Name, type and default of each LR-QAT option; the help text is the config's own."""
-    left_out = NOT_FOR_TRAINING | {
-        inherited.name for inherited in dataclasses.fields(AdapterConfig)
-    }
-    hints = get_type_hints(LRQATConfig)
-    fields: list[tuple[str, Any, dataclasses.Field]] = []
-    for option in dataclasses.fields(LRQATConfig):
-        if option.name in left_out:
-            continue
-        metadata = escaped(option)
-        kind, factory = _command_line_type(hints[option.name]), option.default_factory
-        if option.name == "target_modules":
-            # The command line quantises the whole model, not PEFT's default targets for LoRA.
-            copy: Any = field(default_factory=lambda: ["all-linear"], metadata=metadata)
-        else:
-            copy = field(default=option.default, default_factory=factory, metadata=metadata)
-        fields.append((option.name, kind, copy))
-    return fields
-
-
-AdapterArguments = dataclasses.make_dataclass(
-    "AdapterArguments", _adapter_fields(), namespace={"_argument_group_name": "LR-QAT adapter"}
+AdapterArguments = options_of(
+    LRQATConfig,
+    "AdapterArguments",
+    "LR-QAT adapter",
+    NOT_FOR_TRAINING | {inherited.name for inherited in dataclasses.fields(AdapterConfig)},
 )
 
 
-def adapter_config(options: Any) -> LRQATConfig:
-    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`."""
-    values = dataclasses.asdict(options)
-    for name in ("target_modules", "exclude_modules"):
-        given = values[name]
-        if (
-            given is not None
-            and len(given) == 1
-            and (given[0] == "all-linear" or not NAME.fullmatch(given[0]))
-        ):
-            values[name] = given[0]
+def adapter_config(options: Any, given: Collection[str] | None = None) -> LRQATConfig:
+    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`.
+
+    ``given``: the options that the user named; a low-bit base decides the others. None: all.
+    """
+    values = config_values(options)
+    if given is not None:
+        values = {n: v for n, v in values.items() if n in given or n == "target_modules"}
     return LRQATConfig(task_type="CAUSAL_LM", **values)
 
 
@@ -174,7 +126,7 @@ def run_train(argv: Sequence[str]) -> int:
     data, adapter, args = parser.parse(argv)
     with parser.user_errors():
         _check_training(data, args)
-        config = adapter_config(adapter)
+        config = adapter_config(adapter, given_names(argv))
         base, tokenizer = load_base(data.model, data.dtype)
         _check_block_size(base, data.block_size)
         options = {"block_size": data.block_size, "text_column": data.text_column}

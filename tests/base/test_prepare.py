@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -176,36 +175,39 @@ def test_a_run_goes_on_after_the_last_file(plain, tmp_path, monkeypatch):
     check_same(tmp_path / "made", saved(source, tmp_path / "saved", LowBitConfig(bits=4)))
 
 
-KILLED = """
-import os, signal, sys
-from peft_lrqat import LowBitConfig, prepare_low_bit
-from peft_lrqat.base import prepare
-
-number, seen = int(sys.argv[3]), 0
-def count(event, args):
-    global seen
-    changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
-        event == "open" and isinstance(args[1], str) and set(args[1]) & set("wx+")
-    )
-    if changes and "made" in str(args[0]):
-        seen += 1
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-prepare_low_bit(sys.argv[1], sys.argv[2], LowBitConfig(bits=4), max_shard_bytes=40_000,
-                progress=False)
-print("CHANGES", seen)
-"""
-
-
 def killed_at(number, source, target):
-    """A process that SIGKILL ends before its change ``number``; returns how many a whole run has."""
-    command = [sys.executable, "-c", KILLED, str(source), str(target), str(number)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode == -signal.SIGKILL:
-        return None
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("CHANGES")[1])
+    """A fork that SIGKILL ends before its change ``number``; the changes of a whole run.
+
+    A change is a file or folder that is created, renamed or removed.
+    """
+    kinds = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
+    counted = target.with_name("counted")
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            return None
+        assert status == 0
+        return int(counted.read_text())
+    seen = 0
+
+    def count(event, args):
+        nonlocal seen
+        opens = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wx+")
+        if (event in kinds or opens) and target.name in str(args[0]):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sys.addaudithook(count)
+        settings = {"max_shard_bytes": 40_000, "progress": False}
+        prepare_low_bit(source, target, LowBitConfig(bits=4), **settings)
+        counted.write_text(str(seen))
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def test_killed_it_is_whole_or_not_there_and_goes_on(plain, tmp_path):

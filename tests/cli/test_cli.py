@@ -174,7 +174,16 @@ def test_training_defaults_are_the_recipe():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "eval", "quantize-adapter", "dequantize-adapter", "recipe", "export", "demo"],
+    [
+        "train",
+        "prepare",
+        "eval",
+        "quantize-adapter",
+        "dequantize-adapter",
+        "recipe",
+        "export",
+        "demo",
+    ],
 )
 def test_help_teaches(capsys, command):
     with pytest.raises(SystemExit) as ended:

@@ -54,7 +54,7 @@ def test_help_names_every_command(capsys):
     ("words", "message"),
     [
         (["trian"], "`trian` is not a command; did you mean `train`?"),
-        (["xyz"], "`xyz` is not a command; use one of train, eval,"),
+        (["xyz"], "`xyz` is not a command; use one of train, prepare,"),
         (
             ["eval", "--windw", "16", "--dataset", "x"],
             "unknown: --windw 16; did you mean --window?",
