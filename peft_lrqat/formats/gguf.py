@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..quant.grid import Grid
-from . import ggml, vocabulary
+from . import chats, ggml, vocabulary
 from .base import DeployedModel, Format, Loaded, from_pretrained, write_config
 from .linear import QuantizedLinear, Target
 
@@ -147,6 +147,10 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
         size = (directory / FILE).stat().st_size
         return {"bytes of the quantised weights": weights, "bytes of the file": size}
 
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        block = ggml.block_type(target.grid, target.in_features)
+        return target.out_features * ggml.row_bytes(block, target.in_features)
+
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
         return from_pretrained(
             path,
@@ -161,9 +165,9 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
 
     def problems(self, path: Path) -> list[str]:
         """Chats and texts that the file's tokenizer would cut differently from the tokenizer's."""
-        if not vocabulary.is_saved_in(path):
+        if not chats.is_saved_in(path):
             return []
-        return vocabulary.differences(path, FILE)
+        return chats.differences(path, FILE)
 
 
 class _Entry:

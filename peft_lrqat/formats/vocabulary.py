@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import re
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-ADDS_BOS, ADDS_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
 
 OTHERWISE = "export another format"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
@@ -66,6 +64,7 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, parts, tokens, kinds, merges, tokenizer.unk_token_id)
     else:
+        _check_byte_level(parts)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_name(parts["pre_tokenizer"]))
         writer.add_token_merges([" ".join(merge) for merge in merges])
@@ -75,10 +74,63 @@ def add(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         special = getattr(tokenizer, f"{kind}_token_id", None)
         if special is not None:
             getattr(writer, f"add_{kind}_token_id")(special)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    begins, ends = _frame(tokenizer)
+    writer.add_add_bos_token(begins)
+    writer.add_add_eos_token(ends)
     _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether a text gets the token that begins, and the one that ends texts; nothing else may."""
+    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    begins = ids[: len(ids) - len(bare)] == [tokenizer.bos_token_id] or (
+        ids == [tokenizer.bos_token_id, *bare, tokenizer.eos_token_id]
+    )
+    ends = ids[len(ids) - 1 :] == [tokenizer.eos_token_id] and len(ids) > len(bare)
+    framed = [tokenizer.bos_token_id] * begins + bare + [tokenizer.eos_token_id] * ends
+    if ids != framed:
+        raise ValueError(
+            f"a GGUF file can put one token before and one after a text, but this tokenizer makes"
+            f" {ids} of {bare}; {OTHERWISE}"
+        )
+    return begins, ends
+
+
+def _check_byte_level(parts: dict[str, Any]) -> None:
+    """ValueError for a byte-level tokenizer with a step that llama.cpp does not take."""
+    model, normalizer = parts["model"], parts["normalizer"]
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["NFC"]:
+        logger.warning(
+            "llama.cpp does not bring text into Unicode's NFC form, as this tokenizer does; texts"
+            " with separate accents become other tokens there"
+        )
+    elif kinds:
+        raise ValueError(
+            f"this tokenizer changes text by {kinds} before it cuts it, which llama.cpp does not;"
+            f" {OTHERWISE}"
+        )
+    cutter = parts["pre_tokenizer"] or {}
+    for step in cutter.get("pretokenizers", [cutter]):
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+            raise ValueError(
+                "this tokenizer puts a space before a text, which llama.cpp does not for"
+                f" byte-level tokens; {OTHERWISE}"
+            )
+    for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(field):
+            raise ValueError(
+                f"llama.cpp knows no `{field}`, but this tokenizer has {model[field]!r};"
+                f" {OTHERWISE}"
+            )
+    # llama.cpp keeps whole words that are tokens for one kind only.
+    expected = split_name(parts["pre_tokenizer"]) == "llama-bpe"
+    if bool(model.get("ignore_merges")) != expected:
+        raise ValueError(
+            f"llama.cpp reads such a tokenizer with ignore_merges={expected}, but this one has"
+            f" {model.get('ignore_merges')}; {OTHERWISE}"
+        )
 
 
 def _add_chat_templates(writer: Any, templates: str | dict[str, str] | None) -> None:
@@ -169,76 +221,3 @@ def _has_space_prefix(parts: dict[str, Any]) -> bool:
         f"this tokenizer prepares text by {kinds} and {cutter}, which a GGUF file cannot say;"
         f" {OTHERWISE}"
     )
-
-
-TURNS = [
-    {"role": "user", "content": "What is 12345.67 in words? It's\n\n  for Zoë."},
-    {"role": "assistant", "content": "Twelve thousand ..."},
-    {"role": "user", "content": "Thanks!"},
-]
-
-
-def is_saved_in(path: Path) -> bool:
-    """Whether the directory of an export also holds a tokenizer for transformers."""
-    return (path / "tokenizer_config.json").is_file()
-
-
-def differences(path: Path, file: str) -> list[str]:
-    """How the tokenizer in a GGUF file differs from the one saved beside it, in words.
-
-    A text and a chat of two turns are cut by both. Like llama.cpp, the reader of the file puts the
-    token that begins a text in front, once, if the file says so.
-    """
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path / file).fields
-    mine = AutoTokenizer.from_pretrained(path)
-    theirs = AutoTokenizer.from_pretrained(path, gguf_file=file)
-
-    def value(key: str) -> Any:
-        return fields[key].contents() if key in fields else None
-
-    begins = value("tokenizer.ggml.bos_token_id") if value(ADDS_BOS) else None
-    ends = value("tokenizer.ggml.eos_token_id") if value(ADDS_EOS) else None
-
-    def cut(text: str) -> list[int]:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        if begins is not None and ids[:1] != [begins]:
-            ids = [begins, *ids]
-        return ids if ends is None else [*ids, ends]
-
-    found = []
-    text = TURNS[0]["content"]
-    expected = mine(text)["input_ids"]
-    if cut(text) != expected:
-        found.append(f"a text becomes {cut(text)} in the file, but {expected} in training")
-    templates = mine.chat_template
-    for name, template in (templates if isinstance(templates, dict) else {"": templates}).items():
-        if template is None:
-            continue
-        key = f"tokenizer.chat_template{f'.{name}' if name not in ('', 'default') else ''}"
-        if value(key) != template:
-            found.append(f"`{key}` of the file is not the tokenizer's template")
-            continue
-        options = {"chat_template": template, "add_generation_prompt": True}
-        try:
-            rendered = mine.apply_chat_template(TURNS, tokenize=False, **options)
-        except Exception as error:  # a template may refuse a chat, in whatever way
-            logger.warning(f"the chat template {name or 'of the tokenizer'} was not tried: {error}")
-            continue
-        expected = mine(rendered, add_special_tokens=False)["input_ids"]
-        if cut(rendered) != expected:
-            found.append(
-                f"a chat begins with {cut(rendered)[:3]} in llama.cpp, but with {expected[:3]} in"
-                f" training: {_why(cut(rendered), expected, begins)}"
-            )
-    return found
-
-
-def _why(theirs: list[int], mine: list[int], begins: int | None) -> str:
-    if begins is not None and theirs == [begins, *mine]:
-        return (
-            "the tokenizer begins every text with a token that the chat template leaves out; begin"
-            " the template with `{{ bos_token }}`, or train with it"
-        )
-    return "the tokens differ; export another format"

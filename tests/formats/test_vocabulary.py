@@ -187,3 +187,41 @@ def test_ways_to_cut_text_by_llama_cpps_names():
     for other in (None, {"type": "Whitespace"}, {"type": "Split", "pattern": {"Regex": "x"}}):
         with pytest.raises(ValueError, match="has no known name in"):
             split_name(other)
+
+
+def changed(tokenizer, **fields):
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["model"].update(fields.pop("model", {}))
+    return fast({**parts, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, r"changes text by \['Lowercase'\]"),
+        ({"model": {"ignore_merges": True}}, "with ignore_merges=False, but this one has True"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "llama.cpp knows no `end_of_word_suffix`"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "x", "type_id": 0}},
+                        {"SpecialToken": {"id": "x", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [],
+                    "special_tokens": {"x": {"id": "x", "ids": [5], "tokens": ["x"]}},
+                }
+            },
+            "can put one token before and one after a text",
+        ),
+    ],
+    ids=["normalizer", "ignore_merges", "suffix", "two tokens in front"],
+)
+def test_byte_level_tokenizers_that_llama_cpp_reads_otherwise(
+    fields, message, tokenizer, export_with, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        export_with(changed(tokenizer, **fields), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
