@@ -18,6 +18,9 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from peft_lrqat.export.linears import lrqat_layers, target_of
+from peft_lrqat.formats.sizes import stored_bits
+from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.lrqat.layer import LRQATLayer
 from peft_lrqat.lrqat.size import deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.shared.tasks import class_of
@@ -135,5 +138,21 @@ def describe_size(model: PeftModel) -> str:
     return (
         f"{len(names)} layers quantised ({', '.join(kinds)}); target weights:"
         f" {training:,} bytes while training, {deployed:,} bytes deployed;"
-        f" trainable parameters: {trainable:,}"
+        f" trainable parameters: {trainable:,}{_wasteful_formats(model)}"
     )
+
+
+def _wasteful_formats(model: PeftModel) -> str:
+    """The formats whose files take over a tenth more than what is trained; "" if none does."""
+    targets = [target_of(name, layer) for name, layer in lrqat_layers(model).items()]
+    found = []
+    for format in FORMATS.values():
+        # Plain weights are not meant to be small, and what a format cannot hold has no size.
+        if format.is_small and all(
+            format.why_not(t.grid, t.scale_dtype, t.in_features, t.is_conv1d) is None
+            for t in targets
+        ):
+            bits = stored_bits(targets, format)
+            if bits.wasteful:
+                found.append(bits.remark(format))
+    return "".join(f"\n{remark}" for remark in found)

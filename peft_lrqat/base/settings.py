@@ -103,16 +103,19 @@ class WeightSettings:
         if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 8:
             raise ValueError(f"`range_p` must be 1 to 8, but is {p!r}")
 
-    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
-        """The format of one target; ValueError with its name if the group size does not fit."""
+    def weight_grid(self, module_name: str) -> Grid:
+        """The grid of one target."""
         bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
         group_size = self.group_size_pattern.get(
             get_pattern_key(self.group_size_pattern, module_name), self.group_size
         )
-        grid = Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+        return Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+
+    def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
+        """The format of one target; ValueError with its name if the group size does not fit."""
         try:
             return WeightFormat(
-                grid=grid,
+                grid=self.weight_grid(module_name),
                 downcast=self.downcast,
                 scale_dtype=self.scale_dtype,
                 in_features=in_features,

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.formats.runtimes import RUNTIMES, runtime_named
+from peft_lrqat.formats.linear import linear_names
+from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import check_target, directory_bytes
 from peft_lrqat.trainer.pipeline import load_adapter
 from peft_lrqat.trainer.tokenizers import (
@@ -66,14 +71,20 @@ class ExportArguments(ModelOptions, JsonOptions):
 
 
 @dataclass(kw_only=True)
-class RecipeForArguments:
+class RecipeForArguments(JsonOptions):
     """For which runtime."""
 
     bits: int = field(default=4, metadata={"help": "bits per weight"})
     activation_bits: int | None = field(
-        default=None, metadata={"help": "bits of the inputs of the quantised layers; left out: 16"}
+        default=None, metadata={"help": "bits of the inputs of the quantised layers; default: 16"}
     )
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "base model, a directory or a name on the Hub: group sizes then divide the "
+            "widths of its layers, and the file's size is printed"
+        },
+    )
 
 
 def run_export(argv: Sequence[str]) -> int:
@@ -148,25 +159,54 @@ def run_recipe(argv: Sequence[str]) -> int:
         "--for RUNTIME [options]",
         [RecipeForArguments],
         "Settings to train with, so that a runtime loads the result as it is.",
-        "  lrqat recipe --for vllm\n  lrqat recipe --for llama.cpp --bits 2",
+        "  lrqat recipe --for vllm --model ./my-llama\n  lrqat recipe --for llama.cpp --bits 2",
     )
     parser.add_argument(
         "--for", dest="runtime", choices=RUNTIMES, required=True, help="what is to run the model"
     )
     args, place = parser.parse(argv)
+    runtime = runtime_named(place.runtime)
     with parser.user_errors():
+        model = None if args.model is None else _skeleton(args.model)
         config = LRQATConfig.for_runtime(
-            place.runtime, bits=args.bits, activation_bits=args.activation_bits
+            runtime.name,
+            bits=args.bits,
+            activation_bits=args.activation_bits,
+            model=model,
+            target_modules="all-linear",
         )
+    grid = Grid(bits=config.bits, symmetric=config.symmetric, group_size=config.group_size)
+    shapes = [(WIDTH, WIDTH)] if model is None else list(linear_names(model).values())
+    sizes = runtime.stored_bits(grid, shapes, config.activation_grid)
     names = ("bits", "group_size", "symmetric", "scale_dtype")
     if args.activation_bits is not None:
         names += ("activation_bits",)
     fields = {name: getattr(config, name) for name in names}
-    format = runtime_named(place.runtime).format.name
+    found = {"stored_bits_per_weight": round(sizes.stored, 4), "file_bytes": None}
+    if model is not None:
+        weights = sum(rows * columns for rows, columns in shapes)
+        # All else is stored in the dtype of the model; tied weights count once.
+        others = sum(p.numel() for p in model.parameters()) - weights
+        found["file_bytes"] = round(weights * sizes.stored / 8) + others * model.dtype.itemsize
+    format = runtime.format.name
     if args.json:
-        print(json.dumps({"runtime": place.runtime, "format": format, **fields}))
+        print(json.dumps({"runtime": runtime.name, "format": format, **fields, **found}))
         return 0
     options = " ".join(f"--{name} {value}" for name, value in fields.items())
-    print(f"lrqat train --model MODEL --dataset TEXT --output_dir ADAPTER {options}")
+    name = args.model or "MODEL"
+    print(f"lrqat train --model {name} --dataset TEXT --output_dir ADAPTER {options}")
     print(f"lrqat export --adapter ADAPTER --format {format} --output DIRECTORY --verify")
+    size = "" if model is None else f"; the file takes about {found['file_bytes']:,} bytes"
+    print(f"# stored at {sizes.stored:.2f} bits per weight, scales included{size}")
+    if sizes.wasteful:
+        print(f"# {sizes.remark(runtime.format)}")
     return 0
+
+
+def _skeleton(name: str) -> PreTrainedModel:
+    """A causal language model without weights, in the dtype of its files."""
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..formats.base import Format
+from ..formats.sizes import StoredBits
 from ..lrqat.card import activation_text, scheme_tags
 from ..lrqat.config import LRQATConfig
 from ..shared.card import base_in_words, is_hub_id, table, training_text
@@ -17,12 +18,13 @@ def write_card(
     config: LRQATConfig,
     format: Format,
     figures: dict[str, int],
+    sizes: StoredBits,
     loader: str,
     activations: str = "write",
 ) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``.
 
-    ``loader``: the class of transformers that loads the model.
+    ``sizes``: bits per weight, trained and stored; ``loader``: the class of transformers that loads the model.
     """
     place, _, base = base_in_words(config.base_model_name_or_path)
     tags = {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *format.tags}
@@ -61,10 +63,17 @@ Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat
 
 - base model: {place}
 - weights of the target layers: {config.bits} bits, {grid}, {groups}{mixed}
+- stored at {sizes.stored:.2f} bits per weight, scales included{_waste(sizes) if format.is_small else ""}
 {_activations(config, activations)}
 {table("measure", {name: f"{value:,}" for name, value in figures.items()})}
 {training_text(config.training_record)}"""
     ModelCard(text).save(directory / "README.md")
+
+
+def _waste(sizes: StoredBits) -> str:
+    if not sizes.wasteful:
+        return ""
+    return f", although training needs {sizes.trained:.2f}: this format has no smaller blocks"
 
 
 def _activations(config: LRQATConfig, activations: str) -> str:

@@ -13,12 +13,14 @@ from typing import Literal
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..formats.base import DeployedModel, Format
 from ..formats.linear import QuantizedLinear, Target, widened
+from ..formats.runtimes import RUNTIMES
+from ..formats.sizes import stored_bits
 from ..formats.table import format_named
 from ..lrqat.layer import LRQATLayer
 from ..shared.checks import check_choice
@@ -81,17 +83,22 @@ def export_model(
         tokenizer=tokenizer,
     )
     writer.check(deployed)
+    base = base_of(model)
+    generation = base.generation_config if base.can_generate() else None
+    sizes = stored_bits(deployed.targets.values(), writer, deployed.activations)
+    if writer.is_small and sizes.wasteful:
+        logger.warning(f"{sizes.remark(writer)}; `lrqat recipe` finds settings that take less")
+    _warn_of_runtimes(writer, deployed)
     bar = tqdm(total=len(layers), desc=f"exporting {format}", unit="layer", disable=not progress)
     with whole_directory(path) as directory:
+        if generation is not None:
+            _save_generation_config(generation, directory)
         with bar:
             figures = writer.write(deployed, directory, max_shard_size=shard_size, done=bar.update)
-        base = base_of(model)
-        if getattr(base, "generation_config", None) is not None:
-            base.generation_config.save_pretrained(str(directory))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
         loader = type(base).__name__ if config.task_type is None else class_name(config)
-        write_card(directory, config, writer, figures, loader, activations)
+        write_card(directory, config, writer, figures, sizes, loader, activations)
     return Path(path)
 
 
@@ -102,6 +109,26 @@ def is_untrained(model: PeftModel, adapter_name: str) -> bool:
         and bool((layer.lrqat_scale[adapter_name].float() == layer.base_layer.scale0.float()).all())
         for layer in lrqat_layers(model).values()
     )
+
+
+def _save_generation_config(generation: GenerationConfig, directory: Path) -> None:
+    """ValueError for one that transformers does not save, before any layer is written."""
+    try:
+        generation.save_pretrained(str(directory))
+    except ValueError as error:
+        raise ValueError(
+            "transformers refuses to save the `generation_config` of this model; change its fields,"
+            f" or set it to None: {error}"
+        ) from error
+
+
+def _warn_of_runtimes(format: Format, model: DeployedModel) -> None:
+    """Names the runtimes that load the format, but not this model."""
+    schemes = {name: (t.grid.bits, t.grid.group_size) for name, t in model.targets.items()}
+    others = dict.fromkeys(model.plain_linears())
+    for runtime in RUNTIMES.values():
+        if runtime.format is format and (reason := runtime.why_not_fused({**others, **schemes})):
+            logger.warning(reason)
 
 
 def deployed_model(

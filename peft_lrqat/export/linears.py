@@ -41,6 +41,7 @@ def target_of(name: str, layer: LRQATLayer) -> Target:
         out_features=layer.out_features,
         in_features=layer.in_features,
         is_conv1d=base.is_conv1d,
+        dtype=base.dtype,
     )
 
 

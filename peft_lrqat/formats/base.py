@@ -60,6 +60,7 @@ class Format(ABC):
     group_multiple: ClassVar[int] = 1  # it divides group sizes, and the width of a weight
     scale_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     holds_conv1d: ClassVar[bool] = False
+    is_small: ClassVar[bool] = True  # the point of its files
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
     library_name: ClassVar[str] = "transformers"  # in the metadata of the card
     tags: ClassVar[tuple[str, ...]] = ()  # likewise
@@ -149,6 +150,10 @@ class Format(ABC):
 
         ``done(1)`` is called after each quantised layer.
         """
+
+    @abstractmethod
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        """Bytes that the files hold for the weight of a target, padding included."""
 
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
         """The export in ``path``, loaded as its users load it; in eval mode."""

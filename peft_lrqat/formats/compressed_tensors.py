@@ -104,6 +104,15 @@ model = {auto_class}.from_pretrained(
             yield "weight_zero_point", pack_to_int32(zero_point, bits, packed_dim=0).contiguous()
         yield "weight_shape", torch.tensor(linear.codes.shape)
 
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        scales = target.out_features * target.num_groups * target.dtype.itemsize
+        if activations is not None:
+            return target.num_weights + scales
+        words = target.out_features * -(-target.in_features * target.grid.bits // 32)
+        if not target.grid.symmetric:
+            words += target.num_groups * -(-target.out_features * target.grid.bits // 32)
+        return 4 * words + scales + 16  # of the shape
+
     def config_entry(self, model: DeployedModel) -> dict[str, Any]:
         try:
             from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..quant.grid import Grid
 from .base import SafetensorsFormat
-from .linear import QuantizedLinear
+from .linear import QuantizedLinear, Target
 
 
 class Dequantized(SafetensorsFormat):
@@ -16,6 +16,7 @@ class Dequantized(SafetensorsFormat):
 
     name = "dequantized"
     holds_conv1d = True
+    is_small = False
     snippet = """from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("this repository or folder")"""
@@ -24,3 +25,6 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
         self, linear: QuantizedLinear, activations: Grid | None
     ) -> Iterator[tuple[str, Tensor]]:
         yield "weight", linear.weight.T.contiguous() if linear.is_conv1d else linear.weight
+
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        return target.num_weights * target.dtype.itemsize

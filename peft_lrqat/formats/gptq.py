@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..quant.grid import Grid
 from ..quant.packing import pack, unpack
 from .base import DeployedModel, Loaded, SafetensorsFormat
-from .linear import QuantizedLinear
+from .linear import QuantizedLinear, Target
 from .stored import StoredTensors, build
 
 
@@ -67,6 +67,10 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
         yield "qzeros", _words(zero_point.T.to(torch.int16) - 1, grid.bits)
         yield "scales", linear.scale_as(torch.float16).T.contiguous()
         yield "g_idx", (torch.arange(in_features) // linear.group_size).to(torch.int32)
+
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        bits = (target.num_weights + target.out_features * target.num_groups) * target.grid.bits
+        return bits // 8 + target.scale_bytes + 4 * target.in_features
 
     def config_entry(self, model: DeployedModel) -> dict[str, Any]:
         target = next(iter(model.targets.values()))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..quant.grid import Grid
+from ..quant.grid import SCALE_DTYPES, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,24 @@ class Target:
     out_features: int
     in_features: int
     is_conv1d: bool = False  # transformers' Conv1D, whose weight is (in, out)
+    dtype: torch.dtype = torch.bfloat16  # of the weight that the model computes with
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return self.out_features * self.in_features
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales in 16 bits, which is how most formats keep them."""
+        return 2 * self.out_features * self.num_groups
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of all that training found: integers, scales and zero points, without padding."""
+        grid, groups = self.grid, self.out_features * self.num_groups
+        bits = self.num_weights * grid.bits + groups * 8 * SCALE_DTYPES[self.scale_dtype].itemsize
+        return -(-(bits + (0 if grid.symmetric else groups * grid.bits)) // 8)
 
     @property
     def num_groups(self) -> int:
@@ -73,6 +93,20 @@ class QuantizedLinear:
                 " scale_dtype='bfloat16'"
             )
         return scale
+
+
+def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer but the head of a model, by name."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            found[name] = (module.nf, module.nx)
+    if not found:
+        raise ValueError(f"a {type(model).__name__} has no linear layers to quantise")
+    return found
 
 
 def widened(grid: Grid, bits: int | None) -> Grid:

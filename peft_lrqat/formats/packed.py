@@ -55,6 +55,12 @@ model = load_quantized("this folder")"""
         if linear.zero_point is not None:
             yield "zero_points", pack(linear.zero_point, grid.bits)
 
+    def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
+        rows, bits, groups = target.out_features, target.grid.bits, target.num_groups
+        total = rows * packed_bytes(target.in_features, bits)
+        total += rows * groups * SCALE_DTYPES[target.scale_dtype].itemsize
+        return total + (0 if target.grid.symmetric else rows * packed_bytes(groups, bits))
+
     def config_entry(self, model: DeployedModel) -> dict[str, Any]:
         modules = {name: _describe(target) for name, target in model.targets.items()}
         return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}

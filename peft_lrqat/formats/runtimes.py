@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..quant.grid import Grid
 from ..shared.checks import check_choice
 from .base import ALL_BITS, Format, in_words
+from .linear import Target
+from .sizes import StoredBits, stored_bits
 from .table import FORMATS
+
+
+# A width that every group size divides, for a model that is not known yet.
+WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +26,11 @@ class Runtime:
     bits: tuple[int, ...] = ALL_BITS
     asymmetric_bits: tuple[int, ...] = ALL_BITS
     group_sizes: tuple[int, ...] | None = None  # None: all that the format holds; -1: a row
-    group_size: int  # the preset
+    presets: tuple[int, ...]  # group sizes, the best first
+    # Layers that the runtime joins into one, which must be quantised alike.
+    fused: tuple[tuple[str, ...], ...] = ()
 
-    def why_not(self, grid: Grid, scale_dtype: str) -> str | None:
+    def why_not(self, grid: Grid, scale_dtype: str, in_features: int | None = None) -> str | None:
         """Why the runtime does not run weights on ``grid``, and what it runs; None if it does."""
         if grid.bits not in self.bits:
             return (
@@ -37,7 +46,7 @@ class Runtime:
                 f"{self.name} runs group sizes {in_words(self.group_sizes)} (-1: one scale per"
                 f" row), but `group_size` is {grid.group_size}"
             )
-        return self.format.why_not(grid, scale_dtype)
+        return self.format.why_not(grid, scale_dtype, in_features)
 
     def why_not_activations(
         self, grid: Grid, activations: Grid | None, kv_cache: Grid | None
@@ -45,15 +54,74 @@ class Runtime:
         """Why the runtime does not round inputs, keys and values so; None if it does."""
         return self.format.why_not_activations(grid, activations, kv_cache, name=self.name)
 
-    def preset(self) -> dict[str, object]:
-        """Fields of `LRQATConfig`; the width is the user's choice."""
-        return {"group_size": self.group_size, "symmetric": True, "scale_dtype": "bfloat16"}
+    def why_not_fused(self, schemes: Mapping[str, object]) -> str | None:
+        """Why the runtime cannot join layers that it joins; None if it can.
+
+        ``schemes``: by module name, what is the same for layers that are quantised alike; None for
+        one that is not quantised.
+        """
+        for parts in self.fused:
+            for name in schemes:
+                parent, _, part = name.rpartition(".")
+                names = [f"{parent}.{other}" if parent else other for other in parts]
+                found = {other: schemes[other] for other in names if other in schemes}
+                if part == parts[0] and len(set(found.values())) > 1:
+                    joined = in_words(f"`{other}`" for other in found)
+                    return (
+                        f"{self.name} joins {joined} into one layer, which must be quantised"
+                        " alike, but their bits or group sizes differ, or some are not quantised;"
+                        " choose all of them or none, with the same settings"
+                    )
+        return None
+
+    def stored_bits(
+        self,
+        grid: Grid,
+        shapes: Iterable[tuple[int, int]] = ((WIDTH, WIDTH),),
+        activations: Grid | None = None,
+    ) -> StoredBits:
+        """Bits per weight of layers of some shapes, (out, in), in a file for the runtime."""
+        targets = [
+            Target(
+                name="", grid=grid, scale_dtype="bfloat16", out_features=rows, in_features=columns
+            )
+            for rows, columns in shapes
+        ]
+        return stored_bits(targets, self.format, activations)
+
+    def preset(
+        self,
+        bits: int = 4,
+        symmetric: bool = True,
+        shapes: Iterable[tuple[int, int]] = ((WIDTH, WIDTH),),
+    ) -> dict[str, object]:
+        """Fields of `LRQATConfig` that the runtime runs; the width of integers is given.
+
+        The group size is the first that fits all ``shapes``, (out, in), and is stored at about the
+        bits that are trained; where none is, the one that takes the least.
+        """
+        shapes = list(shapes)
+        fitting: dict[int, StoredBits] = {}
+        for size in self.presets:
+            grid = Grid(bits=bits, symmetric=symmetric, group_size=size)
+            if all(
+                (size == -1 or columns % size == 0)
+                and self.format.why_not(grid, "bfloat16", columns) is None
+                for _, columns in shapes
+            ):
+                fitting[size] = self.stored_bits(grid, shapes)
+        frugal = [size for size, found in fitting.items() if not found.wasteful]
+        least = sorted(fitting, key=lambda size: fitting[size].stored)
+        group_size = next(iter([*frugal, *least]), self.presets[0])
+        return {"group_size": group_size, "symmetric": symmetric, "scale_dtype": "bfloat16"}
 
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
-        Runtime(name="transformers", format=FORMATS["compressed-tensors"], group_size=128),
+        Runtime(
+            name="transformers", format=FORMATS["compressed-tensors"], presets=(128, 64, 32, -1)
+        ),
         # Its kernels: 4 and 8 bits (with zero points only 4), one scale per row or per 32, 64 or
         # 128 weights.
         Runtime(
@@ -62,10 +130,12 @@ RUNTIMES: dict[str, Runtime] = {
             bits=(4, 8),
             asymmetric_bits=(4,),
             group_sizes=(-1, 32, 64, 128),
-            group_size=128,
+            presets=(128, 64, 32, -1),
+            fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
         ),
-        # A block of 32 weights has a scale of its own there, whether it is used or not.
-        Runtime(name="llama.cpp", format=FORMATS["gguf"], group_size=32),
+        # A block of 32 weights has a scale of its own there, whether it is used or not; 256
+        # integers of 2 bits share one.
+        Runtime(name="llama.cpp", format=FORMATS["gguf"], presets=(32, 256, -1)),
     )
 }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Optional, Union
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
+from torch import nn
+from transformers.utils import logging
 
 from ..base.settings import WeightSettings, check_bits
 from ..quant import Grid
@@ -21,6 +25,7 @@ from ..shared.checks import (
 from ..shared.config import AdapterConfig
 
 
+logger = logging.get_logger(__name__)
 # Raised when the same file would give other integers than before.
 FORMAT_VERSION = 1
 
@@ -222,21 +227,39 @@ class LRQATConfig(WeightSettings, AdapterConfig):
                 check_regex(name, getattr(self, name))
 
     @classmethod
-    def for_runtime(cls, runtime: str, *, bits: int = 4, **fields: Any) -> LRQATConfig:
-        """A configuration whose result a runtime runs as it is: ``transformers``, ``vllm`` or ``llama.cpp``.
+    def for_runtime(
+        cls, runtime: str, *, bits: int = 4, model: nn.Module | None = None, **fields: Any
+    ) -> LRQATConfig:
+        """A configuration whose result a runtime runs as it is.
 
-        ``fields`` are those of the class and go before the preset's; ValueError for what the runtime does not run.
+        The group size is one that the runtime's files store at about the bits that are trained; if
+        there is none, a warning says what they take.
+
+        Args:
+            runtime: ``transformers``, ``vllm`` or ``llama.cpp``.
+            bits: bits per weight.
+            model: the base model, to choose a group size that divides the widths of its layers.
+            fields: fields of the class, which go before the preset's.
+
+        Raises:
+            ValueError: the runtime does not run these settings.
 
         Example:
             ```py
-            model = get_peft_model(model, LRQATConfig.for_runtime("vllm", task_type="CAUSAL_LM", target_modules="all-linear"))
+            config = LRQATConfig.for_runtime(
+                "vllm", task_type="CAUSAL_LM", target_modules="all-linear"
+            )
+            model = get_peft_model(model, config)
             ```
         """
         # The formats behind it are many files, which training and loading do without.
+        from ..formats.linear import linear_names
         from ..formats.runtimes import runtime_named
 
         chosen = runtime_named(runtime)
-        config = cls(**{**chosen.preset(), "bits": bits, **fields})
+        known = {} if model is None else {"shapes": linear_names(model).values()}
+        preset = chosen.preset(bits, fields.get("symmetric", True), **known)
+        config = cls(**{**preset, "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
             for size in {config.group_size, *config.group_size_pattern.values()}:
                 grid = Grid(bits=b, symmetric=config.symmetric, group_size=size)
@@ -245,7 +268,36 @@ class LRQATConfig(WeightSettings, AdapterConfig):
                 )
                 if reason is not None:
                     raise ValueError(reason)
+        names = sum(chosen.fused, ()) if model is None else linear_names(model)
+        if reason := chosen.why_not_fused(config.schemes(names)):
+            raise ValueError(reason)
+        grid = Grid(bits=bits, symmetric=config.symmetric, group_size=config.group_size)
+        found = chosen.stored_bits(grid, **known)
+        if found.wasteful:
+            logger.warning(f"{found.remark(chosen.format)}; other bits or group sizes take less")
         return config
+
+    def schemes(self, names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+        """Bits and group size of linear layers by name; None: not a target.
+
+        A name without a path, such as ``q_proj``, stands for that layer in a block. Without
+        ``target_modules`` nothing is known, and the result is empty.
+        """
+        if self.target_modules is None:
+            return {}
+        asked = self
+        if self.target_modules == "all-linear":
+            asked = replace(self, target_modules=r".*")
+        chosen = self.layers_to_transform
+        index = chosen if isinstance(chosen, int) else next(iter(chosen or [0]))
+        found: dict[str, tuple[int, int] | None] = {}
+        for name in names:
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            full = name if "." in name else f"model.layers.{index}.{block}.{name}"
+            grid = self.weight_grid(full)
+            is_target = check_target_module_exists(asked, full)
+            found[name] = (grid.bits, grid.group_size) if is_target else None
+        return found
 
     @property
     def activation_grid(self) -> Grid | None:

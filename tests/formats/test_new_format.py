@@ -23,6 +23,9 @@ class Halves(SafetensorsFormat):
         yield "halves", linear.codes.half()
         yield "scale", linear.scale
 
+    def stored_bytes(self, target, activations=None):
+        return 2 * target.num_weights + target.scale_bytes
+
     def config_entry(self, model):
         return {"quant_method": "halves", "layers": sorted(model.targets)}
 
