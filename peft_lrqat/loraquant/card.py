@@ -10,7 +10,8 @@ from .config import LoRAQuantConfig
 def describe_adapter(
     save_directory: str, config: LoRAQuantConfig, subfolder: str | None = None
 ) -> None:
-    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install and load it.
+    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install
+    and load it.
 
     ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
     """

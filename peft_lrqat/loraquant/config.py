@@ -1,4 +1,6 @@
-"""The configuration of a LORAQUANT adapter: the LoRA that it was, the recipe, and what the conversion filled in."""
+"""The configuration of a LORAQUANT adapter: the LoRA that it was, the recipe, and what the
+conversion filled in.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass
 class LoRAQuantConfig(AdapterConfig):
-    """Configuration of LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits (LoRAQuant, arXiv 2510.26690).
+    """Configuration of LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits
+    (LoRAQuant, arXiv 2510.26690).
 
-    Such an adapter is made from a saved LoRA adapter and is for inference; ``bits_high``, ``ratio`` and the other fields of the
-    recipe say how. All else is taken over from the LoRA adapter or filled in by the conversion.
+    Such an adapter is made from a saved LoRA adapter and is for inference; ``bits_high``, ``ratio``
+    and the other fields of the recipe say how. All else is taken over from the LoRA adapter or
+    filled in by the conversion.
 
     Example:
         ```py
@@ -52,8 +56,9 @@ class LoRAQuantConfig(AdapterConfig):
         default="residual",
         metadata={
             "help": "residual (default): each component is quantised from what the others leave over, and bits go where they lower "
-            "the error most; small adapters, and those of rank 1 or 2, are stored as published where that comes out better. paper: "
-            "as published, rounded to nearest and refined by gradient descent."
+            "the error most; small adapters, and those of rank 1 or 2, are stored as published "
+            "where that comes out better. paper: as published, rounded to nearest and refined by "
+            "gradient descent."
         },
     )
     bits_high: int = field(
@@ -187,7 +192,8 @@ class LoRAQuantConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORAQUANT
-        # Codes cannot be trained; PEFT unsets this for `is_trainable=True`, which LoRAQuantModel then refuses.
+        # Codes cannot be trained; PEFT unsets this for `is_trainable=True`, which LoRAQuantModel
+        # then refuses.
         self.inference_mode = True
         self._check_recipe()
         self._check_lora()
@@ -235,8 +241,8 @@ class LoRAQuantConfig(AdapterConfig):
                 raise ValueError(f"`component_bits` of `{module}`: {error}") from None
             if len(bits) > self.rank_of(module):
                 raise ValueError(
-                    f"`component_bits` of `{module}` has {len(bits)} components, but its rank is {self.rank_of(module)}; the "
-                    "configuration is damaged"
+                    f"`component_bits` of `{module}` has {len(bits)} components, but its rank is "
+                    f"{self.rank_of(module)}; the configuration is damaged"
                 )
         for module, shape in check_items("shapes", self.shapes, "[outputs, inputs]"):
             if (
@@ -263,7 +269,9 @@ class LoRAQuantConfig(AdapterConfig):
         return self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.r)
 
     def scaling_of(self, module: str) -> float:
-        """What the product of the factors is multiplied by there; by the LoRA adapter's rank, however many components are left."""
+        """What the product of the factors is multiplied by there; by the LoRA adapter's rank,
+        however many components are left.
+        """
         alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, module), self.lora_alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -280,7 +288,9 @@ class LoRAQuantConfig(AdapterConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; sets become sorted lists, so that equal configurations are saved as equal bytes."""
+        """As PEFT's; sets become sorted lists, so that equal configurations are saved as equal
+        bytes.
+        """
         return {
             name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()
         }

@@ -1,4 +1,6 @@
-"""Saved adapters to packed ones and back: `quantize_adapter` and `dequantize_adapter`; LoRA's here, LR-QAT's in lrqat.py."""
+"""Saved adapters to packed ones and back: `quantize_adapter` and `dequantize_adapter`; LoRA's here,
+LR-QAT's in lrqat.py.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ WITHOUT_EFFECT = {
     "runtime_config",
     "velora_config",
 }
-# These initialisations take something out of the base weights, which the saved factors are to be added to.
+# These initialisations take something out of the base weights, which the saved factors are to be
+# added to.
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -59,16 +62,19 @@ def quantize_adapter(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> LoRAQuantConfig | LRQATConfig:
-    """Writes the adapter ``source`` with packed factors into the directory ``target``; returns the config that lies there.
+    """Writes the adapter ``source`` with packed factors into the directory ``target``; returns the
+    config that lies there.
 
     A LoRA adapter becomes one of type LORAQUANT, whose ``config.report`` holds the relative error
-    ``||BA - Q(B)Q(A)||_F / ||BA||_F`` in total and by module, and the bits per parameter of the original factors. An LR-QAT
-    adapter stays of its type, and the report is in ``config.packed_factors``; see `lrqat.quantize_lrqat`.
+    ``||BA - Q(B)Q(A)||_F / ||BA||_F`` in total and by module, and the bits per parameter of the
+    original factors. An LR-QAT adapter stays of its type, and the report is in
+    ``config.packed_factors``; see `lrqat.quantize_lrqat`.
 
     ``target`` appears when everything in it is written; one that exists is refused.
 
     Args:
-        source: a directory, a repository of the Hub, or a model that holds the adapter ``adapter_name``.
+        source: a directory, a repository of the Hub, or a model that holds the adapter
+            ``adapter_name``.
         config: the recipe; left out, ``LoRAQuantConfig()``.
         subfolder: of the directory or repository, where the adapter lies in one.
         progress: whether a bar on stderr shows how far it is.
@@ -76,8 +82,9 @@ def quantize_adapter(
     check_target(target)
     if not isinstance(source, str | os.PathLike | PeftModel):
         raise TypeError(
-            f"`source` must be a directory, a repository of the Hub or a PeftModel, but is a {type(source).__name__}; save its "
-            "adapter with `save_pretrained` and give that directory"
+            "`source` must be a directory, a repository of the Hub or a PeftModel, but is a "
+            f"{type(source).__name__}; save its adapter with `save_pretrained` and give that "
+            "directory"
         )
     if not isinstance(config, LoRAQuantConfig | None):
         raise TypeError(f"`config` must be a LoRAQuantConfig, but is a {type(config).__name__}")
@@ -128,11 +135,12 @@ def dequantize_adapter(
     subfolder: str | None = None,
     token: str | bool | None = None,
 ) -> LoraConfig | LRQATConfig:
-    """Writes an adapter with packed factors as a standard one, for servers and converters that know no other; returns its config.
+    """Writes an adapter with packed factors as a standard one, for servers and converters that know
+    no other; returns its config.
 
-    A LORAQUANT adapter becomes LoRA in ``dtype``, left out float16; ranks are those of the adapter that was quantised, and
-    components that are not stored are zero. An LR-QAT adapter gets plain factors in float32, the only dtype that keeps its
-    integers.
+    A LORAQUANT adapter becomes LoRA in ``dtype``, left out float16; ranks are those of the adapter
+    that was quantised, and components that are not stored are zero. An LR-QAT adapter gets plain
+    factors in float32, the only dtype that keeps its integers.
     """
     check_target(target)
     check = partial(_check_packed_type, place=str(source))
@@ -142,7 +150,8 @@ def dequantize_adapter(
     if config.peft_type == PeftType.LRQAT:
         if dtype not in (None, torch.float32):
             raise ValueError(
-                f"the factors of an LR-QAT adapter are float32, or its integers change; {dtype} was asked for"
+                f"the factors of an LR-QAT adapter are float32, or its integers change; {dtype} "
+                "was asked for"
             )
         return dequantize_lrqat(config, state, target, str(source))
     stored, rest = _stored(state)
@@ -185,29 +194,32 @@ def _check_packed_type(written: dict[str, Any], place: str) -> None:
         found == PeftType.LRQAT and written.get("packed_factors")
     ):
         raise ValueError(
-            f"the adapter in {place} is of type {found}, but must be LORAQUANT, or LRQAT with packed factors: there is nothing to "
-            "dequantise"
+            f"the adapter in {place} is of type {found}, but must be LORAQUANT, or LRQAT with "
+            "packed factors: there is nothing to dequantise"
         )
 
 
 def _check_type(found: object, place: str) -> None:
     if found not in (PeftType.LORA, PeftType.LRQAT):
         raise ValueError(
-            f"the adapter in {place} is of type {getattr(found, 'value', found)}, but must be LORA or LRQAT; only LoRA, DoRA "
-            "and LR-QAT adapters can be quantised"
+            f"the adapter in {place} is of type {getattr(found, 'value', found)}, but must be LORA "
+            "or LRQAT; only LoRA, DoRA and LR-QAT adapters can be quantised"
         )
 
 
 def _check_initialisation(initialisation: object) -> None:
     if isinstance(initialisation, str) and initialisation.startswith(CHANGED_BASES):
         raise ValueError(
-            f"`init_lora_weights={initialisation!r}` takes the first factors out of the base weights, which then are not the base "
-            "model's; convert the adapter first (PEFT: `path_initial_model_for_weight_conversion`)"
+            f"`init_lora_weights={initialisation!r}` takes the first factors out of the base "
+            "weights, which then are not the base model's; convert the adapter first (PEFT: "
+            "`path_initial_model_for_weight_conversion`)"
         )
 
 
 def check_lora(config: PeftConfig, place: str) -> None:
-    """ValueError for anything but a LoRA adapter whose products alone say what it does; ``place`` is where it comes from."""
+    """ValueError for anything but a LoRA adapter whose products alone say what it does; ``place``
+    is where it comes from.
+    """
     if config.peft_type != PeftType.LORA:
         _check_type(config.peft_type, place)
         raise ValueError(
@@ -222,7 +234,8 @@ def check_lora(config: PeftConfig, place: str) -> None:
         value = getattr(config, field.name)
         if field.name not in supported and value != default:
             raise ValueError(
-                f"the adapter uses `{field.name}` ({value!r}), which LORAQUANT cannot store; train it without"
+                f"the adapter uses `{field.name}` ({value!r}), which LORAQUANT cannot store; train "
+                "it without"
             )
 
 
@@ -254,7 +267,8 @@ def _split(
             found = [rest.pop(f"{module}.{name}", None) for name in names]
             if any(tensor is None for tensor in found):
                 raise ValueError(
-                    f"`{module}` has only one of {names[0]} and {names[1]}; the adapter's file is not whole"
+                    f"`{module}` has only one of {names[0]} and {names[1]}; the adapter's file is "
+                    "not whole"
                 )
             name = module.removeprefix(PREFIX)
             factors[name] = tuple(found)
@@ -287,8 +301,9 @@ def _check_rest(
     }
     if wanted.keys() != magnitudes.keys():
         raise ValueError(
-            f"with `use_dora={config.use_dora}` the adapter must have {len(wanted)} magnitudes, but has {len(magnitudes)} (not in "
-            f"both: {some(wanted.keys() ^ magnitudes.keys())}); the weights and {CONFIG_NAME} do not belong together"
+            f"with `use_dora={config.use_dora}` the adapter must have {len(wanted)} magnitudes, "
+            f"but has {len(magnitudes)} (not in both: {some(wanted.keys() ^ magnitudes.keys())}); "
+            f"the weights and {CONFIG_NAME} do not belong together"
         )
     for key, tensor in magnitudes.items():
         if tensor.shape != (wanted[key],):
@@ -313,7 +328,9 @@ def _stored(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dic
 def _as_lora(
     module: str, packed: dict[str, Tensor], config: LoRAQuantConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of one module by LoRA's names; ValueError where what is packed is not what ``config`` describes."""
+    """The tensors of one module by LoRA's names; ValueError where what is packed is not what
+    ``config`` describes.
+    """
     if module not in config.shapes:
         raise ValueError(f"{CONFIG_NAME} has no `shapes` of it; quantise the LoRA adapter again")
     rows, columns = config.shapes[module]
@@ -330,6 +347,7 @@ def _as_lora(
         found[name] = tensor.to(dtype).contiguous()
         if not torch.isfinite(found[name]).all():
             raise ValueError(
-                f"{name} has entries of up to {float(tensor.abs().max()):.3g}, too large for {dtype}"
+                f"{name} has entries of up to {float(tensor.abs().max()):.3g}, too large for "
+                f"{dtype}"
             )
     return found

@@ -1,4 +1,6 @@
-"""Saved adapters as a whole: read from a directory or the Hub, and written so that half of one is never found."""
+"""Saved adapters as a whole: read from a directory or the Hub, and written so that half of one is
+never found.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
 def write_adapter(
     target: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig
 ) -> None:
-    """An adapter's directory, with its card where the config writes one; OSError, and nothing left, where that fails."""
+    """An adapter's directory, with its card where the config writes one; OSError, and nothing left,
+    where that fails.
+    """
     with whole_directory(target) as directory:
         save_tensors(tensors, directory)
         config.save_pretrained(str(directory))
@@ -49,9 +53,11 @@ def write_packed(
     rest: Mapping[str, Tensor],
     finished: Callable[[int], Config],
 ) -> Config:
-    """As `write_adapter`, with ``packed`` tensors by module and kind, and what is stored as it is under its own name.
+    """As `write_adapter`, with ``packed`` tensors by module and kind, and what is stored as it is
+    under its own name.
 
-    ``finished`` gets the bytes of the file, less those of ``rest``, and returns the config to be written.
+    ``finished`` gets the bytes of the file, less those of ``rest``, and returns the config to be
+    written.
     """
     tensors = {
         f"{PREFIX}{module}.loraquant_{kind}": tensor
@@ -74,10 +80,12 @@ def from_model(model: PeftModel, adapter_name: str) -> tuple[PeftConfig, dict[st
     """Config and tensors of an adapter of a live model, by the names of its files."""
     if adapter_name not in model.peft_config:
         raise ValueError(
-            f"the model has no adapter `{adapter_name}`, but {sorted(model.peft_config)}; give `adapter_name`"
+            f"the model has no adapter `{adapter_name}`, but {sorted(model.peft_config)}; give "
+            "`adapter_name`"
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    # Copies: tied weights share their memory, which safetensors refuses, and training goes on in them.
+    # Copies: tied weights share their memory, which safetensors refuses, and training goes on in
+    # them.
     return model.peft_config[adapter_name], {
         name: tensor.detach().cpu().clone() for name, tensor in state.items()
     }
@@ -99,7 +107,8 @@ def from_files(
     config_path = _locate(source, CONFIG_NAME, **place)
     if config_path is None:
         raise ValueError(
-            f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved adapter"
+            f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved "
+            "adapter"
         )
     written = read_config(config_path)
     check(written)
@@ -110,8 +119,8 @@ def from_files(
     path = _locate(source, SAFETENSORS_WEIGHTS_NAME, **place)
     if path is None:
         raise ValueError(
-            f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code when they are read. Load the "
-            "adapter with PEFT and save it with `save_pretrained`"
+            f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code "
+            "when they are read. Load the adapter with PEFT and save it with `save_pretrained`"
         )
     if config.peft_type != PeftType.LORA or is_signed(path):
         check_adapter(config_path, path)
@@ -126,7 +135,9 @@ def from_files(
 def _locate(
     source: str, name: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> Path | None:
-    """The file ``name`` of a directory, or of a repository once it is downloaded; None where there is none."""
+    """The file ``name`` of a directory, or of a repository once it is downloaded; None where there
+    is none.
+    """
     if Path(source).is_dir():
         path = Path(source, subfolder or "", name)
         return path if path.is_file() else None

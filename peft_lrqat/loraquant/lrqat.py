@@ -1,8 +1,11 @@
-"""LR-QAT adapters with packed factors: A and B at a few bits in the file, and float32 again as soon as it is loaded.
+"""LR-QAT adapters with packed factors: A and B at a few bits in the file, and float32 again as soon
+as it is loaded.
 
-The factors of an LR-QAT adapter act inside the rounding, so that packing them changes integers of the quantised weight where
-Z = phi + gamma * B A crosses a half. Scales, fingerprints and whatever else the adapter has are stored as they are.
-`LRQATConfig.packed_factors` says how the factors are kept, by the names of `LoRAQuantConfig`; the tensors are those of packed.py.
+The factors of an LR-QAT adapter act inside the rounding, so that packing them changes integers of
+the quantised weight where Z = phi + gamma * B A crosses a half. Scales, fingerprints and whatever
+else the adapter has are stored as they are.
+`LRQATConfig.packed_factors` says how the factors are kept, by the names of `LoRAQuantConfig`; the
+tensors are those of packed.py.
 """
 
 from __future__ import annotations
@@ -35,15 +38,18 @@ def quantize_lrqat(
     *,
     progress: bool,
 ) -> LRQATConfig:
-    """Writes an LR-QAT adapter with packed factors; ``config`` and ``state`` are those of its files.
+    """Writes an LR-QAT adapter with packed factors; ``config`` and ``state`` are those of its
+    files.
 
-    ``packed_factors["report"]`` of the result is that of a LoRA adapter; with ``layers``, a model and the name of the adapter in
-    it, also ``flipped_integers``, the share of the quantised weight's integers that are others now. Errors of modules are
-    weighed against each other by the size of their steps.
+    ``packed_factors["report"]`` of the result is that of a LoRA adapter; with ``layers``, a model
+    and the name of the adapter in it, also ``flipped_integers``, the share of the quantised
+    weight's integers that are others now. Errors of modules are weighed against each other by the
+    size of their steps.
     """
     if config.packed_factors is not None:
         raise ValueError(
-            "the factors of this LR-QAT adapter are packed already; quantise the adapter that it was made from"
+            "the factors of this LR-QAT adapter are packed already; quantise the adapter that it "
+            "was made from"
         )
     factors, rest = _split(state)
     check_factors(factors, lambda name: config.r, recipe.scale_dtype)
@@ -93,7 +99,9 @@ def dequantize_lrqat(
 def flipped_integers(
     model: PeftModel, adapter_name: str, found: dict[str, QuantizedFactors]
 ) -> float:
-    """Share of the integers of the targets' quantised weights that change with the factors ``found``."""
+    """Share of the integers of the targets' quantised weights that change with the factors
+    ``found``.
+    """
     changed = total = 0
     for name, layer in model.base_model.model.named_modules():
         if not isinstance(layer, LRQATLayer) or name not in found:
@@ -116,7 +124,8 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], 
             pair = tuple(state.get(f"{module}.{side}") for side in ("lrqat_B", "lrqat_A"))
             if any(side is None for side in pair) or f"{module}.lrqat_scale" not in state:
                 raise ValueError(
-                    f"`{name}` has not all of lrqat_A, lrqat_B and lrqat_scale; the adapter's file is not whole"
+                    f"`{name}` has not all of lrqat_A, lrqat_B and lrqat_scale; the adapter's file "
+                    "is not whole"
                 )
             factors[name] = pair
         elif kind == FINGERPRINT:

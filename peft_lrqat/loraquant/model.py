@@ -1,4 +1,6 @@
-"""The LORAQUANT tuner: compares the adapter with the model, wraps the layers, checks what is loaded."""
+"""The LORAQUANT tuner: compares the adapter with the model, wraps the layers, checks what is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ if TYPE_CHECKING:
 
 
 class LoRAQuantModel(BaseTuner):
-    """Puts LORAQUANT layers around the target layers of a model; made by ``PeftModel.from_pretrained``."""
+    """Puts LORAQUANT layers around the target layers of a model; made by
+    ``PeftModel.from_pretrained``.
+    """
 
     prefix: str = "loraquant_"
     tuner_layer_cls = LoRAQuantLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def set_cache_limit(self, limit: int) -> None:
-        """Bytes of expanded factors that all layers together may keep between forward passes; 0: none. At first 256 MiB."""
+        """Bytes of expanded factors that all layers together may keep between forward passes; 0:
+        none. At first 256 MiB.
+        """
         self._cache.set_limit(limit)
 
     def _check_new_adapter_config(self, config: LoRAQuantConfig) -> None:
@@ -48,14 +54,15 @@ class LoRAQuantModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not config.component_bits:
             raise ValueError(
-                "`component_bits` is empty: a LORAQUANT adapter is not created on a model, but made from a trained LoRA adapter. "
-                "Use `peft_lrqat.loraquant.quantize_adapter(lora_folder, output_folder, config)` and load the result with "
-                "`PeftModel.from_pretrained`"
+                "`component_bits` is empty: a LORAQUANT adapter is not created on a model, but "
+                "made from a trained LoRA adapter. Use "
+                "`peft_lrqat.loraquant.quantize_adapter(lora_folder, output_folder, config)` and "
+                "load the result with `PeftModel.from_pretrained`"
             )
         if not config.inference_mode:
             raise ValueError(
-                "a LORAQUANT adapter cannot be trained, its factors are integers: load it with is_trainable=False, or train the "
-                "LoRA adapter further and quantise it again"
+                "a LORAQUANT adapter cannot be trained, its factors are integers: load it with "
+                "is_trainable=False, or train the LoRA adapter further and quantise it again"
             )
 
     def _prepare_model(self, peft_config: LoRAQuantConfig, model: nn.Module) -> None:
@@ -102,7 +109,9 @@ class LoRAQuantModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """PEFT's method hands the weight on as well, which a wrapper of trained tokens only computes: merging would fail."""
+        """PEFT's method hands the weight on as well, which a wrapper of trained tokens only
+        computes: merging would fail.
+        """
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
@@ -156,7 +165,9 @@ class LoRAQuantModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or not for this base model."""
+        """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or
+        not for this base model.
+        """
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -165,20 +176,24 @@ class LoRAQuantModel(BaseTuner):
 
 
 def _compare(targets: set[str], stored: set[str]) -> None:
-    """Raises ValueError unless the adapter has components for all modules that it is for, and for no other."""
+    """Raises ValueError unless the adapter has components for all modules that it is for, and for
+    no other.
+    """
     for missing, has, lacks in (
         (stored - targets, "`component_bits`", "this model has no such target"),
         (targets - stored, "`target_modules` of this model", "`component_bits` has nothing for it"),
     ):
         if missing:
             raise ValueError(
-                f"{has} has `{min(missing)}`, but {lacks} ({len(missing)} such modules in all): the adapter is for another base "
-                "model, or its configuration was changed"
+                f"{has} has `{min(missing)}`, but {lacks} ({len(missing)} such modules in all): "
+                "the adapter is for another base model, or its configuration was changed"
             )
 
 
 def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
-    """Raises ValueError where the components are for another shape: sizes of files alone would let (m, n) pass for (n, m)."""
+    """Raises ValueError where the components are for another shape: sizes of files alone would let
+    (m, n) pass for (n, m).
+    """
     layer = module if isinstance(module, LoRAQuantLayer) else None
     columns, rows = (
         (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
@@ -186,8 +201,8 @@ def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
     stored = config.shapes.get(name, [rows, columns])
     if list(stored) != [rows, columns]:
         raise ValueError(
-            f"the adapter was made for a `{name}` of shape ({stored[0]}, {stored[1]}), but this model's is ({rows}, {columns}): it "
-            "is for another base model"
+            f"the adapter was made for a `{name}` of shape ({stored[0]}, {stored[1]}), but this "
+            f"model's is ({rows}, {columns}): it is for another base model"
         )
     try:
         check_rank(config.packed_format(name, rows, columns), config.rank_of(name))
@@ -202,16 +217,17 @@ def _layer_class(name: str, module: nn.Module) -> type[LoRAQuantLayer]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, BaseTunerLayer):
         raise TypeError(
-            f"`{name}` carries an adapter of another type already ({kind}); load the two on base models of their own, or "
-            "dequantise the LORAQUANT adapter to LoRA first"
+            f"`{name}` carries an adapter of another type already ({kind}); load the two on base "
+            "models of their own, or dequantise the LORAQUANT adapter to LoRA first"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return LoRAQuantEmbedding
     if isinstance(module, nn.Linear | Conv1D) or _is_quantized_linear(module):
         return LoRAQuantLinear
     raise TypeError(
-        f"`{name}` is a {kind}; LORAQUANT works on torch.nn.Linear, also quantised, on transformers' Conv1D and on "
-        "torch.nn.Embedding without max_norm. Use the LoRA adapter itself for this model"
+        f"`{name}` is a {kind}; LORAQUANT works on torch.nn.Linear, also quantised, on "
+        "transformers' Conv1D and on torch.nn.Embedding without max_norm. Use the LoRA adapter "
+        "itself for this model"
     )
 
 
@@ -223,7 +239,9 @@ def _is_quantized_linear(module: nn.Module) -> bool:
 def _check_saved_adapter(
     model: nn.Module, config: LoRAQuantConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> None:
-    """Raises ValueError unless ``state_dict`` has every tensor of the adapter as the configuration describes it, and no other."""
+    """Raises ValueError unless ``state_dict`` has every tensor of the adapter as the configuration
+    describes it, and no other.
+    """
     known = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, LoRAQuantLayer) or adapter_name not in layer.loraquant_codes:
@@ -240,6 +258,6 @@ def _check_saved_adapter(
     for key in state_dict:
         if ".loraquant_" in key and key not in known:
             raise ValueError(
-                f"the stored adapter has `{key}`, which by its configuration nothing in this model is for; its files were changed, "
-                "or are for another base model"
+                f"the stored adapter has `{key}`, which by its configuration nothing in this model "
+                "is for; its files were changed, or are for another base model"
             )

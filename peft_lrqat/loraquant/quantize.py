@@ -1,4 +1,6 @@
-"""A whole adapter's factors to components of a few bits: budget, allocation, and batches of layers of equal shape."""
+"""A whole adapter's factors to components of a few bits: budget, allocation, and batches of layers
+of equal shape.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,18 @@ class QuantizedFactors:
 def check_factors(
     factors: Mapping[str, tuple[Tensor, Tensor]], rank_of: Callable[[str], int], scale_dtype: str
 ) -> None:
-    """Raises ValueError unless all pairs are finite matrices that make a product of the rank that the config states."""
+    """Raises ValueError unless all pairs are finite matrices that make a product of the rank that
+    the config states.
+    """
     if not factors:
         raise ValueError("the adapter has no pair of factors A and B: there is nothing to quantise")
     for name, (B, A) in factors.items():
         rank = rank_of(name)
         if B.ndim > 2 or A.ndim > 2:
             raise ValueError(
-                f"`{name}` is a convolution, with factors of shapes {tuple(B.shape)} and {tuple(A.shape)}; LORAQUANT works on "
-                "linear layers and embeddings. Train the adapter without it"
+                f"`{name}` is a convolution, with factors of shapes {tuple(B.shape)} and "
+                f"{tuple(A.shape)}; LORAQUANT works on linear layers and embeddings. Train the "
+                "adapter without it"
             )
         if (
             B.ndim != 2
@@ -66,13 +71,15 @@ def check_factors(
             or not A.numel()
         ):
             raise ValueError(
-                f"the factors of `{name}` have shapes {tuple(B.shape)} and {tuple(A.shape)}, which make no product of rank {rank}; "
-                f"the weights and {CONFIG_NAME} do not belong together"
+                f"the factors of `{name}` have shapes {tuple(B.shape)} and {tuple(A.shape)}, which "
+                f"make no product of rank {rank}; the weights and {CONFIG_NAME} do not belong "
+                "together"
             )
         for side, tensor in (("B", B), ("A", A)):
             if not tensor.is_floating_point():
                 raise ValueError(
-                    f"`{side}` of `{name}` must hold floating-point numbers, but holds {tensor.dtype}"
+                    f"`{side}` of `{name}` must hold floating-point numbers, but holds "
+                    f"{tensor.dtype}"
                 )
             largest = float(tensor.double().abs().max())
             if not math.isfinite(largest):
@@ -81,8 +88,8 @@ def check_factors(
                 )
             if largest > LARGEST:
                 raise ValueError(
-                    f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of {scale_dtype} "
-                    "may reach; the adapter is damaged, or its training diverged"
+                    f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of "
+                    f"{scale_dtype} may reach; the adapter is damaged, or its training diverged"
                 )
 
 
@@ -95,10 +102,12 @@ def quantize_factors(
 ) -> dict[str, QuantizedFactors]:
     """Quantises each module's B (m, r) and A (r, n) by the recipe in ``config``.
 
-    ``scaling`` is lora_alpha / r of each module: the errors that an allocation weighs against each other are those that
-    enter the model. With ``method="residual"`` the components get their bits over all modules together: as many as
-    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each parameter. Where little can
-    be given out, in small adapters and those of low rank, the published result is taken if it has the lower error.
+    ``scaling`` is lora_alpha / r of each module: the errors that an allocation weighs against each
+    other are those that enter the model. With ``method="residual"`` the components get their bits
+    over all modules together: as many as
+    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each
+    parameter. Where little can be given out, in small adapters and those of low rank, the published
+    result is taken if it has the lower error.
     """
     found = _by_one_method(factors, config, scaling, progress=progress)
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
@@ -235,8 +244,8 @@ def _allocated(
             / parameters
         )
         raise ValueError(
-            f"`average_bits` is {config.average_bits}, which has no room for a single component; give at least "
-            f"{math.ceil(1000 * least) / 1000}, or a larger `group_size`"
+            f"`average_bits` is {config.average_bits}, which has no room for a single component; "
+            f"give at least {math.ceil(1000 * least) / 1000}, or a larger `group_size`"
         )
     return dict(zip(layers, widths, strict=True))
 
@@ -269,7 +278,9 @@ def nominal_bits(
 
 
 def _batches(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
-    """The names of modules of equal shape, as many together as fit in the memory that is meant for it."""
+    """The names of modules of equal shape, as many together as fit in the memory that is meant for
+    it.
+    """
     shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, (B, A) in factors.items():
         shapes.setdefault((B.shape, A.shape), []).append(name)
@@ -283,7 +294,9 @@ def report(
     found: Mapping[str, QuantizedFactors],
     stored_bytes: int,
 ) -> dict[str, Any]:
-    """What the conversion did, for the saved configuration: errors of the products, bits and bytes of the factors."""
+    """What the conversion did, for the saved configuration: errors of the products, bits and bytes
+    of the factors.
+    """
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     error, norm = (
         sum(getattr(q, name) for q in found.values()) for name in ("squared_error", "squared_norm")

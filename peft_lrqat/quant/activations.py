@@ -1,9 +1,12 @@
-"""Dynamic quantisation of activations (LR-QAT, section 4.3): one range per token, found anew in every forward pass.
+"""Dynamic quantisation of activations (LR-QAT, section 4.3): one range per token, found anew in
+every forward pass.
 
-    step = (max - min) / (qmax - qmin),  z = round(-min / step),  x_hat = step * (clip(round(x / step) + z, qmin, qmax) - z)
+    step = (max - min) / (qmax - qmin),  z = round(-min / step),  x_hat = step * (clip(round(x /
+    step) + z, qmin, qmax) - z)
 
-``min`` and ``max`` are those of the token and of zero, so that zero is exact. Symmetric: ``step = max|x| / qmax`` and no ``z``.
-No value lies further than half a step from a grid point: nothing is clipped, and the straight-through gradient is the identity.
+``min`` and ``max`` are those of the token and of zero, so that zero is exact. Symmetric: ``step =
+max|x| / qmax`` and no ``z``. No value lies further than half a step from a grid point: nothing is
+clipped, and the straight-through gradient is the identity.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from .grid import Grid
 
 
 def quantized_tokens(x: Tensor, grid: Grid) -> Tensor:
-    """``x_hat`` of (..., in), each slice along the last dimension a token; in the dtype of ``x``, without gradients.
+    """``x_hat`` of (..., in), each slice along the last dimension a token; in the dtype of ``x``,
+    without gradients.
 
-    Computed in float32 or wider. A token of zeros stays one; a NaN or an infinity turns its whole token into NaN.
+    Computed in float32 or wider. A token of zeros stays one; a NaN or an infinity turns its whole
+    token into NaN.
     """
     if x.numel() == 0:
         return x
@@ -30,8 +35,11 @@ def quantized_tokens(x: Tensor, grid: Grid) -> Tensor:
 
 
 def encode_tokens(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The integers, uint8 (int8 on a symmetric grid) of the shape of ``x``, and for each token its step and its zero point,
-    (..., 1), float32 and uint8; no zero point on a symmetric grid. ``x`` is finite, and float32 or shorter."""
+    """The integers, uint8 (int8 on a symmetric grid) of the shape of ``x``, and for each token its
+    step and its zero point,
+    (..., 1), float32 and uint8; no zero point on a symmetric grid. ``x`` is finite, and float32 or
+    shorter.
+    """
     codes, step, zero_point = _encode(x.detach().float(), grid)
     if zero_point is None:
         return codes.to(torch.int8), step, None

@@ -1,9 +1,11 @@
-"""Range estimation: the first scale and zero point of each group, from the weight alone (LR-QAT, section 4).
+"""Range estimation: the first scale and zero point of each group, from the weight alone (LR-QAT,
+section 4).
 
-The result must be the same on every machine, because a saved adapter rebuilds its frozen weights from it. Every
-candidate is therefore computed elementwise in float32 by exactly rounded operations; errors are summed in float64, whose
-rounding is far below the distance of any two candidates; and a candidate wins only if it is strictly better than the ones
-before it. Two orders of summing that differ all the same would be noticed when the adapter is loaded, by its fingerprint.
+The result must be the same on every machine, because a saved adapter rebuilds its frozen weights
+from it. Every candidate is therefore computed elementwise in float32 by exactly rounded operations;
+errors are summed in float64, whose rounding is far below the distance of any two candidates; and a
+candidate wins only if it is strictly better than the ones before it. Two orders of summing that
+differ all the same would be noticed when the adapter is loaded, by its fingerprint.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ SEARCH_SHARES = [1.0 - 0.8 * k / 64 for k in range(65)]
 def _scale_and_zero_point(
     low: Tensor, high: Tensor, share: float, grid: Grid, scale_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (uint8) whose grid covers ``share`` of the range [low, high]; shapes as ``low``."""
+    """Scale (float32) and zero point (uint8) whose grid covers ``share`` of the range [low, high];
+    shapes as ``low``.
+    """
     if grid.symmetric:
         span, steps = torch.maximum(high, -low), grid.qmax
     else:
@@ -41,7 +45,8 @@ def _scale_and_zero_point(
 
 
 def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
-    """Covers every weight, with step ``max|w| / qmax``, or ``(max - min) / (2^bits - 1)`` on an asymmetric grid.
+    """Covers every weight, with step ``max|w| / qmax``, or ``(max - min) / (2^bits - 1)`` on an
+    asymmetric grid.
 
     (rows, groups, size) -> scale and zero point, both (rows, groups).
     """
@@ -50,7 +55,9 @@ def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tupl
 
 
 def _power(error: Tensor, p: float) -> Tensor:
-    """``|error| ** p``, elementwise; even powers by exactly rounded products, in place, the others in float64."""
+    """``|error| ** p``, elementwise; even powers by exactly rounded products, in place, the others
+    in float64.
+    """
     if p == 2:
         return error.square_()
     if p == 4:
@@ -61,16 +68,21 @@ def _power(error: Tensor, p: float) -> Tensor:
 def _clipping_loss(
     extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float
 ) -> Tensor:
-    """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows, groups), float64."""
+    """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows,
+    groups), float64.
+    """
     largest, least = extremes
     excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1)
     return excess.clamp_(min=0).div_(unit).double().pow_(p).sum(-1)
 
 
 def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
-    """Least ``sum |w - dequantize(quantize(w))|^p`` over shares of the min-max range (the paper: p around 4)."""
+    """Least ``sum |w - dequantize(quantize(w))|^p`` over shares of the min-max range (the paper: p
+    around 4).
+    """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    # Errors are taken relative to the range, so that a small weight's p-th power does not underflow.
+    # Errors are taken relative to the range, so that a small weight's p-th power does not
+    # underflow.
     unit = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     best_scale, best_zero_point = _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
     best_loss = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
@@ -111,10 +123,12 @@ RANGES: dict[str, Callable[[Tensor, Grid, str, float], tuple[Tensor, Tensor]]] =
 def estimate_range(
     weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: str, p: float
 ) -> tuple[Tensor, Tensor]:
-    """First scale and zero point of ``weight``: (out, in) float -> (out, groups) float32 and (out, groups) uint8.
+    """First scale and zero point of ``weight``: (out, in) float -> (out, groups) float32 and (out,
+    groups) uint8.
 
-    The scale is already rounded to ``scale_dtype``. Zero points of a symmetric grid are all zero. Works on blocks of
-    rows, so that the temporaries stay small. Raises KeyError for an unknown estimator.
+    The scale is already rounded to ``scale_dtype``. Zero points of a symmetric grid are all zero.
+    Works on blocks of rows, so that the temporaries stay small. Raises KeyError for an unknown
+    estimator.
     """
     search = RANGES[estimator]
     blocks = (weight.detach()[rows].float() for rows in row_blocks(*weight.shape, weight.device))

@@ -1,8 +1,9 @@
-"""Downcast storage of phi, the frozen weight in units of its grid (LR-QAT, section 3.2, "downcasting operator").
+"""Downcast storage of phi, the frozen weight in units of its grid (LR-QAT, section 3.2,
+"downcasting operator").
 
 fp32, bf16, fp16   phi itself, not clipped
-fixed8             8-bit fixed point Q(b).(8-b): b integer and 8-b fractional bits, clipped to the grid; int8
-int                rounded and clipped to the grid, b bits each, densely packed; uint8
+fixed8             8-bit fixed point Q(b).(8-b): b integer and 8-b fractional bits, clipped to the
+grid; int8 int                rounded and clipped to the grid, b bits each, densely packed; uint8
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ DOWNCASTS = (*FLOAT_DOWNCASTS, "fixed8", "int")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """How one (out, in) weight is kept: its grid, the downcast of phi, the dtype of its scales and its width."""
+    """How one (out, in) weight is kept: its grid, the downcast of phi, the dtype of its scales and
+    its width.
+    """
 
     grid: Grid
     downcast: str
@@ -36,7 +39,8 @@ class WeightFormat:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(
-                f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is {self.scale_dtype!r}"
+                f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is "
+                f"{self.scale_dtype!r}"
             )
         self.grid.num_groups(self.in_features)
 
@@ -74,9 +78,11 @@ class WeightFormat:
         return pack(clipped.round_().sub_(self.grid.qmin).to(torch.uint8), self.grid.bits)
 
     def decode(self, stored: Tensor, columns: slice | None = None) -> Tensor:
-        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of :meth:`encode` up to its rounding.
+        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of
+        :meth:`encode` up to its rounding.
 
-        With ``columns``, whose start must be a multiple of 8, only these of the ``in``: (rows, number of columns).
+        With ``columns``, whose start must be a multiple of 8, only these of the ``in``: (rows,
+        number of columns).
         """
         width = self.in_features
         if columns is not None:

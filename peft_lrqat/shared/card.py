@@ -12,12 +12,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-# The section between these is written anew at every save; the text around it is somebody else's and stays.
+# The section between these is written anew at every save; the text around it is somebody else's and
+# stays.
 BEGIN, END = "<!-- peft_lrqat: begin -->", "<!-- peft_lrqat: end -->"
 
 
 def write_section(save_directory: str, section: str, tags: set[str], base: str | None) -> None:
-    """Creates or updates ``README.md``: our ``section``, and metadata for an adapter of this package on the model ``base``."""
+    """Creates or updates ``README.md``: our ``section``, and metadata for an adapter of this
+    package on the model ``base``.
+    """
     path = os.path.join(save_directory, "README.md")
     card = (
         ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
@@ -36,7 +39,10 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
 
 
 def make_publishable(folder: str) -> None:
-    """Rewrites ``README.md`` in ``folder`` as the Hub takes it. A saved adapter's own card names a local base, as PEFT has it."""
+    """Rewrites ``README.md`` in ``folder`` as the Hub takes it.
+
+    A saved adapter's own card names a local base, as PEFT has it.
+    """
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
     drop_local_base(card.data)
@@ -50,7 +56,9 @@ def _save(card: ModelCard, path: str) -> None:
 
 
 def base_in_words(base: str | None) -> tuple[str, str, str]:
-    """What a card calls a base model, what it adds where that is no name on the Hub, and what stands for it in code."""
+    """What a card calls a base model, what it adds where that is no name on the Hub, and what
+    stands for it in code.
+    """
     if is_hub_id(base):
         return f"`{base}`", "", base
     # Its name alone: the whole path is nobody's business, and leads nowhere on another machine.
@@ -63,7 +71,9 @@ def base_in_words(base: str | None) -> tuple[str, str, str]:
 
 
 def is_hub_id(base: str | None) -> bool:
-    """Whether ``base`` can be the name of a repository on the Hub, and names nothing on this machine."""
+    """Whether ``base`` can be the name of a repository on the Hub, and names nothing on this
+    machine.
+    """
     if not base or os.path.exists(base):
         return False
     try:
@@ -74,7 +84,9 @@ def is_hub_id(base: str | None) -> bool:
 
 
 def drop_local_base(data: CardData) -> None:
-    """Takes local directories out of ``base_model`` and of the tags, where PEFT puts them: the Hub refuses such a card."""
+    """Takes local directories out of ``base_model`` and of the tags, where PEFT puts them: the Hub
+    refuses such a card.
+    """
     base = data.get("base_model")
     if isinstance(base, list):
         data["base_model"] = [name for name in base if is_hub_id(name)] or None
@@ -99,7 +111,9 @@ def _around_section(text: str) -> tuple[str, str]:
 
 
 def training_text(record: dict | None) -> str:
-    """The training record in Markdown: steps, a table of the settings, a table of the metrics, each where there is one."""
+    """The training record in Markdown: steps, a table of the settings, a table of the metrics, each
+    where there is one.
+    """
     parts = []
     if (record or {}).get("steps") is not None:
         parts.append(f"Trained for {plain(record['steps'])} steps.\n")

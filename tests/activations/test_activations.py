@@ -1,4 +1,6 @@
-"""Weights and activations quantised together: rounded inputs in every path, exact merging, no trace where it is off."""
+"""Weights and activations quantised together: rounded inputs in every path, exact merging, no trace
+where it is off.
+"""
 
 import copy
 import io
@@ -27,7 +29,9 @@ def fields(request):
 
 
 def rounded_by_hand(model, lrqat_layers, grid):
-    """The frozen weights of the adapter's integers in the plain model, every target's input rounded by a hook of our own."""
+    """The frozen weights of the adapter's integers in the plain model, every target's input rounded
+    by a hook of our own.
+    """
     plain = copy.deepcopy(model).merge_and_unload()
     for name in lrqat_layers(model):
         linear = plain.get_submodule(name.removeprefix("base_model.model."))

@@ -1,4 +1,6 @@
-"""Low-bit keys and values: rounded where they are cached, in decoders with targets alone, and no trace of it elsewhere."""
+"""Low-bit keys and values: rounded where they are cached, in decoders with targets alone, and no
+trace of it elsewhere.
+"""
 
 import copy
 
@@ -119,7 +121,8 @@ def test_generating_with_a_cache_changes_nothing(
     }
     cached, uncached = model.generate(**options), model.generate(**options, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
-    # A matrix product over one token adds up in another order than over all; nothing of a step of the grid is in it.
+    # A matrix product over one token adds up in another order than over all; nothing of a step of
+    # the grid is in it.
     for one, other in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     if architecture != "t5":

@@ -1,4 +1,6 @@
-"""Packed adapters from random components, written without the conversion; and the LoRA adapters that must act the same."""
+"""Packed adapters from random components, written without the conversion; and the LoRA adapters
+that must act the same.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def shape_of(module):
 
 @pytest.fixture(scope="session")
 def make_adapter(make_components):
-    """``make_adapter(base, bits, targets, **fields)``: the state and config of a packed adapter, and of LoRA's twin of it.
+    """``make_adapter(base, bits, targets, **fields)``: the state and config of a packed adapter,
+    and of LoRA's twin of it.
 
     ``bits`` is one string for all targets, or a list that is gone through in turn.
     """
@@ -87,7 +90,9 @@ def exactly(by_name):
 
 @pytest.fixture(scope="session")
 def write_adapter(make_adapter):
-    """``write_adapter(folder, base, bits, targets, **fields)``: ``folder/packed`` and ``folder/lora``, as PEFT saves adapters."""
+    """``write_adapter(folder, base, bits, targets, **fields)``: ``folder/packed`` and
+    ``folder/lora``, as PEFT saves adapters.
+    """
 
     def write(folder, base, bits, targets=("q_proj", "v_proj", "down_proj"), extra=None, **fields):
         fields = {"task_type": TaskType.CAUSAL_LM, **fields}

@@ -1,4 +1,6 @@
-"""LoRA adapters to LORAQUANT and back: the same function, an honest report, all or nothing on the disk, clear refusals."""
+"""LoRA adapters to LORAQUANT and back: the same function, an honest report, all or nothing on the
+disk, clear refusals.
+"""
 
 import json
 import os
@@ -89,7 +91,9 @@ def train(model, seed=7):
 
 @pytest.fixture(scope="session")
 def make_lora(make_base):
-    """``make_lora(architecture, dtype, adapter_name, **fields)``: a model with a LoRA adapter that looks trained."""
+    """``make_lora(architecture, dtype, adapter_name, **fields)``: a model with a LoRA adapter that
+    looks trained.
+    """
 
     def make(architecture="llama", dtype=torch.float32, adapter_name="default", **fields):
         defaults = {
@@ -115,7 +119,9 @@ def lora(tmp_path_factory, make_lora):
 
 @pytest.fixture
 def changed(lora, tmp_path):
-    """``changed(tensors, **fields)``: a copy of it with another file or config; a tensor of None is taken out."""
+    """``changed(tensors, **fields)``: a copy of it with another file or config; a tensor of None is
+    taken out.
+    """
 
     def make(tensors=None, **fields):
         folder = tmp_path / "changed"
@@ -557,7 +563,8 @@ def test_what_a_crash_leaves(make_lora, tmp_path):
             for way, result in results.items()
             if way.startswith(function)
         }
-        # Exit code; directories with a name; hidden ones; those of either that hold a whole adapter.
+        # Exit code; directories with a name; hidden ones; those of either that hold a whole
+        # adapter.
         assert found == {
             "killed before the weights": [killed, 0, 1, 0],
             "killed after the weights": [killed, 0, 1, 0],
@@ -668,7 +675,8 @@ def test_damaged_factors(lora, changed, tmp_path):
         ({B: None}, "has only one of lora_B.weight and lora_A.weight"),
         (
             {A: nan},
-            "`A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was written",
+            "`A` of `model.layers.0.mlp.down_proj` has NaN or infinite entries; nothing was "
+            "written",
         ),
         ({B: infinite}, "`B` of `model.layers.0.mlp.down_proj` has NaN or infinite entries"),
         ({B: large}, r"has an entry of 1e\+05, which no scale of bfloat16 may reach"),

@@ -1,4 +1,6 @@
-"""The layers against PEFT's LoRA with the expanded factors: forward, merging, DoRA; and what they leave alone."""
+"""The layers against PEFT's LoRA with the expanded factors: forward, merging, DoRA; and what they
+leave alone.
+"""
 
 import copy
 
@@ -48,7 +50,9 @@ def ids():
 
 @pytest.fixture
 def make_pair(make_adapter):
-    """``make_pair(net, bits, **fields)``: a copy of ``net`` with the packed adapter, and one with LoRA's twin."""
+    """``make_pair(net, bits, **fields)``: a copy of ``net`` with the packed adapter, and one with
+    LoRA's twin.
+    """
 
     def make(net, bits, targets=TARGETS, **fields):
         config, state, lora, twin = make_adapter(net, bits, targets, **fields)

@@ -1,4 +1,6 @@
-"""LR-QAT adapters with packed factors: the adapter that was stored runs, integers are counted, and nothing else changes."""
+"""LR-QAT adapters with packed factors: the adapter that was stored runs, integers are counted, and
+nothing else changes.
+"""
 
 import json
 import shutil

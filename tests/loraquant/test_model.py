@@ -1,4 +1,6 @@
-"""Packed adapters in whole models: every loader, several adapters, generation, and files that are refused."""
+"""Packed adapters in whole models: every loader, several adapters, generation, and files that are
+refused.
+"""
 
 import copy
 import json
@@ -465,7 +467,8 @@ def edit_weights(folder, change):
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
 
 
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"  # of bits 4321, rows and columns 32, groups of 7
+# Of bits 4321, rows and columns 32, groups of 7
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 CODES, SCALES = f"{Q_PROJ}.loraquant_codes", f"{Q_PROJ}.loraquant_scales"
 
 
@@ -562,7 +565,8 @@ def test_tampered_adapters_are_refused(
         PeftModel.from_pretrained(make_base(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
-# transformers casts what it reads to the dtype that the model has, and reports, without raising, what is missing or unknown.
+# transformers casts what it reads to the dtype that the model has, and reports, without raising,
+# what is missing or unknown.
 REPORTED = {
     "codes missing",
     "zero points in the config only",
@@ -575,7 +579,9 @@ CAST = {"scales in another dtype", "codes in another dtype"}
 
 @pytest.mark.parametrize("tampering", sorted(TAMPERED.keys() - REPORTED - CAST))
 def test_transformers_refuses_them_too(tampering, make_base, write_adapter, logits_of, tmp_path):
-    """At the latest when the adapter is first run: transformers' loader has no place for an earlier check."""
+    """At the latest when the adapter is first run: transformers' loader has no place for an earlier
+    check.
+    """
     folder, _ = write_adapter(tmp_path, make_base(), MIXTURE)
     apply, _ = TAMPERED[tampering]
     apply(folder)

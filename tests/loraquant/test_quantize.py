@@ -1,4 +1,6 @@
-"""Whole adapters' factors to components: what it costs, what it loses, and what it may take in memory."""
+"""Whole adapters' factors to components: what it costs, what it loses, and what it may take in
+memory.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def quick(monkeypatch):
 
 
 def make_factors(rank=8, decay=0.7, shapes=SHAPES):
-    """Products whose singular values fall as those of trained adapters do, each module on a level of its own."""
+    """Products whose singular values fall as those of trained adapters do, each module on a level
+    of its own.
+    """
     falling = decay ** torch.arange(rank)
     return {
         name: (torch.randn(m, rank) * falling * 2.0**-i, torch.randn(rank, n) / n**0.5)
@@ -121,7 +125,9 @@ SMALL = [(16, 200), (32, 32), (96, 200)]
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_no_adapter_is_worse_than_as_published(shape, rank, group_size, bits_high):
-    """Also where a single module of low rank leaves little to give out, and zero points of small groups are worth their bits."""
+    """Also where a single module of low rank leaves little to give out, and zero points of small
+    groups are worth their bits.
+    """
     factors = {"a": (torch.randn(shape[0], rank), torch.randn(rank, shape[1]))}
     options = {"bits_high": bits_high, "ratio": 1.0, "group_size": group_size}
     published, found = (

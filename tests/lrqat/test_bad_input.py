@@ -1,4 +1,6 @@
-"""What is refused: targets that cannot be quantised, and files that are broken or for another base. A refusal has no effect."""
+"""What is refused: targets that cannot be quantised, and files that are broken or for another base.
+A refusal has no effect.
+"""
 
 import json
 import shutil
@@ -17,7 +19,9 @@ TARGET = "model.layers.1.self_attn.v_proj"
 
 
 def refused(model, config, error, match):
-    """``get_peft_model`` raises, and leaves every module, parameter and flag of ``model`` as it was."""
+    """``get_peft_model`` raises, and leaves every module, parameter and flag of ``model`` as it
+    was.
+    """
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
     tensors = {
         name: (id(p), p.requires_grad, None if p.is_meta else p.detach().clone())
@@ -223,7 +227,9 @@ def test_empty_weight(make_config):
 def test_dequantised_base_that_still_carries_its_quantization_config(
     make_base, make_config, logits_of
 ):
-    """What transformers makes of a GGUF file: plain float weights, and a config that remembers where they came from."""
+    """What transformers makes of a GGUF file: plain float weights, and a config that remembers
+    where they came from.
+    """
     model = make_base(dtype=torch.float16)
     model.config.quantization_config = {"quant_method": "gguf"}
     model = get_peft_model(model, make_config()).eval()
@@ -243,7 +249,9 @@ def adapter(tmp_path_factory, make_peft, disturb):
 
 @pytest.fixture
 def broken(adapter, tmp_path):
-    """``broken(change)``: a copy of the saved adapter, with ``change`` applied to its tensors by name."""
+    """``broken(change)``: a copy of the saved adapter, with ``change`` applied to its tensors by
+    name.
+    """
 
     def make(change=None):
         shutil.copytree(adapter, tmp_path / "broken")
@@ -419,7 +427,9 @@ def test_verify_base_false_loads_all_the_same(
 
 
 def test_native_loader_refuses_at_first_use(adapter, changed_base, make_base, batch_for, logits_of):
-    """transformers fills in the tensors by itself, so that the layer is the first to see that they do not belong together."""
+    """transformers fills in the tensors by itself, so that the layer is the first to see that they
+    do not belong together.
+    """
     model = changed_base()
     model.load_adapter(str(adapter))
     with pytest.raises(

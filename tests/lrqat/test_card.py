@@ -1,4 +1,6 @@
-"""The model card: what it says of the base model and of the training, and that values cannot break it."""
+"""The model card: what it says of the base model and of the training, and that values cannot break
+it.
+"""
 
 import json
 from pathlib import Path

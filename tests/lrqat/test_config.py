@@ -1,4 +1,6 @@
-"""LRQATConfig: what it documents, what it refuses, what of it is saved and what an older or newer file means."""
+"""LRQATConfig: what it documents, what it refuses, what of it is saved and what an older or newer
+file means.
+"""
 
 import dataclasses
 import json

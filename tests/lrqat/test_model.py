@@ -1,4 +1,6 @@
-"""The tuner on whole models: what trains, what stays, saving and loading, several adapters, and PEFT's other features."""
+"""The tuner on whole models: what trains, what stays, saving and loading, several adapters, and
+PEFT's other features.
+"""
 
 import copy
 import warnings
@@ -351,7 +353,8 @@ def test_gradient_checkpointing_changes_no_gradient(
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     found = gradients(model, batch_for(architecture))
     if architecture != "llama":
-        # On some CPUs, sums outside the targets change their order with checkpointing; LoRA's gradients differ there, too.
+        # On some CPUs, sums outside the targets change their order with checkpointing; LoRA's
+        # gradients differ there, too.
         bound = 1e-4 if dtype == torch.float32 else 0.25
         assert all(
             (found[name] - grad).norm() <= bound * grad.norm() for name, grad in wanted.items()

@@ -1,4 +1,6 @@
-"""Dynamic quantisation per token: half a step of error, exact zeros, straight-through gradients, idempotent integers."""
+"""Dynamic quantisation per token: half a step of error, exact zeros, straight-through gradients,
+idempotent integers.
+"""
 
 import copy
 
@@ -97,13 +99,17 @@ def test_a_power_of_two_changes_the_step_alone(grid, factor):
 )
 @settings(deadline=None, max_examples=60)
 def test_rounding_again_changes_no_integer(seed, bits, symmetric, spread):
-    """So that values from a low-bit cache stand rounding once more: the same integers, and a step that differs by its rounding."""
+    """So that values from a low-bit cache stand rounding once more: the same integers, and a step
+    that differs by its rounding.
+    """
     grid = Grid(bits=bits, symmetric=symmetric)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 64, generator=generator) + spread
     codes, step, zero_point = encode_tokens(x, grid)
     again = encode_tokens(decode_tokens(codes, step, zero_point, torch.float32), grid)
-    if not symmetric:  # zero is part of the range; a zero point half way between two integers can leave the upper end out
+    # Zero is part of the range; a zero point half way between two integers can leave the upper end
+    # out
+    if not symmetric:
         ends = torch.cat([codes, zero_point], -1)
         assume(((ends.amax(-1) == grid.qmax) & (ends.amin(-1) == 0)).all())
         assert torch.equal(again[2], zero_point)
@@ -180,7 +186,9 @@ def low_rank(bits=4, out=6, width=16):
 
 @grids
 def test_linear_with_activations_is_linear_of_rounded_ones(grid):
-    """In value and in the gradients of all that trains; the gradient of the input goes straight through."""
+    """In value and in the gradients of all that trains; the gradient of the input goes straight
+    through.
+    """
     w, x, bias = low_rank(), torch.randn(3, 5, 16), torch.randn(6)
     gradients = []
     for layer in (

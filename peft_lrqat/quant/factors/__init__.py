@@ -1,1 +1,3 @@
-"""Pairs of factors at a few bits (LoRAQuant, arXiv 2510.26690): groups, SVD, allocation, bytes. Pure tensors."""
+"""Pairs of factors at a few bits (LoRAQuant, arXiv 2510.26690): groups, SVD, allocation, bytes.
+Pure tensors.
+"""

@@ -1,9 +1,11 @@
-"""The residual-aware procedure: each component is quantised from what all the others have left over.
+"""The residual-aware procedure: each component is quantised from what all the others have left
+over.
 
-With R = B A - sum of the other components, Q(b) Q(a)^T, the best b for a given a is found entry by entry: Q(R a / a.a) for a grid
-of fixed scales, and likewise a for a given b, Q(R^T b / b.b). Components are first taken one after another, from the leading
-singular pair of what is left; then all are gone through again until that stops to pay. So an error of one is absorbed by
-the others. R is only ever multiplied with vectors, as a difference of factored matrices.
+With R = B A - sum of the other components, Q(b) Q(a)^T, the best b for a given a is found entry by
+entry: Q(R a / a.a) for a grid of fixed scales, and likewise a for a given b, Q(R^T b / b.b).
+Components are first taken one after another, from the leading singular pair of what is left; then
+all are gone through again until that stops to pay. So an error of one is absorbed by the others. R
+is only ever multiplied with vectors, as a difference of factored matrices.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class _Components:
         )
 
     def fit(self, k: int, a: Tensor, rounds: int) -> tuple[GroupCodes, GroupCodes, Tensor]:
-        """Codes of b and a for component k, which is left out of R, from ``a`` on; and by how much they lower ||R||^2."""
+        """Codes of b and a for component k, which is left out of R, from ``a`` on; and by how much
+        they lower ||R||^2.
+        """
         for _ in range(rounds):
             codes_b = self.quantize(self.times(a) / _square(a), k)
             b = codes_b.values()
@@ -76,7 +80,9 @@ class _Components:
         self.put(k, codes_b, codes_a)
 
     def retake(self, k: int) -> None:
-        """Component k once more, now that the others have moved; kept as it was where that does not help."""
+        """Component k once more, now that the others have moved; kept as it was where that does not
+        help.
+        """
         old_b, old_a = self.b[..., k].clone(), self.a[:, k].clone()
         self.b[..., k], self.a[:, k] = 0, 0
         old_gain = 2 * (old_b * self.times(old_a)).sum(-1) - old_b.square().sum(
@@ -92,9 +98,11 @@ class _Components:
 def quantize_residual(
     B: Tensor, A: Tensor, bits: Tensor, *, group_size: int, scale_dtype: torch.dtype
 ) -> list[list[tuple[GroupCodes, GroupCodes]]]:
-    """The components of each product of a batch, B (L, m, r) and A (L, r, n), at ``bits`` (L, K): pairs of the codes of b and a.
+    """The components of each product of a batch, B (L, m, r) and A (L, r, n), at ``bits`` (L, K):
+    pairs of the codes of b and a.
 
-    Components of 0 bits are left out. The bits of a product should not increase: the first components are the largest.
+    Components of 0 bits are left out. The bits of a product should not increase: the first
+    components are the largest.
     """
     components = _Components(B, A, bits, group_size, scale_dtype)
     for k in range(bits.shape[1]):

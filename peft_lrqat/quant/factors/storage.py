@@ -1,17 +1,21 @@
-"""Components of a few bits as dense bytes: what a LORAQUANT adapter stores of one module, version 1 of the format.
+"""Components of a few bits as dense bytes: what a LORAQUANT adapter stores of one module, version 1
+of the format.
 
-The product B A of a module, B (m, K) and A (K, n), is kept as K components, each a column of B and a row of A at bits of its own,
-in order of non-increasing bits. Components of equal bits form a run. Every kind of data is one flat tensor, run after run, and
-of a run of c components
+The product B A of a module, B (m, K) and A (K, n), is kept as K components, each a column of B and
+a row of A at bits of its own, in order of non-increasing bits. Components of equal bits form a run.
+Every kind of data is one flat tensor, run after run, and of a run of c components
 
-    codes        the c rows of B, ceil(m * bits / 8) bytes each, then the c rows of A, ceil(n * bits / 8) bytes each; uint8
-    scales       the c rows of B, ceil(m / group_size) scales each, then the c rows of A, ceil(n / group_size) each
-    zero_points  one integer of ``bits`` bits for each scale, in rows like the codes; uint8. Only with ``zero_points`` and
-                 only where bits > 1: for other components the tensor has nothing, and where it is empty it is left out
+    codes        the c rows of B, ceil(m * bits / 8) bytes each, then the c rows of A, ceil(n * bits
+    / 8) bytes each; uint8 scales       the c rows of B, ceil(m / group_size) scales each, then the
+    c rows of A, ceil(n / group_size) each zero_points  one integer of ``bits`` bits for each scale,
+    in rows like the codes; uint8. Only with ``zero_points`` and
+                 only where bits > 1: for other components the tensor has nothing, and where it is
+                 empty it is left out
 
-with value = scale * (code - zero_point), and zero_point = (2^bits - 1) / 2 where none is stored. Rows are packed as in
-quant/packing.py: little-endian, value i of a row starts at its bit i * bits, the bits after the last value are zero. Scales are
-bfloat16, float16 or float32, little-endian, finite and not negative.
+with value = scale * (code - zero_point), and zero_point = (2^bits - 1) / 2 where none is stored.
+Rows are packed as in quant/packing.py: little-endian, value i of a row starts at its bit i * bits,
+the bits after the last value are zero. Scales are bfloat16, float16 or float32, little-endian,
+finite and not negative.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ from .groups import MAX_BITS, GroupCodes, num_groups, spread
 FORMAT_VERSION = 1
 LARGEST = (
     2**30
-)  # entries of the B and A of one module as LoRA has them: those of a vocabulary of 2**20 at rank 1000
+    # Entries of the B and A of one module as LoRA has them: those of a vocabulary of 2**20 at rank 1000
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,9 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFormat:
-    """How one module is stored: the bits of its components, one digit each, its shape, and how groups are kept."""
+    """How one module is stored: the bits of its components, one digit each, its shape, and how
+    groups are kept.
+    """
 
     bits: str
     rows: int  # m
@@ -113,17 +120,21 @@ def check_bits(bits: object) -> None:
     known = "".join(map(str, range(1, MAX_BITS + 1)))
     if not isinstance(bits, str) or bits.strip(known) or list(bits) != sorted(bits, reverse=True):
         raise ValueError(
-            f"the bits of the components must be digits from 1 to {MAX_BITS} that do not increase, such as '4421', but are {bits!r}"
+            f"the bits of the components must be digits from 1 to {MAX_BITS} that do not increase, "
+            f"such as '4421', but are {bits!r}"
         )
 
 
 def check_rank(format: PackedFormat, rank: int) -> None:
-    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory; allocates nothing."""
+    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory;
+    allocates nothing.
+    """
     if len(format.bits) > rank:
         raise ValueError(f"there are {len(format.bits)} components, but the rank is {rank}")
     if rank * (format.rows + format.columns) > LARGEST:
         raise ValueError(
-            f"factors of rank {rank} for a module of shape ({format.rows}, {format.columns}) are larger than any adapter's"
+            f"factors of rank {rank} for a module of shape ({format.rows}, {format.columns}) are "
+            "larger than any adapter's"
         )
 
 
@@ -136,15 +147,18 @@ def pack_components(
     scale_dtype: torch.dtype,
     zero_points: bool,
 ) -> tuple[PackedFormat, dict[str, Tensor]]:
-    """Pairs of the codes of b (N, m) and of a (N, n) -> the format they are stored in, and its tensors.
+    """Pairs of the codes of b (N, m) and of a (N, n) -> the format they are stored in, and its
+    tensors.
 
-    The order of components of equal bits is kept; those of 0 bits are left out. With ``zero_points``, all above 1 bit need them.
+    The order of components of equal bits is kept; those of 0 bits are left out. With
+    ``zero_points``, all above 1 bit need them.
     """
     pairs = []
     for pair in components:
         if pair[0].bits.tolist() != pair[1].bits.tolist():
             raise ValueError(
-                f"b and a of a component need equal bits, but have {pair[0].bits} and {pair[1].bits}"
+                f"b and a of a component need equal bits, but have {pair[0].bits} and "
+                f"{pair[1].bits}"
             )
         pairs += [
             (bits, [codes[i : i + 1] for codes in pair])
@@ -191,15 +205,17 @@ def _check_vectors(vectors: list[GroupCodes], block: Block, format: PackedFormat
         )
         if present != wanted:
             raise ValueError(
-                f"a component of {block.bits} bits must have (length, group size, dtype of scales, zero points) {wanted}, but "
-                f"has {present}"
+                f"a component of {block.bits} bits must have (length, group size, dtype of scales, "
+                f"zero points) {wanted}, but has {present}"
             )
 
 
 def expand(
     format: PackedFormat, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """B (m, K) and A (K, n) in ``dtype``; in float32 the very values of the `GroupCodes` that were packed."""
+    """B (m, K) and A (K, n) in ``dtype``; in float32 the very values of the `GroupCodes` that were
+    packed.
+    """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for block in format.blocks:
         codes = tensors["codes"][block.codes].view(block.count, -1)
@@ -226,7 +242,9 @@ def expand(
 
 
 def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless ``tensors`` are those that ``format`` describes, down to the bits that must be zero."""
+    """Raises ValueError unless ``tensors`` are those that ``format`` describes, down to the bits
+    that must be zero.
+    """
     if extra := sorted(set(tensors) - set(format.sizes)):
         raise ValueError(
             f"{extra[0]} are stored, but components of bits {format.bits!r} here have none"
@@ -237,8 +255,9 @@ def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
         tensor, dtype = tensors[kind], format.dtype(kind)
         if tensor.shape != (size,) or tensor.dtype != dtype:
             raise ValueError(
-                f"the {kind} must be {size} of {dtype} for components of bits {format.bits!r} on a module of shape ({format.rows}, "
-                f"{format.columns}), but are {tuple(tensor.shape)} of {tensor.dtype}"
+                f"the {kind} must be {size} of {dtype} for components of bits {format.bits!r} on a "
+                f"module of shape ({format.rows}, {format.columns}), but are {tuple(tensor.shape)} "
+                f"of {tensor.dtype}"
             )
     scales = tensors["scales"]
     for fault, found in (
@@ -248,7 +267,8 @@ def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
     ):
         if found.any():
             raise ValueError(
-                f"scales must be finite and not negative, but {int(found.sum())} of {len(scales)} are {fault}"
+                f"scales must be finite and not negative, but {int(found.sum())} of {len(scales)} "
+                f"are {fault}"
             )
     for block in format.blocks:
         _check_padding("codes", tensors["codes"][block.codes], block, block.length)
@@ -261,6 +281,6 @@ def _check_padding(kind: str, packed: Tensor, block: Block, length: int) -> None
     used = length * block.bits % 8
     if used and (packed.view(block.count, -1)[:, -1] >> used).any():
         raise ValueError(
-            f"the bits after the last value of a row must be zero, but some of the {kind} of {'BA'[block.side]} at {block.bits} "
-            "bits are not; the data is damaged"
+            f"the bits after the last value of a row must be zero, but some of the {kind} of "
+            f"{'BA'[block.side]} at {block.bits} bits are not; the data is damaged"
         )

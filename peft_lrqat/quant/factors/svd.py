@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (L, m, k), S (L, k) and V (L, n, k) of each B @ A, B (L, m, r), A (L, r, n), k = min(r, m, n); float64.
+    """U (L, m, k), S (L, k) and V (L, n, k) of each B @ A, B (L, m, r), A (L, r, n), k = min(r, m,
+    n); float64.
 
     From QR(B), QR(A^T) and the SVD of the small product of their triangles.
     """
@@ -24,7 +25,9 @@ def squared_norm(B: Tensor, A: Tensor) -> Tensor:
 
 
 def squared_error(B: Tensor, A: Tensor, quantized_B: Tensor, quantized_A: Tensor) -> Tensor:
-    """``||B @ A - quantized_B @ quantized_A||_F^2``, (L,) float64: the norm of one product of stacked factors."""
+    """``||B @ A - quantized_B @ quantized_A||_F^2``, (L,) float64: the norm of one product of
+    stacked factors.
+    """
     return squared_norm(
         torch.cat([B.double(), -quantized_B.double()], dim=-1),
         torch.cat([A.double(), quantized_A.double()], dim=-2),
