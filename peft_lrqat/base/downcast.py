@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quant import WeightFormat, estimate_range
 from ..quant.blocks import row_blocks
 from ..shared.casts import keep_values
+from .read_weight import ReadWeight
 
 
 def range_name(estimator: str, p: float) -> str:
@@ -40,6 +41,8 @@ class DowncastLinear(nn.Module):
         is_conv1d: whether it stands for transformers' `Conv1D`, whose weight is (in, out).
         device: where the empty parameters are.
     """
+
+    FROZEN = ("phi", "scale0", "zero_point")
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class DowncastLinear(nn.Module):
             zero_point = torch.empty(groups, dtype=torch.uint8, device=device)
             self.zero_point = nn.Parameter(zero_point, requires_grad=False)
         self._known_fingerprint: int | None = None
+        self.generation = 0  # counts the frozen weights that were loaded into this layer
 
     # Real weights, even if PEFT creates the adapter's own parameters on the meta device.
     @classmethod
@@ -147,12 +151,14 @@ class DowncastLinear(nn.Module):
                 digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy())
         return int.from_bytes(digest.digest(), "little") >> 1
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes another frozen weight from a whole model's state dict, with its fingerprint."""
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        brought = any(f"{prefix}{name}" in state_dict for name in self.FROZEN)
         # No rank sees as a whole what FSDP2 shards; the fingerprint stays that of the base.
-        if type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
+        if brought and type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
             self._known_fingerprint = None
+            self.generation += 1
 
     def stored_weight(self) -> Tensor:
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's weight."""
@@ -168,7 +174,20 @@ class DowncastLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the original module's layout; made anew at every access."""
+        """The dense weight in the original module's layout; made if its values are used."""
+        if torch.compiler.is_compiling():
+            return self.dense_weight()
+        shape = (self.out_features, self.in_features)
+        return ReadWeight(
+            self.dense_weight,
+            shape[::-1] if self.is_conv1d else shape,
+            self.dtype,
+            self.phi.device,
+            requires_grad=False,
+        )
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight in the original module's layout, made anew."""
         weight = self.stored_weight() if self.merged_weight is None else self.merged_weight
         return weight.T if self.is_conv1d else weight
 

@@ -83,7 +83,9 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                 (size,), fill, dtype=format.dtype(kind)
             )
         if config.use_dora:
-            self.loraquant_magnitude[adapter_name] = torch.full((self.out_features,), torch.nan)
+            self.loraquant_magnitude[adapter_name] = torch.full(
+                (self.out_features,), torch.nan, dtype=torch.float32
+            )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=True)
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..activations.hooks import round_inputs
 from ..base.downcast import DowncastLinear
+from ..base.read_weight import ReadWeight
 from ..quant import (
     Grid,
     LowRankWeight,
@@ -56,6 +57,7 @@ class LRQATLayer(BaseTunerLayer):
         "lora_alpha",
         "scaling",
         "pass_through",
+        "verify_base",
         "lrqat_fingerprint",
         "activations",
     )
@@ -77,7 +79,9 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_scale = _ExactParameterDict({})
         # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
         self.lrqat_fingerprint = BufferDict({}, persistent=True)
-        self._verified: dict[str, int] = {}  # adapter: the fingerprint it was compared with
+        self.verify_base: dict[str, bool] = {}
+        # The base weight, by its generation, that an adapter was compared with.
+        self._verified: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -91,18 +95,22 @@ class LRQATLayer(BaseTunerLayer):
         self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
         self.activations[adapter_name] = config.activation_grid
         self.lrqat_A[adapter_name] = nn.Parameter(
-            torch.empty(config.r, self.in_features, device=device)
+            torch.empty(config.r, self.in_features, dtype=torch.float32, device=device)
         )
         self.lrqat_B[adapter_name] = nn.Parameter(
-            torch.zeros(self.out_features, config.r, device=device)
+            torch.zeros(self.out_features, config.r, dtype=torch.float32, device=device)
         )
         self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
-        # Packed factors bring theirs when they are unpacked; a loader that passes them over leaves an adapter that refuses to run.
-        fingerprint = base.fingerprint if config.packed_factors is None else -1
-        self.lrqat_fingerprint[adapter_name] = torch.tensor(fingerprint, device=device)
+        # Packed factors bring theirs when they are unpacked; a loader that does not unpack them
+        # leaves an adapter that refuses to run.
+        packed = config.packed_factors is not None
+        self.lrqat_fingerprint[adapter_name] = torch.tensor(
+            -1 if packed else base.fingerprint, device=device
+        )
         self._verified.pop(adapter_name, None)
-        if not config.verify_base:
-            self._verified[adapter_name] = base.fingerprint
+        if not packed:
+            self._verified[adapter_name] = base.generation
+        self.verify_base[adapter_name] = config.verify_base
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -179,19 +187,32 @@ class LRQATLayer(BaseTunerLayer):
                 raise ValueError(
                     f"`{name}` of `{self.name}` has NaN or infinite entries in the saved adapter"
                 )
+        self._verified.pop(adapter_name, None)
         self._verify_base(adapter_name)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Compares the fingerprints that come with adapters; none is left for `forward` to read."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.lrqat_A:
+            value = state_dict.get(f"{prefix}lrqat_fingerprint.{name}")
+            if value is not None and not value.is_meta and not self.matches_base(name, value):
+                self._verified.pop(name, None)
+
     def _verify_base(self, adapter_name: str) -> None:
-        if self._verified.get(adapter_name) == self.base_layer.fingerprint:
+        verified = self._verified.get(adapter_name) == self.base_layer.generation
+        if verified or not self.verify_base[adapter_name]:
             return
-        # PEFT's loaders are checked before anything is loaded (LRQATModel); transformers' own loader only passes here.
+        # Loaders are checked when they load; a state dict that was loaded by hand passes here.
         if not self.matches_base(adapter_name, self.lrqat_fingerprint[adapter_name]):
             raise ValueError(
-                f"adapter `{adapter_name}` was trained on another base model, or on this one in another dtype: its integers "
-                "cannot be rebuilt from these weights. Load the base model named in its card; to go on all the same, set "
-                "`verify_base=False` in its config"
+                f"adapter `{adapter_name}` was trained on another base model, or on this one in "
+                "another dtype: its integers cannot be rebuilt from these weights. Load the base "
+                "model named in its card; to go on all the same, set `verify_base=False` in its "
+                "config"
             )
-        self._verified[adapter_name] = self.base_layer.fingerprint
+        self._verified[adapter_name] = self.base_layer.generation
 
     def _adapter_to_run(self) -> str | None:
         active = [name for name in self.active_adapters if name in self.lrqat_A]
@@ -290,6 +311,38 @@ class LRQATLinear(nn.Module, LRQATLayer):
             self._forget_weight(adapter_name)
             y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias, grid)
         return y if autocast else y.to(x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer multiplies with, in the original module's layout.
+
+        For owners that read it; gradients flow through it to the adapter. Made if it is used.
+        """
+        base = self.base_layer
+        if torch.compiler.is_compiling():
+            return self._dense_weight()
+        shape = (self.out_features, self.in_features)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return ReadWeight(
+            self._dense_weight,
+            shape[::-1] if base.is_conv1d else shape,
+            base.dtype,
+            base.phi.device,
+            trained,
+        )
+
+    def _dense_weight(self) -> Tensor:
+        base, adapter_name = self.base_layer, self.adapter_that_runs()
+        if self.merged or adapter_name is None:
+            return base.dense_weight()
+        weight = self.low_rank_weight(adapter_name)
+        if torch.is_grad_enabled():
+            # A product with the identity is exact, and its gradients are those of the layer.
+            identity = torch.eye(self.in_features, dtype=base.dtype, device=base.phi.device)
+            transposed = fake_quant_linear(identity, weight)
+            return transposed if base.is_conv1d else transposed.T
+        dense = quantized_weight(weight)
+        return dense.T if base.is_conv1d else dense
 
     def _infers(self) -> bool:
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -103,18 +103,9 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
     if isinstance(module, DowncastLinear):
         return  # `take_grids` has compared it with the config
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    plain = isinstance(module, nn.Linear | Conv1D) and type(module).forward in (
-        nn.Linear.forward,
-        Conv1D.forward,
-    )
-    # nn.MultiheadAttention reads the weight of its output layer without calling the layer.
-    plain = plain and not isinstance(module, NonDynamicallyQuantizableLinear)
-    if isinstance(module, BaseTunerLayer) or not plain:
-        raise TypeError(
-            f"`{name}` is a {kind}; LR-QAT works on torch.nn.Linear and transformers' Conv1D that "
-            "are neither quantised nor adapted already. Load the base model unquantised, or leave "
-            "the module out of `target_modules`"
-        )
+    reason = _why_not(module)
+    if reason is not None:
+        raise TypeError(f"`{name}` is a {kind}; {reason}")
     weight = module.weight
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPE_NAMES:
         raise TypeError(
@@ -136,6 +127,54 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
         raise ValueError(
             f"the weight of `{name}` has NaN or infinite entries; repair the base model first"
         )
+
+
+OUT = "leave the module out of `target_modules`"
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why LR-QAT cannot stand for a module, and what to do; None if it can."""
+    if isinstance(module, BaseTunerLayer):
+        return f"it carries an adapter already. Load the base model without it, or {OUT}"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return f"nn.MultiheadAttention reads its weight without calling the layer; {OUT}"
+    if not isinstance(module, nn.Linear | Conv1D):
+        return (
+            "LR-QAT works on torch.nn.Linear and transformers' Conv1D, neither quantised nor "
+            f"adapted. If it is a quantised layer, load the base model unquantised; else {OUT}"
+        )
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return None
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPE_NAMES:
+        return f"its weight is quantised already. Load the base model unquantised, or {OUT}"
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if own - {"weight", "bias"} or any(module.children()):
+        return f"it computes with more than a weight and a bias ({sorted(own)}); {OUT}"
+    if not weight.is_meta and weight.numel() and not _computes_the_product(module):
+        return f"its `forward` does not compute `x @ weight.T + bias`; {OUT}"
+    return None
+
+
+@torch.no_grad()
+def _computes_the_product(module: nn.Linear | Conv1D) -> bool:
+    """Whether a subclass's own ``forward`` gives what its parent's gives, on a few inputs."""
+    parent = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    generator = torch.Generator().manual_seed(0)
+    for shape, size in (((3,), 1.0), ((2, 3), 30.0)):
+        x = torch.randn(*shape, in_features(module), generator=generator, dtype=torch.float32)
+        x = (size * x).to(module.weight)
+        wanted = parent.forward(module, x)
+        try:
+            found = type(module).forward(module, x)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return False  # it takes other inputs
+        if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+            return False
+        error = (found.double() - wanted.double()).norm()
+        if not error <= 4 * torch.finfo(wanted.dtype).eps * wanted.double().norm():
+            return False
+    return True
 
 
 def _check_same_recipe(name: str, layer: LRQATLinear, config: LRQATConfig) -> None:

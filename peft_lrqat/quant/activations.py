@@ -26,7 +26,7 @@ def quantized_tokens(x: Tensor, grid: Grid) -> Tensor:
     token into NaN.
     """
     if x.numel() == 0:
-        return x
+        return x.detach().clone()
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     codes, step, zero_point = _encode(values, grid)
     if zero_point is not None:

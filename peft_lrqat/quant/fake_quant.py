@@ -68,6 +68,9 @@ class _FakeQuantLinear(torch.autograd.Function):
     ) -> Tensor:
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
         y = _multiply(x if activations is None else quantized_tokens(x, activations), w, bias)
+        if not torch.compiler.is_compiling() and y._is_view():
+            # As `linear` gives where there are batches and a bias; a caller may write into y.
+            y = y.data
         # In half precision, a large bias would leave little of y0 in y.
         rounded_into = bias is not None and x.dtype.itemsize < 4
         kept = None

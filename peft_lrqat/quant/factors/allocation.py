@@ -49,8 +49,8 @@ def relative_errors(group_size: int) -> tuple[float, ...]:
     generator = torch.Generator().manual_seed(0)
     length = min(group_size, 512) * 2
     b, a = (
-        torch.randn(8, length, 1, generator=generator),
-        torch.randn(8, 1, length, generator=generator),
+        torch.randn(8, length, 1, generator=generator, dtype=torch.float32),
+        torch.randn(8, 1, length, generator=generator, dtype=torch.float32),
     )
     errors = [1.0]
     for bits in range(1, MAX_BITS + 1):

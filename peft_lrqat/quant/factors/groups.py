@@ -84,7 +84,7 @@ def quantize_midrise(
     peak = grouped.abs().amax(-1, keepdim=True)
     best = torch.full_like(peak, torch.inf)
     scale = torch.zeros_like(peak)
-    for fraction in torch.linspace(1.0, 0.2, CANDIDATES).tolist():
+    for fraction in torch.linspace(1.0, 0.2, CANDIDATES, dtype=torch.float32).tolist():
         # The outermost level is half - 1/2.
         candidate = fraction * peak / (half - 0.5).clamp(min=0.5)
         # One step of Lloyd's algorithm: the best scale for the codes that the candidate gives.
