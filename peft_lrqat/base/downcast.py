@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,12 @@ class DowncastLinear(nn.Module):
     """
 
     FROZEN = ("phi", "scale0", "zero_point")
+    # The layer computes with `_held`, by name, as long as the parameters are the objects `_own`:
+    # the parameters may be written into by averages of weights, which truncate integers. In the
+    # original the two share their memory; a copy holds what the original holds, and its
+    # parameters are copies. Whoever puts other parameters here, as FSDP2 does, means them.
+    _held: dict[str, Tensor]
+    _own: dict[str, nn.Parameter]
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class DowncastLinear(nn.Module):
         if not format.grid.symmetric:
             zero_point = torch.empty(groups, dtype=torch.uint8, device=device)
             self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self._hold()
         self._known_fingerprint: int | None = None
         self.generation = 0  # counts the frozen weights that were loaded into this layer
 
@@ -127,6 +135,34 @@ class DowncastLinear(nn.Module):
             offset = None if grid.symmetric else zero_point[rows]
             phi = grid.units(weight[rows].float(), scale0[rows], offset)
             self.phi.data[rows] = self.format.encode(phi)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Takes the parameters as they are for the frozen weight."""
+        found = {name: self._parameters.get(name) for name in self.FROZEN}
+        self._own = {name: p for name, p in found.items() if p is not None}
+        self._held = {name: p.data for name, p in self._own.items() if type(p) is nn.Parameter}
+
+    def frozen(self, name: str) -> Tensor | None:
+        """``phi``, ``scale0`` or ``zero_point`` as the layer computes with it."""
+        if torch.compiler.is_compiling():
+            return self._held[name] if name in self._held else getattr(self, name)
+        parameter = self._parameters.get(name)
+        if parameter is not self._own.get(name):
+            self._held.clear()
+        return self._held.get(name, parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DowncastLinear:
+        """A copy that shares the frozen weight, and has parameters of its own."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            if name not in ("_held", "_own"):
+                vars(copied)[name] = copy.deepcopy(value, memo)
+        held = {name: self.frozen(name) for name in self.FROZEN}
+        copied._own = {n: p for n in self.FROZEN if (p := copied._parameters.get(n)) is not None}
+        copied._held = {name: held[name] for name in copied._own if name in self._held}
+        return copied
 
     @property
     def fingerprint(self) -> int:
@@ -146,30 +182,44 @@ class DowncastLinear(nn.Module):
             self.in_features,
         )
         digest = hashlib.blake2b(repr(fields).encode(), digest_size=8)
-        for tensor in (self.phi, self.scale0, self.zero_point):
+        for tensor in map(self.frozen, self.FROZEN):
             if tensor is not None:
                 digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy())
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes another frozen weight from a whole model's state dict, with its fingerprint."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
         brought = any(f"{prefix}{name}" in state_dict for name in self.FROZEN)
+        if brought and self._held:
+            for name, parameter in self._own.items():  # copies of this layer may hold it
+                parameter.data = self._held[name].clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if brought:
+            self._hold()
         # No rank sees as a whole what FSDP2 shards; the fingerprint stays that of the base.
         if brought and type(self.phi) is nn.Parameter and self.phi.device.type != "meta":
             self._known_fingerprint = None
             self.generation += 1
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in self._own:
+                destination[f"{prefix}{name}"] = self.frozen(name).detach()
+
     def stored_weight(self) -> Tensor:
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's weight."""
         grid = self.format.grid
+        phi, scale, zero_point = map(self.frozen, self.FROZEN)
         weight = torch.empty(
-            self.out_features, self.in_features, dtype=self.dtype, device=self.phi.device
+            self.out_features, self.in_features, dtype=self.dtype, device=phi.device
         )
         for rows in row_blocks(*weight.shape, weight.device):
-            zero_point = None if self.zero_point is None else self.zero_point[rows]
-            phi = self.format.decode(self.phi[rows])
-            weight[rows] = grid.values(phi, self.scale0[rows], zero_point).to(self.dtype)
+            offset = None if zero_point is None else zero_point[rows]
+            units = self.format.decode(phi[rows])
+            weight[rows] = grid.values(units, scale[rows], offset).to(self.dtype)
         return weight
 
     @property
@@ -213,7 +263,15 @@ class DowncastLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DowncastLinear:
         protected = {id(t) for t in (self.phi, self.scale0, self.zero_point)}
         keep = keep_values(fn)
+        held = {name: self.frozen(name) for name in self.FROZEN if name in self._held}
+        apart = {
+            name: keep(tensor)
+            for name, tensor in held.items()
+            if tensor.data_ptr() != self._own[name].data_ptr()
+        }
         super()._apply(lambda t: keep(t) if id(t) in protected else fn(t), recurse)
+        self._hold()
+        self._held |= apart
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.merged_weight is not None:
             self.merged_weight = fn(self.merged_weight)

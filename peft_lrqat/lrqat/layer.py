@@ -44,6 +44,40 @@ class _ExactParameterDict(nn.ParameterDict):
         return super()._apply(keep_values(fn, widen=True), recurse)
 
 
+class _Fingerprints(BufferDict):
+    """Integers that are saved as they were set or loaded, even if an average wrote into them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.integers: dict[str, int] = {}
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        super().__setitem__(key, buffer)
+        if not buffer.is_meta:
+            self.integers[key] = int(buffer)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.integers.pop(key, None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for key in self.keys():
+            value = state_dict.get(f"{prefix}{key}")
+            if value is not None and not value.is_meta and value.numel() == 1:
+                self.integers[key] = int(value)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, integer in self.integers.items():
+            if f"{prefix}{key}" in destination:
+                destination[f"{prefix}{key}"] = torch.tensor(integer, device=self[key].device)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
@@ -78,7 +112,7 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_B = _ExactParameterDict({})
         self.lrqat_scale = _ExactParameterDict({})
         # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
-        self.lrqat_fingerprint = BufferDict({}, persistent=True)
+        self.lrqat_fingerprint = _Fingerprints({}, persistent=True)
         self.verify_base: dict[str, bool] = {}
         # The base weight, by its generation, that an adapter was compared with.
         self._verified: dict[str, int] = {}
@@ -100,7 +134,7 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_B[adapter_name] = nn.Parameter(
             torch.zeros(self.out_features, config.r, dtype=torch.float32, device=device)
         )
-        self.lrqat_scale[adapter_name] = nn.Parameter(base.scale0.detach().clone())
+        self.lrqat_scale[adapter_name] = nn.Parameter(base.frozen("scale0").clone())
         # Packed factors bring theirs when they are unpacked; a loader that does not unpack them
         # leaves an adapter that refuses to run.
         packed = config.packed_factors is not None
@@ -133,8 +167,8 @@ class LRQATLayer(BaseTunerLayer):
         base = self.base_layer
         return LowRankWeight(
             format=base.format,
-            phi=base.phi,
-            zero_point=base.zero_point,
+            phi=base.frozen("phi"),
+            zero_point=base.frozen("zero_point"),
             A=self.lrqat_A[adapter_name],
             B=self.lrqat_B[adapter_name],
             scale=self.lrqat_scale[adapter_name],
@@ -187,6 +221,8 @@ class LRQATLayer(BaseTunerLayer):
                 raise ValueError(
                     f"`{name}` of `{self.name}` has NaN or infinite entries in the saved adapter"
                 )
+        fingerprint = self.lrqat_fingerprint[adapter_name]
+        self.lrqat_fingerprint.integers[adapter_name] = int(fingerprint)
         self._verified.pop(adapter_name, None)
         self._verify_base(adapter_name)
 

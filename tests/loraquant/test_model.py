@@ -22,7 +22,7 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_lrqat import LoRAQuantConfig, LoRAQuantModel
+from peft_lrqat import LoRAQuantConfig, LoRAQuantModel, sign_adapter
 from peft_lrqat.loraquant import LoRAQuantLayer
 from peft_lrqat.shared.card import BEGIN
 
@@ -459,6 +459,7 @@ def edit_config(folder, **fields):
     for name, value in fields.items():
         config[name] = value(config[name]) if callable(value) else value
     path.write_text(json.dumps(config))
+    sign_adapter(folder)
 
 
 def edit_weights(folder, change):

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lrqat import LRQATLinear
+from peft_lrqat import LRQATLinear, sign_adapter
 
 
 TARGET = "model.layers.1.self_attn.v_proj"
@@ -107,8 +107,17 @@ class _NoLinear(nn.Identity):
     pass
 
 
-@pytest.mark.parametrize("kind", [_Int8Linear, _OwnForward, _SubclassedWeight, _Float64, _NoLinear])
-def test_module_of_another_kind(kind, make_base, make_config):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (_Int8Linear, "unquantised"),
+        (_OwnForward, "`forward` does not compute"),
+        (_SubclassedWeight, "unquantised"),
+        (_Float64, "unquantised"),
+        (_NoLinear, "unquantised"),
+    ],
+)
+def test_module_of_another_kind(kind, reason, make_base, make_config):
     model = make_base()
     model.set_submodule(TARGET, kind(32, 16, bias=False))
     target_modules = ["q_proj", "v_proj"]  # "all-linear" may not see it
@@ -116,7 +125,7 @@ def test_module_of_another_kind(kind, make_base, make_config):
         model,
         make_config(target_modules=target_modules),
         TypeError,
-        f"`{TARGET}` .*{kind.__name__}.*unquantised",
+        f"`{TARGET}` .*{kind.__name__}.*{reason}",
     )
 
 
@@ -150,7 +159,7 @@ def test_model_that_carries_a_lora_already(make_base, make_config):
     names = set(model.state_dict())
     with pytest.raises(
         TypeError,
-        match=r"`model\.layers\.0\.self_attn\.v_proj` is a peft\.tuners\.lora.*adapted already",
+        match=r"`model\.layers\.0\.self_attn\.v_proj` is a peft\.tuners\.lora.*an adapter already",
     ):
         get_peft_model(model, make_config(target_modules=["q_proj", "v_proj"]))
     assert set(model.state_dict()) == names
@@ -328,7 +337,7 @@ def test_truncated_file(keep, adapter, broken, make_base):
     path = folder / "adapter_model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(Exception, match=r"(?i)header|deserializ|incomplete"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors in .* is not whole"):
         PeftModel.from_pretrained(make_base(), folder)
 
 
@@ -336,6 +345,7 @@ def test_config_of_another_rank(broken, make_base):
     folder = broken()
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
+    sign_adapter(folder)
     not_loaded(
         folder,
         make_base(),
@@ -358,6 +368,7 @@ def test_config_of_another_grid(change, broken, make_base):
     folder = broken()
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    sign_adapter(folder)
     not_loaded(
         folder, make_base(), "not the base model that the adapter was trained on: 14 of 14 layers"
     )
@@ -426,18 +437,14 @@ def test_verify_base_false_loads_all_the_same(
     not_loaded(tmp_path, make_base(), "1 of 14 layers")
 
 
-def test_native_loader_refuses_at_first_use(adapter, changed_base, make_base, batch_for, logits_of):
-    """transformers fills in the tensors by itself, so that the layer is the first to see that they
-    do not belong together.
-    """
+def test_native_loader_refuses_too(adapter, changed_base, make_base, logits_of):
+    """transformers fills in the tensors by itself; what it loaded is checked afterwards."""
     model = changed_base()
-    model.load_adapter(str(adapter))
     with pytest.raises(
         ValueError, match=r"adapter `default` was trained on another base model.*verify_base=False"
     ):
-        model(**batch_for())
-    with pytest.raises(ValueError, match="was trained on another base model"):
-        model.get_submodule(TARGET).merge()
+        model.load_adapter(str(adapter))
+    assert type(model.get_submodule(TARGET)) is nn.Linear
     good = make_base()
     good.load_adapter(str(adapter))
     assert torch.equal(
@@ -453,9 +460,8 @@ def test_native_loader_checks_every_adapter_of_the_same_name(
     model.load_adapter(str(adapter))
     logits_of(model)
     model.delete_adapter("default")
-    model.load_adapter(str(tmp_path))
     with pytest.raises(ValueError, match="was trained on another base model"):
-        logits_of(model)
+        model.load_adapter(str(tmp_path))
 
 
 def test_native_loader_with_verify_base_false(adapter, changed_base, logits_of):
