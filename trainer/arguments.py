@@ -31,7 +31,7 @@ class LRQATArguments(Base):
     gradient norm clipped at 1, linear schedule with 10% warm-up), except for the rates: the paper
     has 1e-3 and 1e-5, for 10^4 steps and gamma = 1/32; here they are 5e-3 and 1e-4, which reached
     lower perplexities in runs of up to some hundred steps with gamma = 1. Each group is clipped by
-    itself, see :func:`.optimizer.clip_by_group`.
+    itself, see `clip_by_group`.
 
     Example:
         ```py

@@ -254,7 +254,7 @@ def distillation_loss(
     Args:
         student: logits (..., vocabulary), which get the gradient.
         teacher: logits of the same shape.
-        scored: bool (...), see :func:`.labels.scored_tokens`.
+        scored: bool (...), see `scored_tokens`.
         num_items: divide the sum by this instead of the number of scored tokens here: by the scored
             tokens of all batches that make one step.
     """

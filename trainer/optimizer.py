@@ -23,7 +23,7 @@ WATCHED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 class GroupedOptimizer(TrainerPart):
-    """The optimizer works on :func:`parameter_groups`, and each group is clipped by itself."""
+    """The optimizer works on `parameter_groups`, and each group is clipped by itself."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._group_norms: dict[str, Tensor] = {}  # of the last step, before clipping
@@ -235,7 +235,7 @@ def _equal(mine: Any, saved: Any) -> bool:
 
 
 class LRQATOptimizerFactory:
-    """AdamW over :func:`parameter_groups`, made by an unmodified transformers Trainer.
+    """AdamW over `parameter_groups`, made by an unmodified transformers Trainer.
 
     With ``max_grad_norm`` each group is clipped by itself right before the step, A and B to
     ``factor_max_grad_norm``. Then turn off the Trainer's own clipping, which comes first and uses
