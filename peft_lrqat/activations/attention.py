@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class KeyValueGrids:
         """The grid of the adapter that runs; None if keys and values stay as they are."""
         for projection in self.projections:
             adapter_name = projection.adapter_that_runs()
-            if adapter_name in self.by_adapter:
+            if adapter_name is not None and adapter_name in self.by_adapter:
                 return self.by_adapter[adapter_name]
         return self.merged
 
@@ -102,7 +102,7 @@ def add_adapter(
         attention = model.get_submodule(name.rpartition(".")[0])
         if _rounds(attention):
             grids = _grids_of(attention) or KeyValueGrids()
-            projection = model.get_submodule(name)
+            projection = cast(Projection, model.get_submodule(name))
             vars(attention)[GRIDS] = grids.with_adapter(adapter_name, grid, projection)
     route(model)
 
@@ -130,9 +130,11 @@ def merge(model: nn.Module) -> None:
 
 def route(model: nn.Module) -> None:
     """Lets every attention layer ask for its grid first, if any has one; else as it was before."""
+    if not isinstance(model, PreTrainedModel):
+        return
     if _all_grids(model):
         _set_names(model, WRAPPED)
-    elif isinstance(model, PreTrainedModel):
+    else:
         _set_names(model, {wrapped: name for name, wrapped in WRAPPED.items()})
 
 
@@ -140,7 +142,8 @@ class Rounded(Tensor):
     """Keys or values that lie on ``grid`` already. What is computed from them is a plain tensor."""
 
     grid: Grid
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # PyTorch's own way to say so; its stubs know only methods here.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def rounded(x: Tensor, grid: Grid) -> Rounded:

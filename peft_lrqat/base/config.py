@@ -141,7 +141,10 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         compare=False,
         metadata={"help": "The release of peft_lrqat that made the base; filled in."},
     )
-    quant_method: str = field(default=METHOD, metadata={"help": "lrqat; for transformers."})
+    # transformers annotates an enum that only it can extend.
+    quant_method: str = field(  # type: ignore[assignment]
+        default=METHOD, metadata={"help": "lrqat; for transformers."}
+    )
 
     def __post_init__(self) -> None:
         check_integer("format_version", self.format_version, 1)

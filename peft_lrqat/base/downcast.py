@@ -131,7 +131,8 @@ class DowncastLinear(nn.Module):
         self.scale0.data = scale0
         if self.zero_point is not None:
             self.zero_point.data = zero_point
-        for rows in row_blocks(*weight.shape, weight.device):
+        height, width = weight.shape
+        for rows in row_blocks(height, width, weight.device):
             offset = None if grid.symmetric else zero_point[rows]
             phi = grid.units(weight[rows].float(), scale0[rows], offset)
             self.phi.data[rows] = self.format.encode(phi)
@@ -184,7 +185,7 @@ class DowncastLinear(nn.Module):
         digest = hashlib.blake2b(repr(fields).encode(), digest_size=8)
         for tensor in map(self.frozen, self.FROZEN):
             if tensor is not None:
-                digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy())
+                digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -216,7 +217,7 @@ class DowncastLinear(nn.Module):
         weight = torch.empty(
             self.out_features, self.in_features, dtype=self.dtype, device=phi.device
         )
-        for rows in row_blocks(*weight.shape, weight.device):
+        for rows in row_blocks(self.out_features, self.in_features, weight.device):
             offset = None if zero_point is None else zero_point[rows]
             units = self.format.decode(phi[rows])
             weight[rows] = grid.values(units, scale[rows], offset).to(self.dtype)
@@ -244,7 +245,7 @@ class DowncastLinear(nn.Module):
     def to_plain(self, weight: Tensor) -> nn.Linear | Conv1D:
         """A module of the original kind with ``weight`` (out, in) and this layer's bias."""
         if self.is_conv1d:
-            plain = Conv1D(0, 0)
+            plain: nn.Linear | Conv1D = Conv1D(0, 0)
             plain.nf, plain.nx, plain.bias = self.out_features, self.in_features, self.bias
             # A transposed view, not a copy: its product adds up in the unmerged layer's order.
             weight = weight.T

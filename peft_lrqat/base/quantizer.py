@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -88,7 +88,7 @@ def _is_tied(model: PreTrainedModel, name: str) -> bool:
 def digest(tensor: Tensor) -> str:
     """64 bits of the dtype, the shape and the bytes of a tensor, as 16 hexadecimal digits."""
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
-    state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -101,9 +101,10 @@ class _Downcast(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
-        missing_keys: set[str] | None = None,
+        *args: Any,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         (weight,) = input_dict.values()
@@ -121,7 +122,7 @@ class _UnpackZeroPoints(ConversionOps):
         self.hf_quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str | None = None, **kwargs: Any
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         (packed,) = input_dict.values()
         packed = packed[0] if isinstance(packed, list) else packed
@@ -196,7 +197,8 @@ class LowBitQuantizer(HfQuantizer):
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         if self.quantization_config.takes_over:
-            self._takeover = Takeover(model, self.quantization_config.source, self._files)
+            source = self.quantization_config.source or {}
+            self._takeover = Takeover(model, source, self._files)
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         for name, stored in self.stored.items():
@@ -249,7 +251,8 @@ class LowBitQuantizer(HfQuantizer):
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Puts the downcast layer of ``weight`` in place of the plain module ``name``."""
-        made = downcast(model.get_submodule(name), name, weight, self.quantization_config)
+        linear = cast("nn.Linear | Conv1D", model.get_submodule(name))
+        made = downcast(linear, name, weight, self.quantization_config)
         if made is None:
             # An exception here would end as a conversion that "encountered some issues".
             self._not_finite.append(name)
@@ -300,7 +303,8 @@ class LowBitQuantizer(HfQuantizer):
             )
         # Saved again, a packed export is a low-bit base.
         ours = set(map(id, self._conversions))
-        model._weight_conversions = [c for c in model._weight_conversions if id(c) not in ours]
+        conversions: Any = model._weight_conversions
+        vars(model)["_weight_conversions"] = [c for c in conversions if id(c) not in ours]
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.modules = {n: describe(m).to_dict() for n, m in layers.items()}
         model.config.quantization_config = self.quantization_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from peft.utils.other import get_pattern_key
 
@@ -16,13 +16,15 @@ from ..shared.checks import check_choice, check_flag, check_integer, check_items
 class WeightSettings:
     """Fields that `LRQATConfig` and `LowBitConfig` share."""
 
-    # The names of the fields that the maker of the object gave a value.
-    given: ClassVar[frozenset[str]] = frozenset()
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)
-        made.given = frozenset(kwargs)
+        vars(made)["given"] = frozenset(kwargs)
         return made
+
+    @property
+    def given_fields(self) -> frozenset[str]:
+        """The names of the fields that the maker of this object gave a value."""
+        return vars(self)["given"]
 
     bits: int = field(
         default=4,

@@ -172,7 +172,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LRQAT
+        self.peft_type = PeftType("LRQAT")
         self.check_weight_settings()
         self._check_choices()
         self._check_numbers()

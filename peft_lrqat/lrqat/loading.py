@@ -108,6 +108,7 @@ def _foreign(
     for name, layer in layers.items():
         key = _key(state_dict, prefix, name, FINGERPRINT, adapter_name)
         value = state_dict.get(key)
-        whole = value is not None and value.numel() == 1
-        if whole and not layer.matches_base(adapter_name, value):
+        if value is None or value.numel() != 1:
+            continue
+        if not layer.matches_base(adapter_name, value):
             yield key, name, layer

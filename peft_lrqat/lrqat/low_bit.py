@@ -47,24 +47,24 @@ def take_grids(config: LRQATConfig, layers: Mapping[str, DowncastLinear]) -> Non
     for name, layer in layers.items():
         _check_given(config, name, layer)
     for field in SHARED_FIELDS:
-        values = {_value(layer, field): name for name, layer in layers.items()}
+        values = {str(_value(layer, field)): name for name, layer in layers.items()}
         if len(values) > 1:
             raise ValueError(
                 f"an adapter has one `{field}` for all targets, but the low-bit base has "
                 + " and ".join(f"{value} in `{name}`" for value, name in values.items())
                 + "; give each its own adapter, or leave some out of `target_modules`"
             )
-        setattr(config, field, next(iter(values)))
+        setattr(config, field, _value(next(iter(layers.values())), field))
     for field in ("bits", "group_size"):
-        if not {field, f"{field}_pattern"} & config.given:
-            values = {name: _value(layer, field) for name, layer in layers.items()}
-            ((most, _),) = Counter(values.values()).most_common(1)
+        if not {field, f"{field}_pattern"} & config.given_fields:
+            found = {name: _value(layer, field) for name, layer in layers.items()}
+            ((most, _),) = Counter(found.values()).most_common(1)
             setattr(config, field, most)
-            others = {re.escape(name): value for name, value in values.items() if value != most}
+            others = {re.escape(name): value for name, value in found.items() if value != most}
             setattr(config, f"{field}_pattern", others)
     ((first_range, _),) = Counter(layer.range for layer in layers.values()).most_common(1)
     if known := FIRST_RANGE.fullmatch(first_range):
-        config.range_estimator = known["estimator"]
+        config.range_estimator = "lp" if known["estimator"] == "lp" else "minmax"
         config.range_p = float(known["p"] or config.range_p)
 
 
@@ -81,10 +81,10 @@ def _check_given(config: LRQATConfig, name: str, layer: DowncastLinear) -> None:
     asked = {field: getattr(config, field) for field in SHARED_FIELDS}
     grid = config.weight_format(name, layer.in_features).grid if _asks_for_grid(config) else None
     for field in ("bits", "group_size"):
-        if {field, f"{field}_pattern"} & config.given and grid is not None:
+        if {field, f"{field}_pattern"} & config.given_fields and grid is not None:
             asked[field] = getattr(grid, field)
     for field, value in asked.items():
-        given = field in config.given or f"{field}_pattern" in config.given
+        given = field in config.given_fields or f"{field}_pattern" in config.given_fields
         if given and value != _value(layer, field):
             raise ValueError(
                 f"`{field}` is {value!r}, but the low-bit base holds `{name}` with "
@@ -95,4 +95,4 @@ def _check_given(config: LRQATConfig, name: str, layer: DowncastLinear) -> None:
 
 def _asks_for_grid(config: LRQATConfig) -> bool:
     fields = {"bits", "bits_pattern", "group_size", "group_size_pattern"}
-    return bool(fields & config.given)
+    return bool(fields & config.given_fields)

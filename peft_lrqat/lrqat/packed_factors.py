@@ -31,7 +31,7 @@ def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, T
     fields = config.packed_factors
     plain = {key: tensor for key, tensor in state.items() if ".loraquant_" not in key}
     try:
-        formats = _formats(fields)
+        formats = _formats(fields or {})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"`packed_factors` in {CONFIG_NAME} does not describe packed factors ({error}); the configuration is damaged"

@@ -22,8 +22,9 @@ def check_number(name: str, value: object, maximum: float | None = None) -> None
         not isinstance(value, bool)
         and isinstance(value, int | float)
         and abs(value) <= sys.float_info.max
+        and (maximum is None or 0 < value <= maximum)
     )
-    if not fits or (maximum is not None and not 0 < value <= maximum):
+    if not fits:
         range_ = "finite" if maximum is None else f"above 0 and at most {maximum}"
         raise ValueError(f"`{name}` must be a number, {range_}, but is {value!r}")
 

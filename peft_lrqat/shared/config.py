@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .._version import __version__
 from .adapter_files import update_signature
@@ -66,4 +66,4 @@ class AdapterConfig(PeftConfig):
 
     def write_card(self, folder: str, subfolder: str | None = None) -> None:
         """Creates or updates the card in ``folder`` of an adapter there, or in its ``subfolder``."""
-        CARDS[self.peft_type.value](folder, self, subfolder)
+        CARDS[PeftType(self.peft_type).value](folder, self, subfolder)
