@@ -1,12 +1,12 @@
-"""Dynamic quantisation of activations (LR-QAT, section 4.3): one range per token, found anew in
-every forward pass.
+"""Quantises activations dynamically (LR-QAT, section 4.3): each token has a range of its own.
 
-    step = (max - min) / (qmax - qmin),  z = round(-min / step),  x_hat = step * (clip(round(x /
-    step) + z, qmin, qmax) - z)
+    step  = (max - min) / (qmax - qmin)
+    z     = round(-min / step)
+    x_hat = step * (clip(round(x / step) + z, qmin, qmax) - z)
 
-``min`` and ``max`` are those of the token and of zero, so that zero is exact. Symmetric: ``step =
-max|x| / qmax`` and no ``z``. No value lies further than half a step from a grid point: nothing is
-clipped, and the straight-through gradient is the identity.
+``min`` and ``max`` are taken over the token and zero, so that zero is exact. On a symmetric grid,
+``step = max|x| / qmax`` and there is no ``z``. Every value lies within half a step of a grid point:
+nothing is clipped, and the straight-through gradient is the identity.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from .grid import Grid
 
 
 def quantized_tokens(x: Tensor, grid: Grid) -> Tensor:
-    """``x_hat`` of (..., in), each slice along the last dimension a token; in the dtype of ``x``,
-    without gradients.
+    """Returns ``x_hat``, in the shape and dtype of ``x``, without gradients.
 
-    Computed in float32 or wider. A token of zeros stays one; a NaN or an infinity turns its whole
-    token into NaN.
+    ``x`` is (..., in); each slice along the last dimension is a token. Computed in float32 or
+    wider. A token of zeros stays zero. A NaN or an infinity turns its whole token into NaN.
     """
     if x.numel() == 0:
         return x.detach().clone()
@@ -35,10 +34,11 @@ def quantized_tokens(x: Tensor, grid: Grid) -> Tensor:
 
 
 def encode_tokens(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The integers, uint8 (int8 on a symmetric grid) of the shape of ``x``, and for each token its
-    step and its zero point,
-    (..., 1), float32 and uint8; no zero point on a symmetric grid. ``x`` is finite, and float32 or
-    shorter.
+    """Returns the integers, and the step and zero point of each token.
+
+    Integers are uint8 (int8 on a symmetric grid), in the shape of ``x``. Steps are float32 and zero
+    points uint8, both (..., 1); a symmetric grid has None instead of zero points. ``x`` must be
+    finite, in float32 or a shorter dtype.
     """
     codes, step, zero_point = _encode(x.detach().float(), grid)
     if zero_point is None:
@@ -49,7 +49,10 @@ def encode_tokens(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]
 def decode_tokens(
     codes: Tensor, step: Tensor, zero_point: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``x_hat`` from what `encode_tokens` gave: bit for bit that of `quantized_tokens`."""
+    """Returns ``x_hat`` from what `encode_tokens` returned.
+
+    It equals the result of `quantized_tokens` bit for bit.
+    """
     values = codes.to(step.dtype)
     if zero_point is not None:
         values.sub_(zero_point.to(step.dtype))
@@ -57,7 +60,7 @@ def decode_tokens(
 
 
 def _encode(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers, steps and zero points, all in the dtype of ``values``."""
+    """Returns integers, steps and zero points, all in the dtype of ``values``."""
     smallest = torch.finfo(values.dtype).tiny  # a token of zeros still needs a step to divide by
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     if grid.symmetric:
@@ -80,5 +83,8 @@ class _FakeQuantizeTokens(torch.autograd.Function):
 
 
 def fake_quantize_tokens(x: Tensor, grid: Grid) -> Tensor:
-    """`quantized_tokens` with the identity as its gradient; nothing is kept for the backward pass."""
+    """Applies `quantized_tokens`, with the identity as its gradient.
+
+    Nothing is kept for the backward pass.
+    """
     return _FakeQuantizeTokens.apply(x, grid)

@@ -1,4 +1,4 @@
-"""The integer grid of a quantised weight, and the step that spans it."""
+"""The integer grid of a quantised weight, and its step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """``2^bits`` consecutive integers, with one step (and zero point) per group of a row.
+    """Describes ``2^bits`` consecutive integers, with one step (and zero point) per group of a row.
 
-    Symmetric: ``-2^(bits-1) .. 2^(bits-1)-1`` without a zero point. Asymmetric: ``0 .. 2^bits-1``
-    with an integer zero point.
+    A symmetric grid is ``-2^(bits-1) .. 2^(bits-1)-1``, without a zero point. An asymmetric one is
+    ``0 .. 2^bits-1``, with an integer zero point.
     """
 
     bits: int
@@ -41,7 +41,10 @@ class Grid:
         return self.qmin + 2**self.bits - 1
 
     def num_groups(self, in_features: int) -> int:
-        """Groups in a row; ValueError if the group size does not divide ``in_features``."""
+        """Returns the number of groups in a row.
+
+        Raises ValueError if the group size does not divide ``in_features``.
+        """
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
@@ -60,19 +63,24 @@ class Grid:
         return in_features // self.group_size
 
     def split(self, weight: Tensor) -> Tensor:
-        """(rows, in) -> (rows, groups, size of a group), a view."""
+        """Views (rows, in) as (rows, groups, size of a group)."""
         return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
 
     def centered(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``values - zero_point`` in place: (rows, in) and (rows, groups); None: symmetric."""
+        """Subtracts ``zero_point`` from ``values`` in place.
+
+        ``values`` is (rows, in), ``zero_point`` (rows, groups), or None on a symmetric grid, which
+        subtracts nothing.
+        """
         if zero_point is None:
             return values
         return values.sub_(self.expand(zero_point.to(values.dtype), values.shape[1]))
 
     def units(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``weight / scale + zero_point``, not rounded: (rows, in), (rows, groups) -> (rows, in).
+        """Returns ``weight / scale + zero_point``, not rounded.
 
-        Computed in the dtype of ``weight``; ``zero_point`` is None on a symmetric grid.
+        (rows, in), (rows, groups) -> (rows, in), in the dtype of ``weight``. ``zero_point`` is None
+        on a symmetric grid.
         """
         units = weight / self.expand(scale, weight.shape[1])
         if zero_point is None:
@@ -80,21 +88,24 @@ class Grid:
         return units.add_(self.expand(zero_point.to(units.dtype), weight.shape[1]))
 
     def values(self, units: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """``scale * (units - zero_point)`` in place, the inverse of `units`."""
+        """Computes ``scale * (units - zero_point)`` in place: the inverse of `units`."""
         return self.centered(units, zero_point).mul_(self.expand(scale, units.shape[1]))
 
     def expand(self, per_group: Tensor, in_features: int) -> Tensor:
-        """(rows, groups) -> (rows, in), or (rows, 1) left to broadcast when a row is one group."""
+        """Expands (rows, groups) to (rows, in).
+
+        If a row is one group, returns (rows, 1), left to broadcast.
+        """
         if per_group.shape[1] == 1:
             return per_group
         return per_group.repeat_interleave(in_features // per_group.shape[1], dim=1)
 
 
 def effective_scale(scale: Tensor, scale_dtype: str) -> Tensor:
-    """The step that is used and shipped: ``scale`` rounded to ``scale_dtype`` and kept positive.
+    """Returns the step that is used and shipped: positive, and rounded to ``scale_dtype``.
 
-    Same shape and dtype. Training sees this rounding (straight-through), so that storing the scale
-    in ``scale_dtype`` changes nothing.
+    It has the shape and dtype of ``scale``. Training sees this rounding (straight-through), so that
+    storing the scale in ``scale_dtype`` changes nothing.
     """
     info = torch.finfo(SCALE_DTYPES[scale_dtype])
     step = scale.clamp(min=info.tiny, max=info.max)

@@ -1,11 +1,11 @@
-"""Range estimation: the first scale and zero point of each group, from the weight alone (LR-QAT,
-section 4).
+"""Range estimation: the first scale and zero point of each group (LR-QAT, section 4).
 
-The result must be the same on every machine, because a saved adapter rebuilds its frozen weights
-from it. Every candidate is therefore computed elementwise in float32 by exactly rounded operations;
-errors are summed in float64, whose rounding is far below the distance of any two candidates; and a
-candidate wins only if it is strictly better than the ones before it. Two orders of summing that
-differ all the same would be noticed when the adapter is loaded, by its fingerprint.
+The weight alone decides. The result must be the same on every machine, because a saved adapter
+rebuilds its frozen weights from it. Each candidate is therefore computed elementwise in float32, by
+exactly rounded operations. Errors are summed in float64, whose rounding is far smaller than the
+distance between any two candidates. A candidate wins only if it is strictly better than the ones
+before it. If two orders of summing differ all the same, the fingerprint shows it when the adapter
+is loaded.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ SEARCH_SHARES = [1.0 - 0.8 * k / 64 for k in range(65)]
 def _scale_and_zero_point(
     low: Tensor, high: Tensor, share: float, grid: Grid, scale_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (uint8) whose grid covers ``share`` of the range [low, high];
-    shapes as ``low``.
+    """Returns the scale and zero point whose grid covers ``share`` of the range [low, high].
+
+    ``low``, ``high`` (rows, groups) float32 -> scale (float32) and zero point (uint8), of that
+    shape.
     """
     if grid.symmetric:
         span, steps = torch.maximum(high, -low), grid.qmax
     else:
         span, steps = high - low, grid.qmax - grid.qmin
-    # By a tensor: division by a Python number is, on GPUs, a product with its rounded inverse.
+    # Divides by a tensor: on GPUs, division by a Python number multiplies by its rounded inverse.
     span = span / torch.full_like(span, steps)
     scale = effective_scale(span * share, scale_dtype)
     zero_point = (
@@ -45,18 +47,19 @@ def _scale_and_zero_point(
 
 
 def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
-    """Covers every weight, with step ``max|w| / qmax``, or ``(max - min) / (2^bits - 1)`` on an
-    asymmetric grid.
+    """Covers every weight: the step is ``max|w| / qmax``.
 
-    (rows, groups, size) -> scale and zero point, both (rows, groups).
+    On an asymmetric grid it is ``(max - min) / (2^bits - 1)``. (rows, groups, size) -> scale and
+    zero point, both (rows, groups).
     """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     return _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
 
 
 def _power(error: Tensor, p: float) -> Tensor:
-    """``|error| ** p``, elementwise; even powers by exactly rounded products, in place, the others
-    in float64.
+    """Returns ``|error| ** p``, elementwise.
+
+    Powers 2 and 4 are exactly rounded products, in place; the others are computed in float64.
     """
     if p == 2:
         return error.square_()
@@ -68,8 +71,9 @@ def _power(error: Tensor, p: float) -> Tensor:
 def _clipping_loss(
     extremes: tuple[Tensor, Tensor], step: Tensor, unit: Tensor, grid: Grid, p: float
 ) -> Tensor:
-    """What clipping a few of the largest and least weights alone costs on a symmetric grid, (rows,
-    groups), float64.
+    """Returns what clipping alone costs a few of the largest and smallest weights.
+
+    For symmetric grids; (rows, groups), float64.
     """
     largest, least = extremes
     excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1)
@@ -77,11 +81,12 @@ def _clipping_loss(
 
 
 def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
-    """Least ``sum |w - dequantize(quantize(w))|^p`` over shares of the min-max range (the paper: p
-    around 4).
+    """Minimizes ``sum |w - dequantize(quantize(w))|^p`` over shares of the min-max range.
+
+    The paper uses p around 4. (rows, groups, size) -> scale and zero point, both (rows, groups).
     """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    # Errors are taken relative to the range, so that a small weight's p-th power does not
+    # Errors are relative to the range, so that a small weight's p-th power does not
     # underflow.
     unit = torch.maximum(high, -low).clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     best_scale, best_zero_point = _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
@@ -92,7 +97,7 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
     for share in SEARCH_SHARES:
         scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
         step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
-        # It only grows as the share shrinks; the margin is far above any rounding.
+        # This loss only grows as the share shrinks; the margin is far larger than any rounding.
         if (
             grid.symmetric
             and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all()
@@ -123,15 +128,15 @@ RANGES: dict[str, Callable[[Tensor, Grid, str, float], tuple[Tensor, Tensor]]] =
 def estimate_range(
     weight: Tensor, grid: Grid, *, estimator: str, scale_dtype: str, p: float
 ) -> tuple[Tensor, Tensor]:
-    """First scale and zero point of ``weight``: (out, in) float -> (out, groups) float32 and (out,
-    groups) uint8.
+    """Returns the first scale and zero point of ``weight``.
 
-    The scale is already rounded to ``scale_dtype``. Zero points of a symmetric grid are all zero.
-    Works on blocks of rows, so that the temporaries stay small. Raises KeyError for an unknown
-    estimator.
+    (out, in) float -> (out, groups) float32 and (out, groups) uint8. The scale is already rounded
+    to ``scale_dtype``. Zero points of a symmetric grid are all zero. The work is done on blocks of
+    rows, so that temporaries stay small. Raises KeyError for an unknown estimator.
     """
     search = RANGES[estimator]
-    blocks = (weight.detach()[rows].float() for rows in row_blocks(*weight.shape, weight.device))
+    rows, width = weight.shape
+    blocks = (weight.detach()[block].float() for block in row_blocks(rows, width, weight.device))
     parts = [search(grid.split(block), grid, scale_dtype, p) for block in blocks]
     scales, zero_points = zip(*parts, strict=True)
     return torch.cat(scales), torch.cat(zero_points)

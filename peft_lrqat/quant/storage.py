@@ -1,9 +1,9 @@
-"""Downcast storage of phi, the frozen weight in units of its grid (LR-QAT, section 3.2,
-"downcasting operator").
+"""Stores phi, the frozen weight in units of its grid (LR-QAT, section 3.2, "downcasting operator").
 
 fp32, bf16, fp16   phi itself, not clipped
-fixed8             8-bit fixed point Q(b).(8-b): b integer and 8-b fractional bits, clipped to the
-grid; int8 int                rounded and clipped to the grid, b bits each, densely packed; uint8
+fixed8             8-bit fixed point Q(b).(8-b): b integer and 8-b fractional bits,
+                   clipped to the grid; int8
+int                rounded and clipped to the grid, b bits each, densely packed; uint8
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ DOWNCASTS = (*FLOAT_DOWNCASTS, "fixed8", "int")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """How one (out, in) weight is kept: its grid, the downcast of phi, the dtype of its scales and
-    its width.
-    """
+    """Says how one (out, in) weight is stored: grid, downcast of phi, dtype of scales, width."""
 
     grid: Grid
     downcast: str
@@ -46,13 +44,14 @@ class WeightFormat:
 
     @property
     def storage_dtype(self) -> torch.dtype:
+        """The dtype of the stored tensor."""
         return FLOAT_DOWNCASTS.get(
             self.downcast, torch.int8 if self.downcast == "fixed8" else torch.uint8
         )
 
     @property
     def row_elements(self) -> int:
-        """Elements of the stored tensor in one row."""
+        """The number of elements in one row of the stored tensor."""
         return (
             packed_bytes(self.in_features, self.grid.bits)
             if self.downcast == "int"
@@ -61,14 +60,14 @@ class WeightFormat:
 
     @property
     def _fixed_point(self) -> tuple[int, int]:
-        # The byte is signed; the asymmetric grid 0 .. 2^b-1 is moved to its middle.
+        # The byte is signed, so the asymmetric grid 0 .. 2^b-1 is centred on zero.
         fraction_bits = 8 - self.grid.bits
         return 2**fraction_bits, 0 if self.grid.symmetric else 2 ** (self.grid.bits - 1)
 
     def encode(self, phi: Tensor) -> Tensor:
-        """(rows, in) float32 -> (rows, row_elements) in ``storage_dtype``."""
+        """Encodes (rows, in) float32 as (rows, row_elements) in ``storage_dtype``."""
         if self.downcast in FLOAT_DOWNCASTS:
-            # A float16 infinity would survive the clip of the forward pass, but not its gradient.
+            # The forward pass would clip a float16 infinity, but its gradient would not be finite.
             limit = torch.finfo(self.storage_dtype).max
             return phi.clamp(-limit, limit).to(self.storage_dtype)
         clipped = phi.clamp(self.grid.qmin, self.grid.qmax)
@@ -78,11 +77,10 @@ class WeightFormat:
         return pack(clipped.round_().sub_(self.grid.qmin).to(torch.uint8), self.grid.bits)
 
     def decode(self, stored: Tensor, columns: slice | None = None) -> Tensor:
-        """(rows, row_elements) in ``storage_dtype`` -> (rows, in) float32; the inverse of
-        :meth:`encode` up to its rounding.
+        """Decodes (rows, row_elements) in ``storage_dtype`` to (rows, in) float32.
 
-        With ``columns``, whose start must be a multiple of 8, only these of the ``in``: (rows,
-        number of columns).
+        This is the inverse of :meth:`encode`, up to its rounding. With ``columns``, returns only
+        those columns, as (rows, number of columns); their start must be a multiple of 8.
         """
         width = self.in_features
         if columns is not None:

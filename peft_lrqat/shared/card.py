@@ -1,4 +1,4 @@
-"""Sections of this package in model cards, added to the cards that PEFT and others write."""
+"""Adds the sections of this package to model cards that PEFT and others write."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-# The section between these is written anew at every save; the text around it is somebody else's and
-# stays.
+# Every save replaces the section between these marks and keeps the text around it, which others
+# wrote.
 BEGIN, END = "<!-- peft_lrqat: begin -->", "<!-- peft_lrqat: end -->"
 
 
 def write_section(save_directory: str, section: str, tags: set[str], base: str | None) -> None:
-    """Creates or updates ``README.md``: our ``section``, and metadata for an adapter of this
-    package on the model ``base``.
+    """Creates or updates ``README.md`` in ``save_directory``.
+
+    Writes our ``section``, and metadata for an adapter of this package on the model ``base``.
     """
     path = os.path.join(save_directory, "README.md")
     card = (
@@ -39,9 +40,9 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
 
 
 def make_publishable(folder: str) -> None:
-    """Rewrites ``README.md`` in ``folder`` as the Hub takes it.
+    """Rewrites ``README.md`` in ``folder`` so that the Hub accepts it.
 
-    A saved adapter's own card names a local base, as PEFT has it.
+    The card of a saved adapter may name a local base, because PEFT writes it there.
     """
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
@@ -56,12 +57,13 @@ def _save(card: ModelCard, path: str) -> None:
 
 
 def base_in_words(base: str | None) -> tuple[str, str, str]:
-    """What a card calls a base model, what it adds where that is no name on the Hub, and what
-    stands for it in code.
+    """Returns what a card says about a base model: its name, a note, and its name in code.
+
+    The note says what users must supply if ``base`` is not a name on the Hub.
     """
-    if is_hub_id(base):
+    if base and is_hub_id(base):
         return f"`{base}`", "", base
-    # Its name alone: the whole path is nobody's business, and leads nowhere on another machine.
+    # Only the name: the whole path is private, and means nothing on another machine.
     place = f"a local directory, `{plain(Path(base).name)}`" if base else "not named"
     return (
         place,
@@ -71,9 +73,7 @@ def base_in_words(base: str | None) -> tuple[str, str, str]:
 
 
 def is_hub_id(base: str | None) -> bool:
-    """Whether ``base`` can be the name of a repository on the Hub, and names nothing on this
-    machine.
-    """
+    """Whether ``base`` can be the name of a repository on the Hub, not a path on this machine."""
     if not base or os.path.exists(base):
         return False
     try:
@@ -84,8 +84,9 @@ def is_hub_id(base: str | None) -> bool:
 
 
 def drop_local_base(data: CardData) -> None:
-    """Takes local directories out of ``base_model`` and of the tags, where PEFT puts them: the Hub
-    refuses such a card.
+    """Removes local directories from ``base_model`` and from the tags, where PEFT puts them.
+
+    The Hub refuses a card with such entries.
     """
     base = data.get("base_model")
     if isinstance(base, list):
@@ -101,34 +102,35 @@ def _names_local_base(tag: str) -> bool:
 
 
 def _around_section(text: str) -> tuple[str, str]:
-    """What stands before and after the section of an earlier save."""
+    """Returns the text before and after the section of an earlier save."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and not end:
-        # Where our section ends is then unknown, and text of somebody else may follow.
+        # The end of our section is then unknown, and text that others wrote may follow.
         return before + rest, ""
     return before, after
 
 
 def training_text(record: dict | None) -> str:
-    """The training record in Markdown: steps, a table of the settings, a table of the metrics, each
-    where there is one.
+    """Formats the training record as Markdown: steps, and tables of settings and metrics.
+
+    Leaves out what the record does not have.
     """
-    parts = []
-    if (record or {}).get("steps") is not None:
+    record, parts = record or {}, []
+    if record.get("steps") is not None:
         parts.append(f"Trained for {plain(record['steps'])} steps.\n")
     for key, heading in (("settings", "setting"), ("metrics", "metric")):
-        if entries := (record or {}).get(key):
+        if entries := record.get(key):
             parts.append(table(heading, entries))
     return "\n### Training\n\n" + "\n".join(parts) if parts else ""
 
 
 def table(heading: str, entries: dict) -> str:
-    """Names and values in Markdown."""
+    """Formats names and values as a Markdown table."""
     rows = "".join(f"| {plain(name)} | {plain(value)} |\n" for name, value in entries.items())
     return f"| {heading} | value |\n|---|---|\n{rows}"
 
 
 def plain(value: object) -> str:
-    """One line that opens no cell of a table, no tag and no comment."""
+    """Formats ``value`` as one line that opens no table cell, tag or comment."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

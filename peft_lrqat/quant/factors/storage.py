@@ -1,19 +1,20 @@
-"""Components of a few bits as dense bytes: what a LORAQUANT adapter stores of one module, version 1
-of the format.
+"""Packed components: what a LORAQUANT adapter stores of one module, version 1 of the format.
 
-The product B A of a module, B (m, K) and A (K, n), is kept as K components, each a column of B and
-a row of A at bits of its own, in order of non-increasing bits. Components of equal bits form a run.
-Every kind of data is one flat tensor, run after run, and of a run of c components
+The product B A of a module, B (m, K) and A (K, n), is stored as K components. Each is a column of B
+and a row of A, with its own bits; the bits do not increase from one component to the next.
+Components of equal bits form a run. Each kind of data is one flat tensor, run after run. For a run
+of c components it holds
 
-    codes        the c rows of B, ceil(m * bits / 8) bytes each, then the c rows of A, ceil(n * bits
-    / 8) bytes each; uint8 scales       the c rows of B, ceil(m / group_size) scales each, then the
-    c rows of A, ceil(n / group_size) each zero_points  one integer of ``bits`` bits for each scale,
-    in rows like the codes; uint8. Only with ``zero_points`` and
-                 only where bits > 1: for other components the tensor has nothing, and where it is
-                 empty it is left out
+    codes        the c rows of B, ceil(m * bits / 8) bytes each,
+                 then the c rows of A, ceil(n * bits / 8) bytes each; uint8
+    scales       the c rows of B, ceil(m / group_size) scales each,
+                 then the c rows of A, ceil(n / group_size) each
+    zero_points  one integer of ``bits`` bits for each scale, in rows like the codes; uint8.
+                 Stored only with ``zero_points``, and only for components where bits > 1;
+                 if no component has any, the tensor is left out
 
-with value = scale * (code - zero_point), and zero_point = (2^bits - 1) / 2 where none is stored.
-Rows are packed as in quant/packing.py: little-endian, value i of a row starts at its bit i * bits,
+with value = scale * (code - zero_point), and zero_point = (2^bits - 1) / 2 if none is stored. Rows
+are packed as in quant/packing.py: little-endian, value i of a row starts at its bit i * bits, and
 the bits after the last value are zero. Scales are bfloat16, float16 or float32, little-endian,
 finite and not negative.
 """
@@ -33,15 +34,13 @@ from .groups import MAX_BITS, GroupCodes, num_groups, spread
 
 
 FORMAT_VERSION = 1
-LARGEST = (
-    2**30
-    # Entries of the B and A of one module as LoRA has them: those of a vocabulary of 2**20 at rank 1000
-)
+# The most entries of B and A of one module, as LoRA has them: a vocabulary of 2**20 at rank 1000.
+LARGEST = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The rows of one run on one side, and where they lie in the flat tensors."""
+    """Describes the rows of one run on one side, and their places in the flat tensors."""
 
     side: int  # 0: columns of B, 1: rows of A
     bits: int
@@ -53,13 +52,16 @@ class Block:
 
     @property
     def count(self) -> int:
+        """The number of components of the run."""
         return self.components.stop - self.components.start
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFormat:
-    """How one module is stored: the bits of its components, one digit each, its shape, and how
-    groups are kept.
+    """Describes how one module is stored.
+
+    ``bits`` has one digit for each component; ``rows`` and ``columns`` are the shape of the
+    product.
     """
 
     bits: str
@@ -74,7 +76,7 @@ class PackedFormat:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """B and A of each run, in the order of storage."""
+        """The blocks of B and A of each run, in the order of storage."""
         found = []
         first = codes = scales = zero_points = 0
         for digit, run in groupby(self.bits):
@@ -102,7 +104,7 @@ class PackedFormat:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The number of elements of each tensor that is stored."""
+        """The number of elements of each stored tensor."""
         sizes = {"codes": 0, "scales": 0}
         for block in self.blocks:
             sizes["codes"], sizes["scales"] = block.codes.stop, block.scales.stop
@@ -111,7 +113,7 @@ class PackedFormat:
         return sizes
 
     def dtype(self, kind: str) -> torch.dtype:
-        """The dtype of one of the tensors in ``sizes``."""
+        """Returns the dtype of one of the tensors in ``sizes``."""
         return self.scale_dtype if kind == "scales" else torch.uint8
 
 
@@ -126,8 +128,9 @@ def check_bits(bits: object) -> None:
 
 
 def check_rank(format: PackedFormat, rank: int) -> None:
-    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory;
-    allocates nothing.
+    """Raises ValueError unless factors of ``rank`` can have these components and fit in memory.
+
+    Allocates nothing.
     """
     if len(format.bits) > rank:
         raise ValueError(f"there are {len(format.bits)} components, but the rank is {rank}")
@@ -147,17 +150,17 @@ def pack_components(
     scale_dtype: torch.dtype,
     zero_points: bool,
 ) -> tuple[PackedFormat, dict[str, Tensor]]:
-    """Pairs of the codes of b (N, m) and of a (N, n) -> the format they are stored in, and its
-    tensors.
+    """Packs pairs of the codes of b (N, m) and of a (N, n); returns their format and tensors.
 
-    The order of components of equal bits is kept; those of 0 bits are left out. With
-    ``zero_points``, all above 1 bit need them.
+    Keeps the order of components of equal bits, and leaves out those of 0 bits. With
+    ``zero_points``, all components above 1 bit need them. Raises ValueError for codes that do not
+    fit together.
     """
     pairs = []
     for pair in components:
         if pair[0].bits.tolist() != pair[1].bits.tolist():
             raise ValueError(
-                f"b and a of a component need equal bits, but have {pair[0].bits} and "
+                f"b and a of a component must have equal bits, but have {pair[0].bits} and "
                 f"{pair[1].bits}"
             )
         pairs += [
@@ -181,9 +184,8 @@ def pack_components(
         parts["codes"].append(pack(torch.cat([v.codes for v in vectors]), block.bits))
         parts["scales"].append(torch.cat([v.scale for v in vectors]))
         if block.zero_points is not None:
-            parts["zero_points"].append(
-                pack(torch.cat([v.zero_point for v in vectors]), block.bits)
-            )
+            zero_points_of = [v.zero_point for v in vectors if v.zero_point is not None]
+            parts["zero_points"].append(pack(torch.cat(zero_points_of), block.bits))
     tensors = {
         kind: torch.cat([part.flatten() for part in found])
         if found
@@ -195,6 +197,7 @@ def pack_components(
 
 
 def _check_vectors(vectors: list[GroupCodes], block: Block, format: PackedFormat) -> None:
+    """Raises ValueError unless the vectors of one block are quantised as the format says."""
     wanted = (block.length, format.group_size, format.scale_dtype, block.zero_points is not None)
     for vector in vectors:
         present = (
@@ -213,8 +216,9 @@ def _check_vectors(vectors: list[GroupCodes], block: Block, format: PackedFormat
 def expand(
     format: PackedFormat, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """B (m, K) and A (K, n) in ``dtype``; in float32 the very values of the `GroupCodes` that were
-    packed.
+    """Returns B (m, K) and A (K, n) in ``dtype``.
+
+    In float32 they hold exactly the values of the packed `GroupCodes`.
     """
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for block in format.blocks:
@@ -242,12 +246,13 @@ def expand(
 
 
 def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless ``tensors`` are those that ``format`` describes, down to the bits
-    that must be zero.
+    """Raises ValueError unless ``tensors`` are what ``format`` describes, bit by bit.
+
+    The bits after the last value of a row must be zero.
     """
     if extra := sorted(set(tensors) - set(format.sizes)):
         raise ValueError(
-            f"{extra[0]} are stored, but components of bits {format.bits!r} here have none"
+            f"{extra[0]} are stored, but components of bits {format.bits!r} do not have them here"
         )
     for kind, size in format.sizes.items():
         if kind not in tensors:
@@ -278,6 +283,7 @@ def check_packed(format: PackedFormat, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_padding(kind: str, packed: Tensor, block: Block, length: int) -> None:
+    """Raises ValueError unless the bits after the last value of each row are zero."""
     used = length * block.bits % 8
     if used and (packed.view(block.count, -1)[:, -1] >> used).any():
         raise ValueError(
