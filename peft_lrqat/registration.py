@@ -141,11 +141,12 @@ def _load_adapter_natively(
     name = adapter_name or "default"
     with _whole_or_not_at_all(self, name):
         result = inherited(self, peft_model_id, adapter_name, *args, **kwargs)
-        if result.missing_keys:
+        # transformers reports what other adapters of the type have, too.
+        missing = sorted(key for key in result.missing_keys if name in key.split("."))
+        if missing:
             raise ValueError(
-                f"the saved adapter has no `{min(result.missing_keys)}` "
-                f"({len(result.missing_keys)} tensors are missing); its file is not whole, or for "
-                "another model"
+                f"the saved adapter has no `{missing[0]}` ({len(missing)} tensors are missing); "
+                "its file is not whole, or for another model"
             )
         # PEFT's loaders check this before anything is loaded.
         for module in self.modules():

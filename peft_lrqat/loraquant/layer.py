@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quant.factors.storage import PackedFormat, check_packed, expand
 from ..shared.casts import keep_values
 from ..shared.tensor_cache import TensorCache, Tensors
+from .mixed import names_for
 
 
 if TYPE_CHECKING:
@@ -117,21 +118,24 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensors:
         """B (out, K) and A (K, in) of an adapter."""
-        factors = self._cache.get(self.name, adapter_name)
-        if factors is None or factors[0].dtype != dtype:
+        codes = self.loraquant_codes[adapter_name]
+        *factors, made_from = self._cache.get(self.name, adapter_name) or (None,)
+        # Another thread may have put another adapter under this name.
+        if made_from is not codes or factors[0].dtype != dtype:
             # Made for later calls, too, which may need gradients of their inputs.
             with torch.inference_mode(False), torch.no_grad():
                 tensors = self.tensors(adapter_name)
                 if adapter_name not in self._checked:
-                    # PEFT's loader is checked before anything is loaded (LoRAQuantModel); transformers' own only passes here.
+                    # Loaders check what they load; a state dict loaded by hand passes here.
                     self.check(adapter_name, tensors)
                     self._checked.add(adapter_name)
                 packed = {
                     name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()
                 }
                 factors = expand(self.format[adapter_name], packed, dtype)
-            self._cache.put(self.name, adapter_name, factors)
-        return factors
+            self._cache.put(self.name, adapter_name, (*factors, codes))
+        B, A = factors
+        return B, A
 
     def get_delta_weight(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """gamma B A, (out, in)."""
@@ -142,6 +146,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Tensor:
         """As LoRA's. ``adapter_names`` gives the adapter of each row of the batch, "__base__" for none."""
+        adapter_names = names_for(self) if adapter_names is None else adapter_names
         if adapter_names is not None:
             self._check_mixed(x, adapter_names)
         if self.disable_adapters and self.merged:
@@ -155,7 +160,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                 if name in self.loraquant_codes:
                     result = self._adapted(name, x, result)
             return result.to(dtype)
-        for name in set(adapter_names) & set(self.loraquant_codes):
+        # Other threads may add and delete adapters: only these are looked up.
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.loraquant_codes:
+                continue
             rows = [row for row, adapter in enumerate(adapter_names) if adapter == name]
             result[rows] = self._adapted(name, x[rows], result[rows]).to(dtype)
         return result

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -28,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quant.factors.storage import check_rank
 from ..shared.tensor_cache import TensorCache
 from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
+from .mixed import Rows, rows_run_on
 
 
 if TYPE_CHECKING:
@@ -142,20 +142,9 @@ class LoRAQuantModel(BaseTuner):
         # Beams are further rows of the batch, except in the encoder of an encoder-decoder model.
         encoder = _get_encoder(self.model)
         in_encoder = set() if encoder is None else set(encoder.modules())
-        handles = []
-        for module in self.modules():
-            if isinstance(module, LoRAQuantLayer | AuxiliaryTrainingWrapper):
-                repeat = 1 if module in in_encoder else beams
-                hook = partial(
-                    _adapter_names_pre_forward_hook,
-                    adapter_names=[n for n in names for _ in range(repeat)],
-                )
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        rows = Rows(tuple(names), beams, frozenset(in_encoder))
+        with rows_run_on(rows, self, LoRAQuantLayer):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,14 +30,32 @@ def unchanged_on_failure(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         for module, attributes in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
+            _restore(vars(module), attributes)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
         raise
+
+
+def _restore(attributes: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Puts back what changed, and nothing else: other threads may use the model."""
+    for name in attributes.keys() - saved.keys():
+        del attributes[name]
+    for name, value in saved.items():
+        if name not in attributes or not _same(attributes[name], value):
+            attributes[name] = value
+
+
+def _same(value: Any, saved: Any) -> bool:
+    if type(value) is not type(saved) or not isinstance(value, dict | list | set):
+        return value is saved
+    if isinstance(value, set):
+        return value == saved
+    if isinstance(value, dict):
+        return list(value) == list(saved) and all(value[key] is saved[key] for key in saved)
+    return len(value) == len(saved) and all(map(is_, value, saved))
 
 
 def _may_be_written(name: str, adapter_name: str) -> bool:
