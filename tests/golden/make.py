@@ -1,6 +1,7 @@
 """Writes the golden folders of this release: adapters and exports with what they must give.
 
-    python tests/golden/make.py tests/golden/VERSION
+    python tests/golden/make.py tests/golden/VERSION            # all of them
+    python tests/golden/make.py tests/golden/VERSION --bases    # low-bit bases alone
 
 Run it once per release, before anything about the files changes, and never again for that
 release: later versions must read these folders and give the same integers and logits.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import peft_lrqat
-from peft_lrqat import LRQATConfig, LRQATLayer
+from peft_lrqat import LowBitConfig, LRQATConfig, LRQATLayer, load_low_bit
+from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.export import export_model
 from peft_lrqat.loraquant import LoRAQuantConfig, LoRAQuantLayer, quantize_adapter
 
@@ -44,6 +47,11 @@ LORAQUANT = {
     "loraquant-residual": ({}, {"method": "residual", "bits_high": 3}),
     "loraquant-paper": ({}, {"method": "paper", "bits_high": 2}),
     "loraquant-dora": ({"use_dora": True}, {"method": "residual", "average_bits": 2.5}),
+}
+LOW_BIT = {
+    "low-bit": {"bits": 4},
+    "low-bit-asymmetric-groups": {"bits": 3, "symmetric": False, "group_size": 8},
+    "low-bit-fixed8": {"bits": 2, "downcast": "fixed8", "scale_dtype": "float32"},
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 INPUT_IDS = torch.arange(12).reshape(1, 12) * 5 % 32
@@ -95,6 +103,8 @@ def expected(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in model.named_modules():
         if isinstance(layer, LRQATLayer):
             found[f"{name}.codes"] = layer.quantized_codes()
+        elif isinstance(layer, DowncastLinear) and not name.endswith(".base_layer"):
+            found[f"{name}.codes"] = layer.format.decode(layer.phi)
         elif isinstance(layer, LoRAQuantLayer):
             found[f"{name}.codes"] = layer.loraquant_codes["default"].contiguous()
     return found
@@ -105,10 +115,25 @@ def finish(folder: Path, model: torch.nn.Module) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # the card; it decides nothing
 
 
+def write_bases(root: Path) -> None:
+    """Low-bit bases of the plain one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plain = Path(temporary) / "plain"
+        make_base().save_pretrained(plain)
+        for name, fields in LOW_BIT.items():
+            model = load_low_bit(plain, LowBitConfig(target_modules=TARGETS, **fields)).eval()
+            model.config.quantization_config.made_from = "base"
+            model.save_pretrained(root / name)
+            finish(root / name, model)
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     if root.name not in peft_lrqat.__version__:
         raise SystemExit(f"the library is {peft_lrqat.__version__}, so the folder cannot be {root}")
+    write_bases(root)
+    if "--bases" in sys.argv:
+        return
     base = make_base()
     base.save_pretrained(root / "base")
     for name, fields in LRQAT.items():
