@@ -11,12 +11,23 @@ from pathlib import Path
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
-    """FileExistsError if something is there already; an empty directory counts as nothing."""
+    """Whether a directory can be made there; an empty one counts as nothing.
+
+    Raises:
+        FileExistsError: something is there already.
+        PermissionError: nothing can be written there.
+    """
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(
             f"{target} exists, and nothing is written over it; give another directory, or delete it"
             " first"
+        )
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(
+            f"{target} cannot be made, because {parent} is read-only; give another directory, or"
+            " change its permissions"
         )
 
 
@@ -51,7 +62,11 @@ def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield directory
         flush(directory)
         check_target(target)
-        directory.rename(target)
+        try:
+            directory.rename(target)
+        except OSError:
+            check_target(target)  # another process was faster
+            raise
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
