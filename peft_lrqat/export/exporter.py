@@ -29,7 +29,7 @@ from ..shared.tasks import class_name
 from .card import write_card
 from .layout import CheckpointLayout
 from .linears import base_of, config_of, lrqat_layers, quantized_linear, target_of
-from .tensors import model_tensors, name_of_module, plain_linears, plain_modules
+from .tensors import is_parted, model_tensors, plain_linears, plain_modules
 
 
 logger = logging.get_logger(__name__)
@@ -233,10 +233,8 @@ def _config(model: PeftModel, adapter_name: str) -> PretrainedConfig:
     """The config of the deployed model."""
     base = base_of(model)
     config = copy.deepcopy(base.config)
-    # Whether the files contain a head weight, even if the model ties it: some loaders trust the
-    # config.
-    head = name_of_module(model, adapter_name, base.get_output_embeddings())
-    if f"{head}.weight" in {name for name, _ in model_tensors(model, adapter_name)}:
+    # Some loaders trust the config.
+    if is_parted(model, adapter_name):
         config.tie_word_embeddings = False
     if hasattr(config, "quantization_config"):  # of a GGUF file that the base was made from
         del config.quantization_config

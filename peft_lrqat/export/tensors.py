@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..lrqat.layer import LRQATLayer
 
@@ -16,8 +18,10 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
 
     The weight of a target comes as its layer under the module's name. Everything else comes as
     tensors: biases, embeddings, norms, buffers, and the trained copies of ``modules_to_save``.
-    Tensors that are tied to an earlier one are left out, as transformers does.
+    Tensors that are tied to an earlier one are left out, as transformers does, unless training
+    parted the head from the embeddings (`is_parted`).
     """
+    parted = is_parted(model, adapter_name)
     seen: set[int] = set()
     for plain, module in plain_modules(model.get_base_model(), adapter_name):
         if isinstance(module, LRQATLayer):
@@ -28,25 +32,36 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
         not_saved = module._non_persistent_buffers_set
         buffers = {name: b for name, b in module._buffers.items() if name not in not_saved}
         for kind, tensor in {**module._parameters, **buffers}.items():
-            if tensor is None or id(tensor) in seen:
+            if tensor is None or (not parted and id(tensor) in seen):
                 continue
             seen.add(id(tensor))
             yield f"{plain}.{kind}" if plain else kind, tensor.detach()
+
+
+def is_parted(model: PeftModel, adapter_name: str) -> bool:
+    """Whether training a copy of the head, or of the embeddings, parted what the config ties.
+
+    transformers must then tie nothing, and the files need a tensor under every name.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    if not base.config.get_text_config().tie_word_embeddings:
+        return False
+    modules = [module for _, module in plain_modules(base, adapter_name)]
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if ends[0] is None or ends[1] is None:
+        return False
+    weights: list[int | None] = []
+    for end in ends:
+        inside = {id(module) for module in end.modules()}
+        running = (module for module in modules if id(module) in inside)
+        weights += [next((id(m.weight) for m in running if hasattr(m, "weight")), None)]
+    return weights[0] != weights[1]
 
 
 def plain_linears(model: PeftModel, adapter_name: str) -> list[str]:
     """The names of the linear layers that are not quantised."""
     modules = plain_modules(model.get_base_model(), adapter_name)
     return [name for name, module in modules if isinstance(module, nn.Linear)]
-
-
-def name_of_module(model: PeftModel, adapter_name: str, wanted: nn.Module | None) -> str | None:
-    """The plain name of a module that may lie in a wrapper; None if it is not part of the model."""
-    if wanted is None:
-        return None
-    inside = {id(module) for module in wanted.modules()}
-    modules = plain_modules(model.get_base_model(), adapter_name)
-    return next((name for name, module in modules if id(module) in inside), None)
 
 
 def plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -45,8 +45,9 @@ class CompressedTensors(SafetensorsFormat):
 
 # Needs `pip install compressed-tensors`.
 model = {auto_class}.from_pretrained("this repository or folder")"""
-    # transformers loads zero points in this way only.
-    asymmetric_snippet = """from transformers import {auto_class}, CompressedTensorsConfig
+    # transformers loads zero points in this way only, and T5's layers, whose weights are read
+    # before the first forward pass makes them.
+    plain_snippet = """from transformers import {auto_class}, CompressedTensorsConfig
 
 # Needs `pip install compressed-tensors`.
 model = {auto_class}.from_pretrained(
@@ -54,7 +55,8 @@ model = {auto_class}.from_pretrained(
 )"""
 
     def code(self, auto_class: str, symmetric: bool) -> str:
-        snippet = self.snippet if symmetric else self.asymmetric_snippet
+        plain = not symmetric or auto_class == "AutoModelForSeq2SeqLM"
+        snippet = self.plain_snippet if plain else self.snippet
         return snippet.format(auto_class=auto_class)
 
     def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
@@ -145,7 +147,8 @@ model = {auto_class}.from_pretrained(
         written = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         entry = written["quantization_config"]
         options = {}
-        if not all(group["weights"]["symmetric"] for group in entry["config_groups"].values()):
+        symmetric = all(group["weights"]["symmetric"] for group in entry["config_groups"].values())
+        if not symmetric or written.get("is_encoder_decoder"):
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         loader = f"transformers ({self.name})"
         try:
