@@ -25,12 +25,14 @@ from ..shared.checks import (
     check_regex,
 )
 from ..shared.config import AdapterConfig
+from ..shared.fields import helpful_arguments
 
 
 METHODS = ("residual", "paper")
 BIASES = ("none", "all", "lora_only")
 
 
+@helpful_arguments()
 @dataclass
 class LoRAQuantConfig(AdapterConfig):
     """Configuration of LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Optional, Union
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from torch import nn
@@ -23,6 +24,7 @@ from ..shared.checks import (
     check_regex,
 )
 from ..shared.config import AdapterConfig
+from ..shared.fields import helpful_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +32,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1
 
 
+@helpful_arguments(like=LoraConfig)
 @dataclass
 class LRQATConfig(WeightSettings, AdapterConfig):
     """Configuration of LR-QAT, low-rank quantisation-aware training (arXiv 2406.06385).
@@ -225,6 +228,31 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_regex(name, getattr(self, name))
+
+    @classmethod
+    def from_lora(cls, config: LoraConfig, **changes: Any) -> LRQATConfig:
+        """The configuration of a LoRA script, with LR-QAT in LoRA's place.
+
+        Takes over the rank, ``lora_alpha``, targets, layers and modules to save. ``changes`` are
+        fields of this class, such as ``bits``, and win over LoRA's.
+
+        Raises:
+            ValueError: ``config`` has a setting that LR-QAT does not have, such as dropout; the
+                message names it. ``lora_dropout=0`` among the ``changes`` leaves it out.
+
+        Example:
+            ```py
+            config = LRQATConfig.from_lora(LoraConfig(r=16, target_modules="all-linear"), bits=4)
+            ```
+        """
+        # What LoRA writes down itself, and the layout of Conv1D, which is found from the module.
+        own = {"peft_type", "peft_version", "fan_in_fan_out", "runtime_config"}
+        taken = {
+            option.name: getattr(config, option.name)
+            for option in fields(LoraConfig)
+            if option.init and option.name not in own
+        }
+        return cls(**taken | changes)
 
     @classmethod
     def for_runtime(
