@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -90,6 +91,10 @@ def digest(tensor: Tensor) -> str:
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
     state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def _digest_of(opened: Any, name: str) -> str:
+    return digest(opened.get_tensor(name))
 
 
 class _Downcast(ConversionOps):
@@ -315,26 +320,30 @@ class LowBitQuantizer(HfQuantizer):
             prints = dict(
                 zip(layers, pool.map(lambda m: m.fingerprint, layers.values()), strict=True)
             )
-        wrong = [
-            name
-            for name, stored in self.stored.items()
-            if stored.fingerprint not in (None, prints.get(name))
-        ]
-        wrong += self._different_tensors()
+            wrong = [
+                name
+                for name, stored in self.stored.items()
+                if stored.fingerprint not in (None, prints.get(name))
+            ]
+            wrong += self._different_tensors(pool)
         if wrong:
             raise ValueError(
                 f"the files of this low-bit base are damaged or were changed: {some(wrong)} are not "
                 "what was stored. Make the base again, or download it again"
             )
 
-    def _different_tensors(self) -> list[str]:
+    def _different_tensors(self, pool: ThreadPoolExecutor) -> list[str]:
         """Names of tensors in the files, other than the targets', whose digest is another one."""
         wrong, expected = [], dict(self.quantization_config.digests)
         for file in self._files:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no dict
-                    if name in expected and digest(opened.get_tensor(name)) != expected.pop(name):
-                        wrong.append(name)
+                names = [name for name in opened.keys() if name in expected]  # noqa: SIM118
+                found = pool.map(partial(_digest_of, opened), names)
+                wrong += [
+                    name
+                    for name, value in zip(names, found, strict=True)
+                    if value != expected.pop(name)
+                ]
         return wrong + sorted(expected)
 
     # Saving and training
