@@ -133,4 +133,4 @@ class LRQATCallback(TrainerCallback):
 
 def _sampled_rows(layer: LRQATLayer) -> Tensor:
     count = min(layer.out_features, max(1, SAMPLE // layer.in_features))
-    return torch.linspace(0, layer.out_features - 1, count).round().long()
+    return torch.linspace(0, layer.out_features - 1, count, dtype=torch.float32).round().long()
