@@ -67,7 +67,7 @@ class LoRAQuantCallback(TrainerCallback):
         if not isinstance(model, PeftModel):
             raise ValueError(
                 "LoRAQuantCallback needs a PEFT model with a LoRA adapter, but the model is a "
-                f"{type(model).__name__}; use `get_peft_model(model, LoraConfig(...))`, without FSDP"
+                f"{type(model).__name__}; use `get_peft_model(model, LoraConfig(...))`, and no FSDP"
             )
         name = self._adapter_of(model)
         if name not in model.peft_config:

@@ -303,8 +303,8 @@ def run(args: DemoArguments) -> int:
     table = format_table(rows)
     print(
         f"\n{table}\n\nperplexity: held-out help topics, windows of {setup.window} tokens, not "
-        "overlapping. Scales and LR-QAT were trained\non the other topics; the unquantised model was "
-        "not trained further, so they may end below it."
+        "overlapping. Scales and LR-QAT were trained\non the other topics; the unquantised model "
+        "was not trained further, so they may end below it."
     )
     (experiment.output / "table.txt").write_text(table + "\n")
     (experiment.output / "table.json").write_text(

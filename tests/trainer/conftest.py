@@ -26,7 +26,7 @@ SHORT = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _less_to_collect():
-    """The Trainer collects garbage at every start: a quarter of a second, over what the imports have left."""
+    """The Trainer collects garbage at every start, which takes long over all the imports."""
     gc.collect()
     gc.freeze()
     yield
@@ -56,21 +56,35 @@ def token_rows():
     return make
 
 
+@pytest.fixture(scope="session")
+def args_in():
+    """``args_in(folder, kind, **fields)``: three quiet steps of two rows, each one logged.
+
+    The rates are constant, and nothing is saved.
+    """
+
+    def make(folder, kind=LRQATTrainingArguments, **fields):
+        return kind(**{"output_dir": str(folder), **QUIET, **SHORT, **fields})
+
+    return make
+
+
 @pytest.fixture
-def lrqat_args(tmp_path):
-    """``lrqat_args(kind, **fields)``: three quiet steps of two rows, at constant rates, logged one by one."""
+def lrqat_args(args_in, tmp_path):
+    """``lrqat_args(kind, **fields)``: `args_in` the folder ``out`` of this test."""
 
     def make(kind=LRQATTrainingArguments, **fields):
-        return kind(**{"output_dir": str(tmp_path / "out"), **QUIET, **SHORT, **fields})
+        return args_in(**{"folder": tmp_path / "out", "kind": kind, **fields})
 
     return make
 
 
 @pytest.fixture
 def lrqat_trainer(make_peft, token_rows, lrqat_args):
-    """``lrqat_trainer(model, options, **fields)``: `LRQATTrainer` with these options and arguments, on `token_rows`.
+    """``lrqat_trainer(model, options, **fields)``: an `LRQATTrainer` on `token_rows`.
 
-    Without ``model``, one whose B is random: each group has a gradient from the first step on.
+    It has these options and arguments. Without ``model``, it has one whose B is random: each group
+    has a gradient from the first step on.
     """
 
     def make(model=None, options=None, **fields):

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere, by anything, goes on from its last whole checkpoint as if it had not been stopped."""
+"""A run that is stopped anywhere continues from its last whole checkpoint as if it had not been."""
 
 import builtins
 import copy
@@ -23,11 +23,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_lrqat import LRQATConfig
 from peft_lrqat.trainer import (
     LRQATOptimizerFactory,
     LRQATTrainer,
-    LRQATTrainingArguments,
     last_complete_checkpoint,
 )
 from peft_lrqat.trainer.checkpoint import (
@@ -39,7 +37,6 @@ from peft_lrqat.trainer.checkpoint import (
 )
 
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STEPS_PER_EPOCH = 5  # 9 batches, two to a step; the last step of an epoch has one
 FILES = {
     "README.md",
@@ -51,81 +48,81 @@ FILES = {
     "trainer_state.json",
     "training_args.bin",
 }
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+FIELDS = {
+    **SAVED,
+    "max_steps": 7,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+}
 
 
-def make_base(kind="classifier", seed=0):
-    """Tiny, with dropout: a classifier whose head is trained in full, or GPT-2."""
-    torch.manual_seed(seed)
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **SPECIAL
-        )
-        return transformers.GPT2LMHeadModel(config)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, **sizes, **SPECIAL, attention_dropout=0.2, num_labels=3
-    )
-    return transformers.LlamaForSequenceClassification(config)
+@pytest.fixture(scope="session")
+def make_model(make_base, make_config):
+    """``make_model(kind, seed, adapters, **fields)``: tiny, with dropout; the same at every call.
+
+    A classifier whose head is trained in full, or GPT-2.
+    """
+
+    def make(kind="classifier", seed=0, adapters=("default",), **fields):
+        base = make_base(kind, seed=seed)
+        for module in base.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        configs = [make_config(kind, **{"r": 2, "lora_alpha": 2, **fields}) for _ in adapters]
+        torch.manual_seed(seed)
+        model = get_peft_model(base, configs[0], adapter_name=adapters[0])
+        for name, config in zip(adapters[1:], configs[1:]):
+            model.add_adapter(name, config)
+        return model
+
+    return make
 
 
-def make_rows(kind="classifier", rows=18):
-    ids = torch.randint(3, 32, (rows, 8), generator=torch.Generator().manual_seed(1))
-    return [
-        {
-            "input_ids": row,
-            "attention_mask": torch.ones_like(row),
-            "labels": row if kind == "gpt2" else row[0] % 3,
+@pytest.fixture(scope="session")
+def make_rows(token_rows):
+    """``make_rows(kind, count)``: each row has one label, for GPT-2 the labels of its tokens."""
+
+    def make(kind="classifier", count=18):
+        rows = token_rows(count, 8)
+        if kind == "gpt2":
+            return rows
+        return [{"input_ids": row["input_ids"], "labels": row["input_ids"][0] % 3} for row in rows]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_parts(make_model, make_base, make_rows, args_in):
+    """``make_parts(folder, kind, model, **fields)``: what a trainer is made of, the same each time.
+
+    Another process can be given it.
+    """
+
+    def make(folder, kind="classifier", model=None, **fields):
+        return {
+            "model": make_model(kind) if model is None else model,
+            "args": args_in(folder, **{**FIELDS, **fields}),
+            "train_dataset": make_rows(kind),
+            "eval_dataset": make_rows(kind, 6),
+            "teacher_model": make_base(kind) if fields.get("distillation_weight") else None,
         }
-        for row in ids
-    ]
+
+    return make
 
 
-def make_model(kind="classifier", seed=0, adapters=("default",), **fields):
-    defaults = {
-        "task_type": "CAUSAL_LM" if kind == "gpt2" else "SEQ_CLS",
-        "target_modules": "all-linear",
-    }
-    config = {**defaults, "r": 2, "lora_alpha": 2, "range_estimator": "minmax", **fields}
-    first, *others = adapters
-    model = get_peft_model(make_base(kind, seed), LRQATConfig(**config), adapter_name=first)
-    for name in others:
-        model.add_adapter(name, LRQATConfig(**config))
-    return model
+@pytest.fixture(scope="session")
+def make_trainer(make_parts):
+    """``make_trainer(folder, kind, model, callbacks, **fields)``: a trainer of `make_parts`."""
 
+    def make(folder, kind="classifier", model=None, callbacks=(), **fields):
+        parts = make_parts(folder, kind, model, **fields)
+        torch.manual_seed(5)
+        return LRQATTrainer(**parts, callbacks=list(callbacks))
 
-def make_arguments(folder, cls=LRQATTrainingArguments, **fields):
-    defaults = {
-        "max_steps": 7,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "save_steps": 1,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return cls(str(folder), **{**defaults, **fields})
-
-
-def make_trainer(folder, kind="classifier", model=None, callbacks=(), **fields):
-    """In every process the same: model, adapter, teacher and rows."""
-    teacher = make_base(kind) if fields.get("distillation_weight") else None
-    model = make_model(kind) if model is None else model
-    torch.manual_seed(5)
-    return LRQATTrainer(
-        model=model,
-        args=make_arguments(folder, **fields),
-        train_dataset=make_rows(kind),
-        eval_dataset=make_rows(kind, rows=6),
-        teacher_model=teacher,
-        callbacks=list(callbacks),
-    )
+    return make
 
 
 class Stop(transformers.TrainerCallback):
@@ -140,7 +137,7 @@ class Stop(transformers.TrainerCallback):
 
     def on_substep_end(self, args, state, control, **kwargs):
         if self.how == "error" and state.global_step == self.step:
-            raise InterruptedError("amid a step")
+            raise InterruptedError("in a step")
 
 
 class SetEvalLoss(transformers.TrainerCallback):
@@ -154,7 +151,7 @@ class SetEvalLoss(transformers.TrainerCallback):
 
 
 def outcome(trainer):
-    """Every tensor that training changes: adapter, head, moments of the optimizer; and where the schedule stands."""
+    """Every tensor that training changes (adapter, head, moments), and where the schedule is."""
     tensors = {
         name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
     }
@@ -194,8 +191,8 @@ def names_in(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """``uninterrupted(kind, **fields)``: the outcome of a whole run, and its folder with a checkpoint of every step."""
+def uninterrupted(make_trainer, tmp_path_factory):
+    """``uninterrupted(kind, **fields)``: the outcome of a whole run, and the run's folder."""
     done = {}
 
     def run(kind="classifier", **fields):
@@ -220,7 +217,7 @@ def checkpoint(uninterrupted, tmp_path):
 # What a checkpoint holds
 
 
-def test_checkpoint_holds_the_adapter_and_the_state_of_the_run(uninterrupted):
+def test_checkpoint_holds_the_adapter_and_the_state_of_the_run(make_model, uninterrupted):
     trained, folder = uninterrupted(max_steps=4)
     assert names_in(folder) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
     assert set(names_in(folder / "checkpoint-4")) == FILES
@@ -243,7 +240,7 @@ def test_checkpoint_holds_the_adapter_and_the_state_of_the_run(uninterrupted):
     }
 
 
-def test_save_only_model_is_said_where_it_is_resumed(tmp_path, caplog):
+def test_save_only_model_is_said_where_it_is_resumed(make_trainer, tmp_path, caplog):
     make_trainer(tmp_path, max_steps=2, save_only_model=True).train()
     assert set(names_in(tmp_path / "checkpoint-2")) == FILES - {
         "optimizer.pt",
@@ -263,7 +260,7 @@ def test_save_only_model_is_said_where_it_is_resumed(tmp_path, caplog):
 @pytest.mark.parametrize("how", ["stop", "error"])
 @pytest.mark.parametrize("step", [1, 3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
 @pytest.mark.parametrize("kind", ["classifier", "gpt2"])
-def test_resumed_is_uninterrupted(kind, step, how, uninterrupted, tmp_path):
+def test_resumed_is_uninterrupted(make_trainer, kind, step, how, uninterrupted, tmp_path):
     fields = {"distillation_weight": 0.5, "save_steps": step, "lr_scheduler_type": "cosine"}
     whole, _ = uninterrupted(kind, **{**fields, "save_steps": 100})
     trainer = make_trainer(tmp_path, kind, callbacks=[Stop(step, how)], **fields)
@@ -279,7 +276,7 @@ def test_resumed_is_uninterrupted(kind, step, how, uninterrupted, tmp_path):
     assert_same(outcome(trainer), whole)
 
 
-def test_same_trainer_goes_on_after_an_exception(uninterrupted, tmp_path):
+def test_same_trainer_goes_on_after_an_exception(make_trainer, uninterrupted, tmp_path):
     whole, _ = uninterrupted(max_steps=4)
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[stop := Stop(3, "error")])
     with pytest.raises(InterruptedError):
@@ -289,7 +286,7 @@ def test_same_trainer_goes_on_after_an_exception(uninterrupted, tmp_path):
     assert_same(outcome(trainer), whole)
 
 
-def test_checkpoint_of_every_epoch(uninterrupted, tmp_path):
+def test_checkpoint_of_every_epoch(make_trainer, uninterrupted, tmp_path):
     whole, _ = uninterrupted()
     fields = {"save_strategy": "epoch", "max_steps": 7}
     make_trainer(tmp_path, callbacks=[Stop(STEPS_PER_EPOCH)], **fields).train()
@@ -299,7 +296,7 @@ def test_checkpoint_of_every_epoch(uninterrupted, tmp_path):
     assert_same(outcome(trainer), whole)
 
 
-def test_resumed_in_another_place(tmp_path):
+def test_resumed_in_another_place(make_trainer, tmp_path):
     """The best checkpoint is found again, too, where the directory has been moved."""
     fields = {
         "max_steps": 4,
@@ -319,7 +316,7 @@ def test_resumed_in_another_place(tmp_path):
 @pytest.mark.parametrize(
     "adapters", [("mine",), ("default", "second"), ("first", "default")], ids="-".join
 )
-def test_resumed_with_adapters_of_any_name(adapters, tmp_path):
+def test_resumed_with_adapters_of_any_name(make_model, make_trainer, adapters, tmp_path):
     def trainer(folder, **fields):
         model = make_model(adapters=adapters)
         model.set_adapter(adapters[-1])
@@ -340,11 +337,11 @@ def test_resumed_with_adapters_of_any_name(adapters, tmp_path):
 
 
 class KilledAtEveryWrite:
-    """At each change that this process makes in a folder, a fork of it is killed amid that change, with a file half-written.
+    """Kills a fork of this process in the middle of each change that it makes in a folder.
 
-    What that leaves is copied to ``left/<number>-<what>``, and then the process itself goes on. Renames, removals and new
-    directories are seen by an audit hook. What is written is seen where it is written: Python's own files, `torch.save`,
-    safetensors, and copies.
+    A file is then half-written. What that leaves is copied to ``left/<number>-<what>``, and the
+    process itself continues. An audit hook sees renames, removals and new directories. Writes are
+    seen where they happen: Python's own files, `torch.save`, safetensors, and copies.
     """
 
     def __init__(self, folder, left):
@@ -423,7 +420,7 @@ class KilledAtEveryWrite:
 
 
 def in_child(target, *args):
-    """Runs ``target`` in a process forked from one that has imported everything and computed nothing."""
+    """Runs ``target`` in a fork of a process that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=target, args=args)
@@ -433,14 +430,14 @@ def in_child(target, *args):
 
 
 def killed_everywhere(target, folder, left, *args):
-    """Runs ``target(folder, left, *args)``; what was changed and what was left, for every change."""
+    """Runs ``target(folder, left, *args)``; each change that it made, and what was left then."""
     in_child(target, folder, left, *args)
     return [(path.name.partition("-")[2], path) for path in sorted(left.iterdir())]
 
 
-def resume_and_die(folder, left, fields):
+def resume_and_die(folder, left, parts):
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, **fields, callbacks=[Stop(3)])
+    trainer = LRQATTrainer(**parts, callbacks=[Stop(3)])
     KilledAtEveryWrite(folder, left)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
@@ -450,15 +447,20 @@ def resume_and_die(folder, left, fields):
     [((1, 2), None, [2, 3]), ((1, 2), 1, [2, 3]), ((2, 3), None, [3, 2, 3])],
     ids=["keep-all", "keep-one", "write-over"],
 )
-def test_killed_while_writing_a_checkpoint(present, limit, found, uninterrupted, tmp_path):
-    """At every point the last checkpoint is whole, and whatever was left, the run ends as if nothing had been."""
+def test_killed_while_writing_a_checkpoint(
+    make_parts, make_trainer, present, limit, found, uninterrupted, tmp_path
+):
+    """The last checkpoint is always whole, and the run that resumes from it ends the same."""
     whole, source = uninterrupted(max_steps=4)
     fields = {"max_steps": 4, "save_total_limit": limit}
     for step in present:
         shutil.copytree(source / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
     reached, last, recovered = set(), [], {}
     for what, folder in killed_everywhere(
-        resume_and_die, tmp_path / "run", tmp_path / "left", fields
+        resume_and_die,
+        tmp_path / "run",
+        tmp_path / "left",
+        make_parts(tmp_path / "run", **fields),
     ):
         reached.add(what)
         assert all(why_incomplete(path) is None for path in folder.glob("checkpoint-*"))
@@ -501,24 +503,27 @@ def test_killed_while_tidying_up(checkpoint, tmp_path):
     assert reached.count("remove") == 2 * (len(FILES) + 1) + 1
 
 
-def save_and_die(folder, left, alpha):
+def save_and_die(folder, left, parts):
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, model=make_model(lora_alpha=alpha))
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            if ".lrqat_B." in name:
-                parameter.fill_(0.5)
+    trainer = LRQATTrainer(**parts)
     KilledAtEveryWrite(folder, left)
     trainer.save_model()
 
 
 @pytest.mark.parametrize("alpha", [2, 4], ids=["same-config", "other-config"])
-def test_killed_while_saving_over_an_adapter(alpha, tmp_path):
+def test_killed_while_saving_over_an_adapter(
+    make_base, make_model, make_parts, make_trainer, alpha, tmp_path
+):
     """Each file is the old or the new one, and weights are never read with the config of others."""
     new_folder, left = tmp_path / "new", tmp_path / "left"
     make_trainer(new_folder).save_model()
     old = tree(new_folder)
-    points = killed_everywhere(save_and_die, new_folder, left, alpha)
+    model = make_model(lora_alpha=alpha)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lrqat_B." in name:
+                parameter.fill_(0.5)
+    points = killed_everywhere(save_and_die, new_folder, left, make_parts(new_folder, model=model))
     new, name = tree(new_folder), "adapter_model.safetensors"
     alphas = {old[name]: 2, new[name]: alpha}
     assert len(alphas) == 2
@@ -533,13 +538,13 @@ def test_killed_while_saving_over_an_adapter(alpha, tmp_path):
         assert all(digest in (old[path], new[path]) for path, digest in found.items())
         if "adapter_config.json" in found:
             loaded += 1
-            model = PeftModel.from_pretrained(make_base(), str(folder))
+            model = PeftModel.from_pretrained(make_base("classifier"), str(folder))
             assert model.peft_config["default"].lora_alpha == alphas[found[name]]
             assert_same(adapter_of(model), saved_adapter(folder))
         else:
             refused += 1
             with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
-                PeftModel.from_pretrained(make_base(), str(folder))
+                PeftModel.from_pretrained(make_base("classifier"), str(folder))
         assert old.keys() - found.keys() <= {"adapter_config.json"}
     assert {*old, "rename", "mkdir", "remove"} <= {what for what, _ in points}
     assert loaded > 1
@@ -552,7 +557,7 @@ def test_killed_while_saving_over_an_adapter(alpha, tmp_path):
 # No space left
 
 
-def run_with_small_files(folder, limit, answer, fields):
+def run_with_small_files(parts, limit, answer):
     """No file may grow beyond ``limit`` bytes after step 2."""
 
     class Limit(transformers.TrainerCallback):
@@ -561,7 +566,7 @@ def run_with_small_files(folder, limit, answer, fields):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, callbacks=[Limit()], **fields)
+    trainer = LRQATTrainer(**parts, callbacks=[Limit()])
     try:
         trainer.train()
     except RuntimeError as error:
@@ -572,7 +577,7 @@ def run_with_small_files(folder, limit, answer, fields):
 @pytest.mark.parametrize(
     "name", ["README.md", "adapter_model.safetensors", "rng_state.pth", "optimizer.pt"]
 )
-def test_full_disk(name, uninterrupted, tmp_path):
+def test_full_disk(make_parts, make_trainer, name, uninterrupted, tmp_path):
     whole, source = uninterrupted(max_steps=4)
     sizes = {n: (source / "checkpoint-3" / n).stat().st_size for n in FILES}
     # Whatever comes before the largest files is smaller than they are.
@@ -582,7 +587,7 @@ def test_full_disk(name, uninterrupted, tmp_path):
         else sizes[name] // 2
     )
     folder, answer = tmp_path / "run", tmp_path / "answer"
-    in_child(run_with_small_files, folder, limit, answer, {"max_steps": 4})
+    in_child(run_with_small_files, make_parts(folder, max_steps=4), limit, answer)
     message = answer.read_text()
     assert f"checkpoint-3 could not be written to {folder}" in message
     assert (
@@ -597,7 +602,7 @@ def test_full_disk(name, uninterrupted, tmp_path):
 
 
 def test_checkpoint_that_cannot_take_its_place_leaves_the_older_one_of_its_name(
-    checkpoint, tmp_path, monkeypatch
+    make_trainer, checkpoint, tmp_path, monkeypatch
 ):
     folder, content = checkpoint.parent, tree(checkpoint)
     rename = Path.rename
@@ -628,7 +633,9 @@ def cut(path, part):
 @pytest.mark.parametrize(
     "name", sorted(FILES - {"README.md"})
 )  # a text ends anywhere; PEFT writes it first
-def test_cut_off_checkpoint_is_passed_over_and_refused(name, part, checkpoint, caplog):
+def test_cut_off_checkpoint_is_passed_over_and_refused(
+    make_trainer, name, part, checkpoint, caplog
+):
     newer = Path(shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-3")))
     cut(newer / name, part)
     assert last_complete_checkpoint(newer.parent) == str(checkpoint)
@@ -643,7 +650,7 @@ def test_cut_off_checkpoint_is_passed_over_and_refused(name, part, checkpoint, c
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"README.md", "training_args.bin"}))
-def test_checkpoint_with_a_file_missing_is_passed_over(name, checkpoint):
+def test_checkpoint_with_a_file_missing_is_passed_over(make_trainer, name, checkpoint):
     (checkpoint / name).unlink()
     pattern = {"optimizer.pt": "optimizer*", "rng_state.pth": "rng_state*.pth"}.get(name, name)
     assert why_incomplete(checkpoint) == f"it has no {pattern}"
@@ -655,7 +662,7 @@ def test_checkpoint_with_a_file_missing_is_passed_over(name, checkpoint):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_cut_off_adapter_of_several_is_found(tmp_path):
+def test_cut_off_adapter_of_several_is_found(make_model, make_trainer, tmp_path):
     model = make_model(adapters=("default", "second"))
     make_trainer(tmp_path, model=model, max_steps=1).train()
     second = tmp_path / "checkpoint-1" / "second"
@@ -666,7 +673,7 @@ def test_cut_off_adapter_of_several_is_found(tmp_path):
     assert why_incomplete(second.parent) == "it has no second/adapter_config.json"
 
 
-def test_what_is_no_checkpoint_is_passed_over(tmp_path):
+def test_what_is_no_checkpoint_is_passed_over(make_trainer, tmp_path):
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
     assert why_incomplete(tmp_path / "nowhere") == "there is no such directory"
     (tmp_path / "checkpoint-x").mkdir()
@@ -682,7 +689,7 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_limit_keeps_the_last(limit, tmp_path):
+def test_limit_keeps_the_last(make_trainer, limit, tmp_path):
     make_trainer(tmp_path, max_steps=4, save_total_limit=limit).train()
     assert names_in(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)][-limit:]
 
@@ -713,7 +720,7 @@ def test_just_written_and_best_stay_whatever_their_numbers(limit, best, left, tm
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])
 @pytest.mark.parametrize("limit", [None, 1, 2])
-def test_best_model_is_loaded_at_the_end(limit, strategy, tmp_path):
+def test_best_model_is_loaded_at_the_end(make_model, make_trainer, limit, strategy, tmp_path):
     fields = {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -749,7 +756,7 @@ def test_best_model_is_loaded_at_the_end(limit, strategy, tmp_path):
 
 
 @pytest.mark.parametrize("adapters", [("mine",), ("default", "second")], ids="-".join)
-def test_best_model_of_any_name_is_loaded(adapters, tmp_path):
+def test_best_model_of_any_name_is_loaded(make_model, make_trainer, adapters, tmp_path):
     model = make_model(adapters=adapters)
     model.set_adapter(adapters[-1])
     fields = {
@@ -768,7 +775,7 @@ def test_best_model_of_any_name_is_loaded(adapters, tmp_path):
         assert_same(adapter_of(model, name), saved_adapter(folder))
 
 
-def test_new_run_among_another_runs_checkpoints_is_refused(checkpoint, tmp_path):
+def test_new_run_among_another_runs_checkpoints_is_refused(make_trainer, checkpoint, tmp_path):
     """Resuming from elsewhere is a new run there, too."""
     content = tree(checkpoint.parent)
     other = shutil.copytree(checkpoint, tmp_path / "other" / "checkpoint-2")
@@ -779,7 +786,7 @@ def test_new_run_among_another_runs_checkpoints_is_refused(checkpoint, tmp_path)
     assert tree(checkpoint.parent) == content
 
 
-def test_new_run_overwrites_when_told_to(uninterrupted, checkpoint):
+def test_new_run_overwrites_when_told_to(make_trainer, uninterrupted, checkpoint):
     """Nothing of the old run is left, not even later checkpoints, from the first step on."""
     _, source = uninterrupted(max_steps=4)
     shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-9"))
@@ -799,7 +806,7 @@ def test_new_run_overwrites_when_told_to(uninterrupted, checkpoint):
 
 
 def test_later_checkpoints_are_set_aside_by_a_run_from_an_earlier_one(
-    uninterrupted, checkpoint, caplog
+    make_trainer, uninterrupted, checkpoint, caplog
 ):
     """The last checkpoint is then this run's last, whenever it is stopped."""
     whole, source = uninterrupted(max_steps=4)
@@ -822,7 +829,7 @@ def test_later_checkpoints_are_set_aside_by_a_run_from_an_earlier_one(
     ]
 
 
-def test_a_second_training_sets_the_first_ones_checkpoints_aside(tmp_path):
+def test_a_second_training_sets_the_first_ones_checkpoints_aside(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4)
     trainer.train()
     first = tree(tmp_path)
@@ -838,7 +845,7 @@ def test_a_second_training_sets_the_first_ones_checkpoints_aside(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
-def test_resuming_a_run_that_is_over_changes_nothing(fields, tmp_path, caplog):
+def test_resuming_a_run_that_is_over_changes_nothing(make_trainer, fields, tmp_path, caplog):
     """In the middle of an epoch and at its end: no tensor, no file, and the record stays."""
     fields = {**fields, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(tmp_path, **fields)
@@ -857,7 +864,7 @@ def test_resuming_a_run_that_is_over_changes_nothing(fields, tmp_path, caplog):
     assert f"resuming from step {steps} of {steps} ({checkpoint}); this run is over" in caplog.text
 
 
-def test_fewer_steps_than_the_checkpoint_has_are_over_too(checkpoint, caplog):
+def test_fewer_steps_than_the_checkpoint_has_are_over_too(make_trainer, checkpoint, caplog):
     trainer = make_trainer(checkpoint.parent, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert_same(adapter_of(trainer.model), saved_adapter(checkpoint))
@@ -880,7 +887,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_over_too(checkpoint, caplog):
     ],
     ids=str,
 )
-def test_another_config_is_refused(fields, named, checkpoint):
+def test_another_config_is_refused(make_model, make_trainer, fields, named, checkpoint):
     trainer = make_trainer(checkpoint.parent, model=make_model(**fields))
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(
@@ -891,13 +898,13 @@ def test_another_config_is_refused(fields, named, checkpoint):
     assert_same(trainer.model.state_dict(), before)
 
 
-def test_adapter_that_is_not_there_is_refused(checkpoint):
+def test_adapter_that_is_not_there_is_refused(make_model, make_trainer, checkpoint):
     trainer = make_trainer(checkpoint.parent, model=make_model(adapters=("mine",)))
     with pytest.raises(ValueError, match="checkpoint-2 holds no adapter `mine`"):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_another_base_is_refused(checkpoint):
+def test_another_base_is_refused(make_model, make_trainer, checkpoint):
     trainer = make_trainer(checkpoint.parent, model=make_model(seed=1))
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(
@@ -907,7 +914,7 @@ def test_another_base_is_refused(checkpoint):
     assert_same(trainer.model.state_dict(), before)
 
 
-def test_changed_rate_is_said(checkpoint, caplog):
+def test_changed_rate_is_said(make_trainer, checkpoint, caplog):
     fields = {"max_steps": 4, "save_strategy": "no"}
     make_trainer(checkpoint.parent, **fields).train(resume_from_checkpoint=True)
     assert "was asked for" not in caplog.text
@@ -923,11 +930,11 @@ def test_changed_rate_is_said(checkpoint, caplog):
     assert "`A_learning_rate`" not in caplog.text
 
 
-def test_changed_rate_is_said_in_a_plain_trainer(tmp_path, caplog):
+def test_changed_rate_is_said_in_a_plain_trainer(args_in, make_model, make_rows, tmp_path, caplog):
     def train(resume, **rates):
         trainer = transformers.Trainer(
             model=make_model(),
-            args=make_arguments(tmp_path, transformers.TrainingArguments, max_steps=2),
+            args=args_in(tmp_path, transformers.TrainingArguments, max_steps=2, **SAVED),
             train_dataset=make_rows(),
             optimizer_cls_and_kwargs=(
                 LRQATOptimizerFactory,
@@ -943,12 +950,15 @@ def test_changed_rate_is_said_in_a_plain_trainer(tmp_path, caplog):
     assert "`B_learning_rate` is 0.001 in the checkpoint, but 0.002 was asked for" in caplog.text
 
 
-def test_other_parameter_groups_are_refused(checkpoint):
+def test_other_parameter_groups_are_refused(make_model, make_trainer, checkpoint):
     model = make_model()
     for name, parameter in model.named_parameters():
         if ".lrqat_scale." in name:
             parameter.requires_grad_(False)
     trainer = make_trainer(checkpoint.parent, model=model)
-    groups = r"the parameter groups \['A', 'B', 'scales', 'other'\], but this one has \['A', 'B', 'other'\]"
+    groups = (
+        r"the parameter groups \['A', 'B', 'scales', 'other'\], but this one has "
+        r"\['A', 'B', 'other'\]"
+    )
     with pytest.raises(ValueError, match=f"the checkpoint's optimizer has {groups}"):
         trainer.train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""Documents laid end to end and cut into equal blocks: no token is lost but the last few, and none is invented."""
+"""Documents joined and cut into equal blocks: only the last few tokens are lost, none is added."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Distillation: the divergence against torch's own, which tokens count, and the teacher beside the student."""
+"""Distillation: the divergence is torch's, the scored tokens count, the teacher stays itself."""
 
 import copy
 import math
@@ -79,7 +79,7 @@ def test_shorter_logits_are_widened(dtype):
 
 
 def test_a_scaler_of_float16_gradients_saves_them():
-    """Over 10^4 tokens most entries are below the smallest float16; scaled by 2^16, as GradScaler begins, they are not."""
+    """Over 10^4 tokens most entries are below the smallest float16; scaled by 2^16 they are not."""
     student, teacher = logits(torch.float16, spread=1.0)
     scored, scale = torch.ones(ROWS, dtype=torch.bool), 2.0**16
     wide = student.detach().double().requires_grad_()
@@ -209,7 +209,7 @@ def test_scored_tokens_are_those_of_the_task(make_base):
 
 @pytest.fixture
 def distilling(lrqat_trainer, make_base):
-    """``distilling(model, teacher, **fields)``: a trainer with a teacher, by default the base model of `make_peft()`."""
+    """``distilling(model, teacher, **fields)``: a trainer with a teacher, by default the base."""
 
     def make(model=None, teacher=None, options=None, **fields):
         fields = {"distillation_weight": 0.5, **fields}
@@ -439,7 +439,7 @@ def padded(rows, width=None, left=False):
 
 @pytest.mark.parametrize("width", [10, 16])
 def test_padding_changes_nothing(width, make_peft, make_base, distilling):
-    """Token by token: the rows one by one, weighted by their scored tokens, and one padded batch."""
+    """Rows one by one, weighted by their scored tokens, are the same as one padded batch."""
     model, teacher, rows = make_peft(init_weights=False), make_base(), unequal_rows()
     alone = [divergence_of(model, teacher, padded([row])) for row in rows]
     counts = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
@@ -554,7 +554,8 @@ def test_other_architectures(architecture, make_base, make_peft, batch_for, dist
     )
     trainer.train()
     (log,) = step_logs(trainer)
-    # GPT-2's task loss is divided by all labels, the first included: the Trainer does not know that it shifts them.
+    # GPT-2's task loss is divided by all labels, the first included: the Trainer does not know
+    # that it shifts them.
     share = 11 / 12 if architecture == "gpt2" else 1
     assert log["distillation_loss"] == pytest.approx(share * expected, rel=1e-4)
     assert log["loss"] == pytest.approx(
@@ -565,7 +566,7 @@ def test_other_architectures(architecture, make_base, make_peft, batch_for, dist
 def test_decoder_inputs_of_a_collator_reach_the_teacher(
     make_base, make_peft, distilling, batch_for, step_logs
 ):
-    """With label smoothing an encoder-decoder model sees no labels; the collator makes the decoder's input."""
+    """With label smoothing an encoder-decoder sees no labels, only the decoder's input."""
     model, teacher, batch = make_peft("t5", init_weights=False), make_base("t5"), batch_for("t5")
     decoder_inputs = teacher.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     rows = [
@@ -611,7 +612,7 @@ def test_a_distilled_adapter_is_like_any_other(
 
 
 def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp_path):
-    """A classifier made from a language model has one until it is trained; loading it again draws another."""
+    """A classifier made from a language model has one, and loading it again draws another."""
     config = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**config, intermediate_size=48)
@@ -622,7 +623,7 @@ def test_a_teacher_with_a_random_head_is_refused(make_config, lrqat_trainer, tmp
     model = get_peft_model(base, make_config("classifier"))
     with pytest.raises(
         ValueError,
-        match=r"has no weights for `score.weight`: a teacher loaded from there would have random ones",
+        match=r"has no weights for `score.weight`: a teacher loaded from there would have random",
     ):
         lrqat_trainer(model, distillation_weight=0.5)
 
@@ -650,7 +651,7 @@ def test_what_is_trained_later_is_shared_no_more(make_base, make_peft, distillin
 
 
 def test_a_second_attempt_logs_its_own_divergence(make_base, make_peft, distilling, step_logs):
-    """``auto_find_batch_size`` starts again from step 0 when memory runs out in the middle of an interval of the log."""
+    """``auto_find_batch_size`` restarts from step 0 when memory runs out between two logs."""
 
     class OutOfMemory(transformers.TrainerCallback):
         raised = False

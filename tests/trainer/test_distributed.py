@@ -1,6 +1,7 @@
-"""Two processes on CPU (gloo): DDP and FSDP2's `fully_shard` train as one process does, and integers stay where they are.
+"""Two processes on CPU (gloo): DDP and FSDP2's `fully_shard` train as one process does.
 
-Under torchrun this file is the script: `LRQATTrainer`'s checkpoints, its exact resumption, and what stops one process stops both.
+Integers stay where they are. Under torchrun this file is the script: `LRQATTrainer` writes its
+checkpoints and resumes exactly, and what stops one process stops both.
 """
 
 import os
@@ -28,7 +29,7 @@ STEPS = 2
 
 
 def build(**sizes):
-    """The same model in every process, with random factors, so that each gradient is far from zero."""
+    """The same model in every process; random factors keep each gradient far from zero."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -180,7 +181,7 @@ def test_trained_integers_are_bit_equal_on_both_ranks(ranks):
 
 
 def test_ddp_sends_no_integers(ranks):
-    """They are parameters that need no gradient; only the fingerprints, 8 bytes a layer, are buffers."""
+    """They are parameters without gradient; only fingerprints, 8 bytes a layer, are buffers."""
     sent = ranks[0]["ddp"]["broadcast"]
     lrqat = {name: buffer for name, buffer in sent.items() if "layers." in name}
     assert all(".lrqat_fingerprint." in name for name in lrqat)
@@ -200,7 +201,7 @@ def test_fully_shard_shards_the_integers(ranks):
 
 
 class Stop(transformers.TrainerCallback):
-    """After ``step`` steps: in good order, or on rank 1 by a module that puts out NaN from then on."""
+    """Stops after ``step`` steps, or lets a module put out NaN on rank 1 from then on."""
 
     def __init__(self, step, nan=False):
         self.step, self.nan = step, nan

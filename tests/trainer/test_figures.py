@@ -1,4 +1,4 @@
-"""What is logged of the integers: against the plain definition, at the right time, for everyone who listens."""
+"""The figures in the logs follow their plain definition, at the right time, for all callbacks."""
 
 from types import SimpleNamespace
 
@@ -103,7 +103,7 @@ def test_bits_per_weight_are_those_that_ship(make_peft, lrqat_layers):
 
 
 def test_a_sample_is_close(make_peft, disturb, lrqat_layers, monkeypatch):
-    """A fifth of the rows estimates a share p of n weights within 4 deviations, sqrt(p (1 - p) / n)."""
+    """A fifth of the rows estimates a share p of n weights within 4 sqrt(p (1 - p) / n)."""
     model = disturb(make_peft())
     layers = lrqat_layers(model)
     exact = LRQATCallback().measure(model)

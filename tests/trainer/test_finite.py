@@ -1,4 +1,4 @@
-"""A run that is no longer finite stops at once, says where, and leaves the last good checkpoint as it was."""
+"""A run that is no longer finite stops at once, says where, and keeps the last checkpoint."""
 
 import copy
 
@@ -51,7 +51,7 @@ class LRQATPoppingTrainer(LRQATTrainerMixin, PoppingTrainer):
 
 @pytest.fixture
 def make_trainer(make_peft, make_base, tmp_path):
-    """``make_trainer(action, cls, **fields)``: ``action(model)`` happens after ``step``; checkpoints are written at every step."""
+    """``make_trainer(action, step, cls, **fields)``: ``action(model)`` happens after ``step``."""
 
     def make(action=lambda model: None, step=2, cls=LRQATTrainer, **fields):
         defaults = {
@@ -77,7 +77,7 @@ def make_trainer(make_peft, make_base, tmp_path):
 
 @pytest.fixture
 def stopped(tmp_path, make_base):
-    """``stopped(trainer)``: what its training is stopped with; the checkpoint of step 2 is then the last and loads."""
+    """``stopped(trainer)``: the error of its training; the last checkpoint is then step 2."""
 
     def run(trainer):
         with pytest.raises(FloatingPointError) as caught:

@@ -1,4 +1,4 @@
-"""Packed adapters beside the checkpoints of a LoRA run: whole, up to date, and of no effect on the run."""
+"""Packed adapters beside a LoRA run's checkpoints: whole, up to date, no effect on the run."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Perplexity is exp of the mean negative log-likelihood of the scored tokens, however the text is cut into batches."""
+"""Perplexity is exp of the mean negative log-likelihood of the scored tokens in any batches."""
 
 import math
 
@@ -149,7 +149,7 @@ def test_windows_side_by_side(model, text, batch_size):
 )
 def test_sliding_windows_score_every_token_once(model, text, length, window, stride, batch_size):
     text = text[:length]
-    # Written down once more, from the definition: token t is scored in the first window that holds it.
+    # From the definition: token t is scored in the first window that holds it.
     expected = []
     for t in range(1, length):
         start = max(0, math.ceil((t + 1 - window) / stride)) * stride

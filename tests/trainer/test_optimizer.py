@@ -155,7 +155,7 @@ def test_no_other_optimizer_makes_groups_of_its_own():
 
 @pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd"])
 def test_schedule_free_optimizers_count_their_warm_up_in_steps(optim, lrqat_trainer):
-    """They would take a share of 0.1 for the length of the warm-up, and make the first step ten times too long."""
+    """They would read 0.1 as the length of the warm-up: a first step ten times too long."""
     pytest.importorskip("schedulefree")
     trainer = lrqat_trainer(optim=optim, warmup_steps=0.4, max_steps=5)
     trainer.train()
@@ -200,7 +200,7 @@ def test_every_schedule_keeps_the_ratio_of_the_rates(
         assert b == pytest.approx(2 * factors)
         assert scales == pytest.approx(factors / 400)
     peak = max(factors for factors, _, _ in logged)
-    # GreedyLR may raise the rate while the loss falls; every other schedule has its peak at the rate that was given.
+    # GreedyLR may raise the rate while the loss falls; the others peak at the given rate.
     assert peak == pytest.approx(4e-3) or (schedule == "greedy" and peak > 4e-3)
     assert (len({a for a, _, _ in logged}) == 1) == (schedule == "constant")
 
@@ -405,7 +405,10 @@ def test_resumed_is_uninterrupted(
 @pytest.mark.parametrize("name", ["lr", "scale_lr", "lr_A", "lr_B"])
 def test_bad_rate_is_refused(name, value, make_peft):
     markers = "`.lrqat_scale.`" if "scale" in name else "`.lrqat_A.` and `.lrqat_B.`"
-    message = f"`{name}` must be a learning rate above 0, but is {value!r};.*parameters with {markers} in their names"
+    message = (
+        f"`{name}` must be a learning rate above 0, but is {value!r};.*parameters with {markers} "
+        "in their names"
+    )
     with pytest.raises(ValueError, match=message):
         LRQATOptimizerFactory()(make_peft(), **{**RATES, name: value})
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The trainer and the command line publish to a stand-in hub, and what they published is loaded back from it."""
+"""The trainer and the command line publish to a stand-in hub, and their adapters load from it."""
 
 import json
 
@@ -14,8 +14,10 @@ from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
 
 def base():
     torch.manual_seed(0)
-    sizes = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.LlamaConfig(vocab_size=96, **sizes, **special)
+    return transformers.LlamaForCausalLM(config)
 
 def digest(model):
     ids = torch.arange(3, 15)[None]
@@ -23,10 +25,12 @@ def digest(model):
         return model.eval()(ids).logits.double().sum().item().hex()
 
 def trainer(**options):
-    model = get_peft_model(base(), LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, bits=3))
+    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, bits=3)
+    model = get_peft_model(base(), config)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 96, (8, 10))]
     args = LRQATTrainingArguments(
-        "out", per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, push_to_hub=True, **options
+        "out", per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        push_to_hub=True, **options
     )
     return LRQATTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4])
 """
@@ -44,7 +48,8 @@ def hub():
 
 def test_trainer_pushes_at_the_end(hub, tmp_path):
     code = """
-t = trainer(max_steps=3, hub_model_id="user/end", hub_strategy="end", eval_strategy="steps", eval_steps=3, save_steps=2)
+options = dict(hub_model_id="user/end", hub_strategy="end", eval_strategy="steps", eval_steps=3)
+t = trainer(max_steps=3, save_steps=2, **options)
 t.train()
 metrics = t.evaluate()
 t.push_to_hub()
@@ -75,8 +80,11 @@ print(json.dumps({"digest": digest(t.model), "eval_loss": metrics["eval_loss"]})
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_trainer_pushes_while_training(strategy, hub, tmp_path):
-    """Uploads run in the background while a checkpoint is renamed into place and older ones are deleted."""
-    options = f'hub_model_id="user/{strategy}", hub_strategy="{strategy}", hub_always_push=True, save_steps=2, max_steps=4'
+    """Uploads run in the background while checkpoints take their places and older ones go."""
+    options = (
+        f'hub_model_id="user/{strategy}", hub_strategy="{strategy}", hub_always_push=True, '
+        "save_steps=2, max_steps=4"
+    )
     code = f"""
 t = trainer({options})
 t.train()
@@ -112,13 +120,15 @@ from peft_lrqat.cli import main
 from peft_lrqat.demo import model_path
 open("text.txt", "w").write("The quick brown fox jumps over the lazy dog. " * 60)
 code = main(
-    f"train --model {model_path()} --dataset text.txt --eval_dataset text.txt --block_size 32 --bits 3 --max_steps 2"
-    " --output_dir out --report_to none --push_to_hub --hub_model_id user/cli --disable_tqdm true".split()
+    f"train --model {model_path()} --dataset text.txt --eval_dataset text.txt --block_size 32 "
+    "--bits 3 --max_steps 2 --output_dir out --report_to none --push_to_hub "
+    "--hub_model_id user/cli --disable_tqdm true".split()
 )
 assert code == 0
 from safetensors.torch import load_file
 from huggingface_hub import hf_hub_download
-ours, theirs = load_file("out/adapter_model.safetensors"), load_file(hf_hub_download("user/cli", "adapter_model.safetensors"))
+ours = load_file("out/adapter_model.safetensors")
+theirs = load_file(hf_hub_download("user/cli", "adapter_model.safetensors"))
 assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 base = transformers.AutoModelForCausalLM.from_pretrained(model_path())
 PeftModel.from_pretrained(base, "user/cli")

@@ -1,4 +1,4 @@
-"""`LRQATTrainer` does what the Trainer does: the same steps however they are computed, evaluation, search and resuming."""
+"""`LRQATTrainer` does what the Trainer does: the same steps, evaluation, search and resuming."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def same(first, second):
 
 
 def plain_loop(model, rows, args, steps):
-    """The training loop as anyone would write it: AdamW, one clipping norm for each kind, a linear schedule with warm-up."""
+    """The plain training loop: AdamW, clipping by kind, a linear schedule with warm-up."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kinds = [
         [p for name, p in named.items() if kind in name]
@@ -122,7 +122,7 @@ def test_activation_checkpointing_changes_no_bit(
 def test_autocast_trains_the_same_integers(
     lrqat_trainer, make_peft, lrqat_layers, step_logs, trained_tensors
 ):
-    """In bfloat16 all products but those that make the integers: the losses agree to its 8 bits, the factors stay wide."""
+    """All products but those that make integers are bfloat16: losses agree to its 8 bits."""
     wide, narrow = lrqat_trainer(), lrqat_trainer(bf16=True)
     for trainer in (wide, narrow):
         trainer.train()
@@ -380,7 +380,7 @@ def test_an_optimizer_with_groups_of_its_own_is_told(lrqat_trainer, make_peft, m
 
 
 def test_the_record_has_the_rates_that_were_used(lrqat_trainer):
-    """A resumed run goes on with the checkpoint's, and a second one with those that its optimizer has."""
+    """A resumed run continues with the checkpoint's, a second one with its optimizer's."""
     trainer = lrqat_trainer(save_strategy="steps", save_steps=1)
     trainer.train()
     asked = {"scale_learning_rate": 3e-4}

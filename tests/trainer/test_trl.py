@@ -80,7 +80,10 @@ def tokenizer():
 
 @pytest.fixture
 def make_trainer(make_base, make_config, lrqat_args, tokenizer):
-    """``make_trainer(kind, model, options, **fields)``: a trainer of TRL with the mixin; its model is wrapped by TRL."""
+    """``make_trainer(kind, model, options, **fields)``: TRL's trainer with the mixin.
+
+    Without ``model``, TRL wraps the model.
+    """
 
     def make(kind, model=None, options=None, **fields):
         trainer, config = OURS[kind]
