@@ -358,7 +358,7 @@ class KilledAtEveryWrite:
         peft.peft_model.safe_save_file = self.save_safetensors
         sys.addaudithook(self.audit)
 
-    def reach(self, what, path=None, content=b""):
+    def reach(self, what, path=None, content=b"", before=b""):
         if self.busy:
             return
         self.busy = True
@@ -366,7 +366,7 @@ class KilledAtEveryWrite:
         if killed == 0:
             if path is not None:
                 with self.open(path, "wb") as file:
-                    file.write(content[: len(content) // 2])
+                    file.write(before + content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
         shutil.copytree(self.folder, self.left / f"{self.number:03}-{what}")
@@ -390,14 +390,12 @@ class KilledAtEveryWrite:
     def open_file(self, path, mode="r", *args, **kwargs):
         file = self.open(path, mode, *args, **kwargs)
         if set(mode) & set("wxa") and self.inside(path):
-            write = file.write
+            write, written = file.write, bytearray()
 
             def reach_and_write(content):
-                self.reach(
-                    Path(path).name,
-                    path,
-                    content if isinstance(content, bytes) else content.encode(),
-                )
+                data = content.encode() if isinstance(content, str) else bytes(content)
+                self.reach(Path(path).name, path, data, before=bytes(written))
+                written.extend(data)
                 return write(content)
 
             file.write = reach_and_write
