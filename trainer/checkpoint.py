@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_lrqat.shared.adapter_files import WITHOUT_EFFECT, read_config
 from peft_lrqat.shared.staging import flush
 from peft_lrqat.shared.words import some
 
@@ -432,13 +433,14 @@ def check_same_adapters(
 
 
 def _same_settings(first: Path, second: Path) -> bool:
+    """Whether the two configs go with the same weights, by the digest of their settings."""
     try:
-        one, two = (
-            _comparable(PeftConfig.from_pretrained(str(path.parent))) for path in (first, second)
-        )
-        return one == two
-    except (OSError, ValueError, TypeError, KeyError):  # whatever else lies there
+        one, two = map(read_config, (first, second))
+    except ValueError:  # something else lies there
         return False
+    return all(
+        one.get(name) == two.get(name) for name in {*one, *two} if name not in WITHOUT_EFFECT
+    )
 
 
 def _comparable(config: PeftConfig) -> dict[str, Any]:

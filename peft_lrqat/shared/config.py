@@ -51,7 +51,9 @@ class AdapterConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved, with the version of the library that saves them."""
-        return super().to_dict() | {"library_version": __version__}
+        fields = super().to_dict() | {"library_version": __version__}
+        # The order of a set differs from process to process, and the digest of settings with it.
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the configuration, and updates the model card of an adapter in that folder."""
