@@ -1,0 +1,83 @@
+"""`lrqat export`, `eval` and `recipe` follow the task, the adapter's folder and the model."""
+
+import json
+
+import pytest
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+)
+
+from lrqat_command import main
+from peft_lrqat import LRQATConfig
+from peft_lrqat.demo import model_path
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of the demo model with a chat template and a generation config of its own."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(model_path())
+    fields = {"target_modules": ["q_proj"], "group_size": 32, "init_weights": False}
+    get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", **fields)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=[2, 7], do_sample=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gguf"])
+def test_what_lies_beside_the_adapter_is_exported(format, adapter, capsys, tmp_path):
+    out = tmp_path / "out"
+    words = ["export", "--adapter", str(adapter), "--output", str(out), "--format", format]
+    assert main([*words, "--verify", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    kinds = ("tokenizer", "chat template", "generation config")
+    assert found["sources"] == dict.fromkeys(kinds, str(adapter))
+    assert f"tokenizer from {adapter}\n" in printed.err
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
+
+
+def test_a_classifier_is_exported_and_not_evaluated(capsys, tmp_path):
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    fields = {"target_modules": "all-linear", "init_weights": False}
+    model = get_peft_model(base, LRQATConfig(task_type="SEQ_CLS", **fields))
+    model.save_pretrained(tmp_path / "adapter")
+    words = ["--adapter", str(tmp_path / "adapter")]
+    assert main(["export", *words, "--output", str(tmp_path / "out"), "--verify"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(SystemExit):
+        main(["eval", *words, "--dataset", str(tmp_path / "text.txt")])
+    assert "but the `task_type` of this adapter is SEQ_CLS" in capsys.readouterr().err
+
+
+def test_a_recipe_for_a_model(capsys):
+    words = ["recipe", "--for", "llama.cpp", "--bits", "3", "--model", str(model_path())]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stored_bits_per_weight"] == 4.5
+    assert found["file_bytes"] > 100_000
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "# stored at 4.50 bits per weight, scales included; the file takes about" in out
+    assert "# gguf stores these weights at 4.50 bits each, but 3.50 bits" in out
