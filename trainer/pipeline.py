@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -44,7 +45,9 @@ def load_model(
     """
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     loader = AutoModelForCausalLM if config is None else class_of(config)
-    model, report = loader.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    # A pair, which the annotation of transformers does not say.
+    pair: Any = loader.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    model, report = pair
     brought = set(getattr(config, "modules_to_save", None) or ())
     missing = [key for key in report["missing_keys"] if not brought & set(key.split("."))]
     if missing:
@@ -80,7 +83,8 @@ def load_adapter(
         raise ValueError(f"the adapter in {adapter} does not name its base model; give --model")
     model = load_model(name, dtype, config)
     rows = _embeddings_of(adapter, model, **where)
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+    embedded: Any = model.get_input_embeddings().weight if rows is not None else None
+    if rows is not None and rows != embedded.shape[0]:
         # Tokens were added before training, and their embeddings were saved with the adapter.
         model.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(model, adapter, **where).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
 
@@ -49,5 +51,5 @@ def load_generation_config(adapter: str, **where: str | None) -> GenerationConfi
     """The generation config beside an adapter; None if there is none."""
     if find_file(adapter, GENERATION_CONFIG_NAME, **where) is None:
         return None
-    options = {key: value for key, value in where.items() if value is not None}
+    options: dict[str, Any] = {key: value for key, value in where.items() if value is not None}
     return GenerationConfig.from_pretrained(adapter, **options)

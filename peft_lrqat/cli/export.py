@@ -104,7 +104,8 @@ def run_export(argv: Sequence[str]) -> int:
         check_target(args.output)
         model: Any = load_adapter(args.adapter, args.model, args.dtype)
         base = model.get_base_model()
-        tokenizer, places = None, {}
+        tokenizer = None
+        places: dict[str, str] = {}
         if has_tokenizer(args.adapter) or has_tokenizer(base.config.name_or_path):
             tokenizer, places = load_tokenizer(args.adapter, base.config.name_or_path)
         if base.can_generate():
@@ -178,7 +179,7 @@ def run_recipe(argv: Sequence[str]) -> int:
     grid = Grid(bits=config.bits, symmetric=config.symmetric, group_size=config.group_size)
     shapes = [(WIDTH, WIDTH)] if model is None else list(linear_names(model).values())
     sizes = runtime.stored_bits(grid, shapes, config.activation_grid)
-    names = ("bits", "group_size", "symmetric", "scale_dtype")
+    names: tuple[str, ...] = ("bits", "group_size", "symmetric", "scale_dtype")
     if args.activation_bits is not None:
         names += ("activation_bits",)
     fields = {name: getattr(config, name) for name in names}

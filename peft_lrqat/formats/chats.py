@@ -133,7 +133,7 @@ def _tokenizer_of(ggml: dict[str, Any]) -> Tokenizer:
             fuse_unk=True,
         )
         found = Tokenizer(model)
-        spaces = [normalizers.Replace(" ", "\u2581")]
+        spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "\u2581")]
         if ggml["add_space_prefix"]:
             spaces.insert(0, normalizers.Prepend("\u2581"))
         found.normalizer = normalizers.Sequence(spaces)

@@ -246,7 +246,7 @@ def _stretch(config: PretrainedConfig) -> Tensor:
 
 def _check_config(config: PretrainedConfig) -> None:
     """ValueError for a model that llama.cpp would compute differently."""
-    name = (config.architectures or [None])[0]
+    name = next(iter(config.architectures or ()), None)
     wanted = MODEL_CLASSES[config.model_type]
     if name != wanted:
         raise ValueError(

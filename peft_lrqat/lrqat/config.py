@@ -285,7 +285,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         from ..formats.runtimes import runtime_named
 
         chosen = runtime_named(runtime)
-        known = {} if model is None else {"shapes": linear_names(model).values()}
+        known: dict[str, Any] = {} if model is None else {"shapes": linear_names(model).values()}
         preset = chosen.preset(bits, fields.get("symmetric", True), **known)
         config = cls(**{**preset, "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
