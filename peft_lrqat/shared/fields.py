@@ -20,9 +20,10 @@ def helpful_arguments(like: type | None = None) -> Callable[[Config], Config]:
     """
 
     def decorate(config: Config) -> Config:
-        init = config.__init__
+        init: Callable[..., None] = config.__init__  # type: ignore[misc]  # of this very class
         known = {option.name for option in dataclasses.fields(config) if option.init}
         neutral = {} if like is None else _defaults(like, without=known)
+        other = "" if like is None else like.__name__
 
         @wraps(init)
         def checked(self: Any, *args: Any, **fields: Any) -> None:
@@ -31,7 +32,7 @@ def helpful_arguments(like: type | None = None) -> Callable[[Config], Config]:
                     raise TypeError(_unknown(config, name, known))
                 if fields[name] != neutral[name]:
                     raise ValueError(
-                        f"`{name}` is a field of {like.__name__} that {config.__name__} does not "
+                        f"`{name}` is a field of {other} that {config.__name__} does not "
                         f"have, so it must be {neutral[name]!r}, but is {fields[name]!r}; set it "
                         f"to {neutral[name]!r}, or leave it out"
                     )
