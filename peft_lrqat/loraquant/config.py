@@ -1,6 +1,4 @@
-"""The configuration of a LORAQUANT adapter: the LoRA that it was, the recipe, and what the
-conversion filled in.
-"""
+"""The configuration of a LORAQUANT adapter: the LoRA it was, the recipe, and what was stored."""
 
 from __future__ import annotations
 
@@ -35,12 +33,11 @@ BIASES = ("none", "all", "lora_only")
 @helpful_arguments()
 @dataclass
 class LoRAQuantConfig(AdapterConfig):
-    """Configuration of LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits
-    (LoRAQuant, arXiv 2510.26690).
+    """Configures LORAQUANT: a trained LoRA adapter whose factors are stored at a few bits.
 
-    Such an adapter is made from a saved LoRA adapter and is for inference; ``bits_high``, ``ratio``
-    and the other fields of the recipe say how. All else is taken over from the LoRA adapter or
-    filled in by the conversion.
+    The method is LoRAQuant (arXiv 2510.26690). Such an adapter is made from a saved LoRA adapter
+    and is for inference. ``bits_high``, ``ratio`` and the other fields of the recipe say how. All
+    other fields are taken from the LoRA adapter or filled in by the conversion.
 
     Example:
         ```py
@@ -57,31 +54,32 @@ class LoRAQuantConfig(AdapterConfig):
     method: Literal["residual", "paper"] = field(
         default="residual",
         metadata={
-            "help": "residual (default): each component is quantised from what the others leave over, and bits go where they lower "
-            "the error most; small adapters, and those of rank 1 or 2, are stored as published "
-            "where that comes out better. paper: as published, rounded to nearest and refined by "
-            "gradient descent."
+            "help": "residual (default): quantise each component from what the others leave over, "
+            "and give bits to where they lower the error most; small adapters, and those of rank 1 "
+            "or 2, are stored as published if that has the lower error. paper: as published, "
+            "rounded to nearest and refined by gradient descent."
         },
     )
     bits_high: int = field(
         default=2,
         metadata={
-            "help": "Bits of the leading components, 2 to 8; the others have 1. The paper has 2 and 3. With method='residual', "
-            "bits_high and ratio say how much storage there is to give out."
+            "help": "Bits of the leading components, 2 to 8; the others have 1. The paper uses 2 "
+            "and 3. With method='residual', bits_high and ratio say how much storage the adapter "
+            "may take."
         },
     )
     ratio: float = field(
         default=0.9,
         metadata={
-            "help": "Leading components are the fewest whose squared singular values reach this share of the total. The paper has "
-            "0.8 and 0.9."
+            "help": "Leading components are the fewest whose squared singular values reach this "
+            "share of the total. The paper uses 0.8 and 0.9."
         },
     )
     average_bits: Optional[float] = field(
         default=None,
         metadata={
-            "help": "With method='residual', instead of bits_high and ratio: bits of storage, scales included, for each parameter "
-            "of the original factors. Default: none."
+            "help": "With method='residual', replaces bits_high and ratio: bits of storage, scales "
+            "included, for each parameter of the original factors. Default: not set."
         },
     )
     group_size: int = field(
@@ -116,17 +114,20 @@ class LoRAQuantConfig(AdapterConfig):
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
-            "help": "The modules that the LoRA adapter changes, as names or a regular expression; taken over."
+            "help": "The modules that the LoRA adapter changes, as names or a regular expression; "
+            "taken over."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
         default=None,
-        metadata={"help": "Modules that target_modules names and that are left alone; taken over."},
+        metadata={
+            "help": "Modules that target_modules names, but that stay unchanged; taken over."
+        },
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
         metadata={
-            "help": "Index or indices of the layers that target_modules holds for; taken over."
+            "help": "Index or indices of the layers that target_modules applies to; taken over."
         },
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
@@ -136,13 +137,15 @@ class LoRAQuantConfig(AdapterConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None,
         metadata={
-            "help": "Further modules that were trained in full and are stored with the adapter; taken over."
+            "help": "Other modules that were trained in full and are stored with the adapter; "
+            "taken over."
         },
     )
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
         default=None,
         metadata={
-            "help": "Tokens whose embeddings were trained and are stored with it; taken over."
+            "help": "Tokens whose embeddings were trained and are stored with the adapter; "
+            "taken over."
         },
     )
     bias: Literal["none", "all", "lora_only"] = field(
@@ -158,44 +161,49 @@ class LoRAQuantConfig(AdapterConfig):
     fan_in_fan_out: bool = field(
         default=False,
         metadata={
-            "help": "As in the LoRA configuration; the layers themselves say which way they lie."
+            "help": "As in the LoRA configuration; without effect: each layer knows its own layout."
         },
     )
     component_bits: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "What is stored: for each module the bits of its components, a digit each, largest first, such as '4421'; "
-            "filled in by the conversion."
+            "help": "What is stored: for each module the bits of its components, one digit each, "
+            "largest first, such as '4421'; filled in by the conversion."
         },
     )
     shapes: dict[str, list[int]] = field(
         default_factory=dict,
         metadata={
-            "help": "Outputs and inputs of each module in component_bits; filled in by the conversion."
+            "help": "Outputs and inputs of each module in component_bits; filled in by the "
+            "conversion."
         },
     )
     embeddings: list[str] = field(
         default_factory=list,
-        metadata={"help": "Which of them are embeddings; filled in by the conversion."},
+        metadata={
+            "help": "Modules in component_bits that are embeddings; filled in by the conversion."
+        },
     )
     zero_points: bool = field(
         default=False,
         metadata={
-            "help": "Groups above 1 bit have an integer zero point of their own; filled in by the conversion."
+            "help": "Whether groups above 1 bit have their own integer zero point; filled in by "
+            "the conversion."
         },
     )
     report: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Errors and sizes of the conversion, for the model card; filled in, and changes nothing else."
+            "help": "Errors and sizes of the conversion, for the model card; filled in by the "
+            "conversion, and without effect."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LORAQUANT
-        # Codes cannot be trained; PEFT unsets this for `is_trainable=True`, which LoRAQuantModel
-        # then refuses.
+        self.peft_type = PeftType("LORAQUANT")
+        # Codes cannot be trained. For `is_trainable=True` PEFT unsets this, and LoRAQuantModel
+        # refuses.
         self.inference_mode = True
         self._check_recipe()
         self._check_lora()
@@ -267,19 +275,21 @@ class LoRAQuantConfig(AdapterConfig):
         check_json("report", self.report)
 
     def rank_of(self, module: str) -> int:
-        """The rank that the LoRA adapter has there."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.r)
+        """Returns the rank that the LoRA adapter has on ``module``."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
 
     def scaling_of(self, module: str) -> float:
-        """What the product of the factors is multiplied by there; by the LoRA adapter's rank,
-        however many components are left.
+        """Returns the factor that multiplies the product of ``module``.
+
+        It uses the rank of the LoRA adapter, not the number of components that are left.
         """
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        key = get_pattern_key(list(self.alpha_pattern), module)
+        alpha = self.alpha_pattern.get(key, self.lora_alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def packed_format(self, module: str, rows: int, columns: int) -> PackedFormat:
-        """How the product of a module of this shape is stored."""
+        """Returns how the product of ``module``, of shape (rows, columns), is stored."""
         return PackedFormat(
             bits=self.component_bits[module],
             rows=rows,
@@ -290,8 +300,9 @@ class LoRAQuantConfig(AdapterConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; sets become sorted lists, so that equal configurations are saved as equal
-        bytes.
+        """Returns the fields as PEFT does, with sets as sorted lists.
+
+        Equal configurations are then saved as equal bytes.
         """
         return {
             name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()

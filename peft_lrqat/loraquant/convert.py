@@ -1,5 +1,6 @@
-"""Saved adapters to packed ones and back: `quantize_adapter` and `dequantize_adapter`; LoRA's here,
-LR-QAT's in lrqat.py.
+"""Converts saved adapters to packed ones and back: `quantize_adapter` and `dequantize_adapter`.
+
+LoRA adapters are converted here, LR-QAT adapters in lrqat.py.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from .lrqat import dequantize_lrqat, quantize_lrqat
 from .quantize import check_factors, quantize_factors, report, stored_zero_points
 
 
-# Names of B and A in LoRA's files, of linear layers and of embeddings.
+# Names of B and A in LoRA's files: for linear layers and for embeddings.
 PAIRS = (("lora_B.weight", "lora_A.weight"), ("lora_embedding_B", "lora_embedding_A"))
 MAGNITUDE, MAGNITUDE_STORED = "lora_magnitude_vector", "loraquant_magnitude"
-# What LoRA trained in other ways leaves behind in its config, and what has no part in inference.
+# Fields that other ways to train LoRA leave in its config, and fields that inference does not use.
 WITHOUT_EFFECT = {
     "corda_config",
     "eva_config",
@@ -46,8 +47,7 @@ WITHOUT_EFFECT = {
     "runtime_config",
     "velora_config",
 }
-# These initialisations take something out of the base weights, which the saved factors are to be
-# added to.
+# These initialisations change the base weights, to which the saved factors must be added.
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -62,22 +62,20 @@ def quantize_adapter(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> LoRAQuantConfig | LRQATConfig:
-    """Writes the adapter ``source`` with packed factors into the directory ``target``; returns the
-    config that lies there.
+    """Writes the adapter ``source`` with packed factors to ``target``; returns the new config.
 
-    A LoRA adapter becomes one of type LORAQUANT, whose ``config.report`` holds the relative error
-    ``||BA - Q(B)Q(A)||_F / ||BA||_F`` in total and by module, and the bits per parameter of the
-    original factors. An LR-QAT adapter stays of its type, and the report is in
+    A LoRA adapter becomes one of type LORAQUANT. Its ``config.report`` holds the relative error
+    ``||BA - Q(B)Q(A)||_F / ||BA||_F``, in total and for each module, and the bits per parameter of
+    the original factors. An LR-QAT adapter keeps its type, and the report is in
     ``config.packed_factors``; see `lrqat.quantize_lrqat`.
 
-    ``target`` appears when everything in it is written; one that exists is refused.
+    ``target`` must not exist; it appears only when everything in it is written.
 
     Args:
-        source: a directory, a repository of the Hub, or a model that holds the adapter
-            ``adapter_name``.
-        config: the recipe; left out, ``LoRAQuantConfig()``.
-        subfolder: of the directory or repository, where the adapter lies in one.
-        progress: whether a bar on stderr shows how far it is.
+        source: a directory, a repository of the Hub, or a model with the adapter ``adapter_name``.
+        config: the recipe; the default is ``LoRAQuantConfig()``.
+        subfolder: the place of the adapter in the directory or repository.
+        progress: whether to show a progress bar on stderr.
     """
     check_target(target)
     if not isinstance(source, str | os.PathLike | PeftModel):
@@ -91,7 +89,7 @@ def quantize_adapter(
     recipe = LoRAQuantConfig() if config is None else config
     if recipe.component_bits:
         raise ValueError(
-            "`config` is that of an adapter that is quantised already; give a fresh LoRAQuantConfig"
+            "`config` belongs to an adapter that is quantised already; give a fresh LoRAQuantConfig"
         )
     if isinstance(source, PeftModel):
         adapter, state = from_model(source, adapter_name)
@@ -102,12 +100,12 @@ def quantize_adapter(
             str(source), check, revision=revision, subfolder=subfolder, token=token
         )
         place = str(source)
-    if adapter.peft_type == PeftType.LRQAT:
+    if isinstance(adapter, LRQATConfig):
         layers = (source, adapter_name) if isinstance(source, PeftModel) else None
         return quantize_lrqat(adapter, state, target, recipe, layers, progress=progress)
-    check_lora(adapter, place)
+    lora = check_lora(adapter, place)
     factors, embeddings, rest = _split(state)
-    made = _taken_over(adapter, recipe)
+    made = _taken_over(lora, recipe)
     check_factors(factors, made.rank_of, made.scale_dtype)
     _check_rest(rest, factors, made)
     found = quantize_factors(
@@ -118,6 +116,7 @@ def quantize_adapter(
     made.embeddings, made.zero_points = embeddings, stored_zero_points(found)
 
     def finished(stored_bytes: int) -> LoRAQuantConfig:
+        """Fills in the report, once the size of the file is known."""
         made.report = report(factors, found, stored_bytes)
         return made
 
@@ -135,25 +134,26 @@ def dequantize_adapter(
     subfolder: str | None = None,
     token: str | bool | None = None,
 ) -> LoraConfig | LRQATConfig:
-    """Writes an adapter with packed factors as a standard one, for servers and converters that know
-    no other; returns its config.
+    """Writes an adapter with packed factors as a standard one; returns its config.
 
-    A LORAQUANT adapter becomes LoRA in ``dtype``, left out float16; ranks are those of the adapter
-    that was quantised, and components that are not stored are zero. An LR-QAT adapter gets plain
-    factors in float32, the only dtype that keeps its integers.
+    This is for servers and converters that only know standard adapters. A LORAQUANT adapter becomes
+    LoRA in ``dtype`` (default: float16). Ranks are those of the adapter that was quantised;
+    components that are not stored are zero. An LR-QAT adapter gets plain factors in float32, the
+    only dtype that keeps its integers.
     """
     check_target(target)
     check = partial(_check_packed_type, place=str(source))
     config, state = from_files(
         str(source), check, revision=revision, subfolder=subfolder, token=token
     )
-    if config.peft_type == PeftType.LRQAT:
+    if isinstance(config, LRQATConfig):
         if dtype not in (None, torch.float32):
             raise ValueError(
                 f"the factors of an LR-QAT adapter are float32, or its integers change; {dtype} "
                 "was asked for"
             )
         return dequantize_lrqat(config, state, target, str(source))
+    assert isinstance(config, LoRAQuantConfig)  # `_check_packed_type` refuses all others
     stored, rest = _stored(state)
     if stored.keys() != config.component_bits.keys():
         raise ValueError(
@@ -182,13 +182,14 @@ def dequantize_adapter(
 
 
 def _check_written(written: dict[str, Any], place: str) -> None:
-    """Raises ValueError unless a configuration's file is that of an adapter that can be quantised."""
+    """Raises ValueError unless the file belongs to an adapter that can be quantised."""
     _check_type(written.get("peft_type"), place)
     if written["peft_type"] == PeftType.LORA:
         _check_initialisation(written.get("init_lora_weights"))
 
 
 def _check_packed_type(written: dict[str, Any], place: str) -> None:
+    """Raises ValueError unless the file belongs to an adapter with packed factors."""
     found = written.get("peft_type")
     if found != PeftType.LORAQUANT and not (
         found == PeftType.LRQAT and written.get("packed_factors")
@@ -200,6 +201,7 @@ def _check_packed_type(written: dict[str, Any], place: str) -> None:
 
 
 def _check_type(found: object, place: str) -> None:
+    """Raises ValueError unless ``found`` is a type of adapter that can be quantised."""
     if found not in (PeftType.LORA, PeftType.LRQAT):
         raise ValueError(
             f"the adapter in {place} is of type {getattr(found, 'value', found)}, but must be LORA "
@@ -208,6 +210,7 @@ def _check_type(found: object, place: str) -> None:
 
 
 def _check_initialisation(initialisation: object) -> None:
+    """Raises ValueError for an initialisation that changes the base weights."""
     if isinstance(initialisation, str) and initialisation.startswith(CHANGED_BASES):
         raise ValueError(
             f"`init_lora_weights={initialisation!r}` takes the first factors out of the base "
@@ -216,11 +219,12 @@ def _check_initialisation(initialisation: object) -> None:
         )
 
 
-def check_lora(config: PeftConfig, place: str) -> None:
-    """ValueError for anything but a LoRA adapter whose products alone say what it does; ``place``
-    is where it comes from.
+def check_lora(config: PeftConfig, place: str) -> LoraConfig:
+    """Returns ``config`` if it is a LoRA adapter that its factors describe completely.
+
+    Raises ValueError for any other; ``place`` says where the adapter comes from.
     """
-    if config.peft_type != PeftType.LORA:
+    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         _check_type(config.peft_type, place)
         raise ValueError(
             f"the adapter in {place} is of type LRQAT, but a LoRA adapter is needed here"
@@ -228,19 +232,23 @@ def check_lora(config: PeftConfig, place: str) -> None:
     _check_initialisation(config.init_lora_weights)
     supported = {field.name for field in dataclasses.fields(LoRAQuantConfig)} | WITHOUT_EFFECT
     for field in dataclasses.fields(LoraConfig):
-        default = (
-            field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        )
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         value = getattr(config, field.name)
         if field.name not in supported and value != default:
             raise ValueError(
                 f"the adapter uses `{field.name}` ({value!r}), which LORAQUANT cannot store; train "
                 "it without"
             )
+    return config
 
 
 def _taken_over(lora: LoraConfig, recipe: LoRAQuantConfig) -> LoRAQuantConfig:
-    """``recipe`` with what ``lora`` says of the adapter; the two share nothing that can change."""
+    """Returns ``recipe`` with the fields that it shares with ``lora``.
+
+    The values are copies: a change of one config leaves the other alone.
+    """
     own = {"peft_type", "inference_mode", "peft_version"}
     shared = {
         field.name for field in dataclasses.fields(LoRAQuantConfig) if hasattr(lora, field.name)
@@ -254,8 +262,15 @@ def _taken_over(lora: LoraConfig, recipe: LoRAQuantConfig) -> LoRAQuantConfig:
 def _split(
     state: dict[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], dict[str, Tensor]]:
-    """B (m, r) and A (r, n) by module; which modules are embeddings; and what is stored as it is."""
-    rest, factors, embeddings = dict(state), {}, []
+    """Splits the tensors of a LoRA adapter.
+
+    Returns B (m, r) and A (r, n) by module; the names of modules that are embeddings; and all other
+    tensors, which are stored unchanged. Raises ValueError for a module with only one of B and A.
+    """
+    rest = dict(state)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    embeddings: list[str] = []
+
     for kind, names in enumerate(PAIRS):
         modules = {
             key.removesuffix(f".{name}")
@@ -264,14 +279,14 @@ def _split(
             if key.endswith(f".{name}")
         }
         for module in sorted(modules):
-            found = [rest.pop(f"{module}.{name}", None) for name in names]
-            if any(tensor is None for tensor in found):
+            B, A = (rest.pop(f"{module}.{name}", None) for name in names)
+            if B is None or A is None:
                 raise ValueError(
                     f"`{module}` has only one of {names[0]} and {names[1]}; the adapter's file is "
                     "not whole"
                 )
             name = module.removeprefix(PREFIX)
-            factors[name] = tuple(found)
+            factors[name] = B, A
             if kind:
                 embeddings.append(name)
     for key in [key for key in rest if MAGNITUDE in key]:
@@ -283,7 +298,7 @@ def _split(
 def _check_rest(
     rest: dict[str, Tensor], factors: dict[str, tuple[Tensor, Tensor]], config: LoRAQuantConfig
 ) -> None:
-    """ValueError unless what is stored as it is, is known and whole."""
+    """Raises ValueError unless the tensors that are stored unchanged are known and complete."""
     for key, tensor in rest.items():
         if ".lora_" in key:
             raise ValueError(
@@ -313,7 +328,7 @@ def _check_rest(
 
 
 def _stored(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The packed tensors by module and kind, and what is stored as it is."""
+    """Returns the packed tensors by module and kind, and the tensors that are stored unchanged."""
     stored: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in state.items():
@@ -328,16 +343,16 @@ def _stored(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dic
 def _as_lora(
     module: str, packed: dict[str, Tensor], config: LoRAQuantConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of one module by LoRA's names; ValueError where what is packed is not what
-    ``config`` describes.
+    """Returns the tensors of one module by LoRA's names.
+
+    Raises ValueError if the packed tensors are not what ``config`` describes.
     """
     if module not in config.shapes:
         raise ValueError(f"{CONFIG_NAME} has no `shapes` of it; quantise the LoRA adapter again")
     rows, columns = config.shapes[module]
     found = {}
     if config.use_dora:
-        found[MAGNITUDE] = packed.pop("magnitude", None)
-        check_magnitude(found[MAGNITUDE], rows)
+        found[MAGNITUDE] = check_magnitude(packed.pop("magnitude", None), rows)
     format = config.packed_format(module, rows, columns)
     check_packed(format, packed)
     B, A = expand(format, packed, torch.float32)

@@ -1,11 +1,10 @@
-"""Saved adapters as a whole: read from a directory or the Hub, and written so that half of one is
-never found.
-"""
+"""Reads saved adapters from a directory or the Hub, and writes them whole or not at all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +26,10 @@ Config = TypeVar("Config", bound=PeftConfig)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Writes the adapter's file; OSError, and nothing left, where that fails."""
+    """Writes the adapter's file; raises OSError and leaves nothing if that fails."""
     try:
         save_file(dict(tensors), directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk, say
+    except SafetensorError as error:  # for example, if the disk is full
         raise OSError(
             f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); nothing of it is left"
         ) from error
@@ -39,8 +38,9 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
 def write_adapter(
     target: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: PeftConfig
 ) -> None:
-    """An adapter's directory, with its card where the config writes one; OSError, and nothing left,
-    where that fails.
+    """Writes an adapter's directory, with a card if the config writes one.
+
+    Raises OSError and leaves nothing if that fails.
     """
     with whole_directory(target) as directory:
         save_tensors(tensors, directory)
@@ -53,11 +53,10 @@ def write_packed(
     rest: Mapping[str, Tensor],
     finished: Callable[[int], Config],
 ) -> Config:
-    """As `write_adapter`, with ``packed`` tensors by module and kind, and what is stored as it is
-    under its own name.
+    """Writes an adapter as `write_adapter` does, with ``packed`` tensors by module and kind.
 
-    ``finished`` gets the bytes of the file, less those of ``rest``, and returns the config to be
-    written.
+    The tensors in ``rest`` are stored unchanged under their own names. ``finished`` receives the
+    number of bytes of the file, without those of ``rest``, and returns the config to write.
     """
     tensors = {
         f"{PREFIX}{module}.loraquant_{kind}": tensor
@@ -66,7 +65,7 @@ def write_packed(
     }
     with whole_directory(target) as directory:
         save_tensors({**tensors, **rest}, directory)
-        # The digests count, too; the config's own, which are yet to come, take the same room.
+        # The digests count, too. Those of the config come later, but take the same room.
         sign_file(directory / SAFETENSORS_WEIGHTS_NAME, {}, {})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
         config = finished(
@@ -77,15 +76,17 @@ def write_packed(
 
 
 def from_model(model: PeftModel, adapter_name: str) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Config and tensors of an adapter of a live model, by the names of its files."""
+    """Returns the config and tensors of an adapter of a live model, named as in its files.
+
+    Raises ValueError if the model has no such adapter.
+    """
     if adapter_name not in model.peft_config:
         raise ValueError(
             f"the model has no adapter `{adapter_name}`, but {sorted(model.peft_config)}; give "
             "`adapter_name`"
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    # Copies: tied weights share their memory, which safetensors refuses, and training goes on in
-    # them.
+    # Copies: safetensors refuses tied weights that share memory, and training may change them.
     return model.peft_config[adapter_name], {
         name: tensor.detach().cpu().clone() for name, tensor in state.items()
     }
@@ -99,12 +100,13 @@ def from_files(
     subfolder: str | None,
     token: str | bool | None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Config and tensors of a saved adapter, from a directory or the Hub. Never a pickle.
+    """Returns the config and tensors of a saved adapter, from a directory or the Hub.
 
-    ``check`` gets what the configuration's file says, before anything is made of it.
+    Pickles are never read. ``check`` receives the content of the configuration's file before
+    anything is built from it. Raises ValueError if the files are missing, damaged or refused.
     """
-    place = {"revision": revision, "subfolder": subfolder, "token": token}
-    config_path = _locate(source, CONFIG_NAME, **place)
+    locate = partial(_locate, revision=revision, subfolder=subfolder, token=token)
+    config_path = locate(source, CONFIG_NAME)
     if config_path is None:
         raise ValueError(
             f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved "
@@ -116,7 +118,7 @@ def from_files(
         config = PeftConfig.from_pretrained(str(config_path.parent))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{CONFIG_NAME} in {source} describes no adapter ({error})") from error
-    path = _locate(source, SAFETENSORS_WEIGHTS_NAME, **place)
+    path = locate(source, SAFETENSORS_WEIGHTS_NAME)
     if path is None:
         raise ValueError(
             f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code "
@@ -135,9 +137,7 @@ def from_files(
 def _locate(
     source: str, name: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> Path | None:
-    """The file ``name`` of a directory, or of a repository once it is downloaded; None where there
-    is none.
-    """
+    """Returns the path of ``name`` in a directory or a downloaded repository; None if missing."""
     if Path(source).is_dir():
         path = Path(source, subfolder or "", name)
         return path if path.is_file() else None
@@ -149,5 +149,5 @@ def _locate(
         return None
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise ValueError(
-            f"{source} is no directory, and no repository that can be reached ({error})"
+            f"{source} is not a directory, and not a repository that can be reached ({error})"
         ) from error

@@ -1,9 +1,11 @@
-"""The LORAQUANT layers: an untouched base module and the packed factors of each adapter, expanded when they are needed.
+"""The LORAQUANT layers: a base module and the packed factors of each adapter, expanded on use.
 
-The arithmetic is that of PEFT's LoRA and DoRA layers with B and A the expanded factors, in float32:
+The base module is not changed. The arithmetic is that of PEFT's LoRA and DoRA layers, where B and A
+are the expanded factors, in float32:
 
     LoRA    y = W x + bias + gamma B A x
-    DoRA    y = f * (W x + gamma B A x) + bias,  f = magnitude / ||W + gamma B A||, by rows of W (out, in)
+    DoRA    y = f * (W x + gamma B A x) + bias,
+            f = magnitude / ||W + gamma B A||, by rows of W (out, in)
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ if TYPE_CHECKING:
     from .config import LoRAQuantConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BASE = "__base__"  # PEFT's name for rows of a batch that no adapter runs on
+BASE = "__base__"  # PEFT's name for the rows of a batch without an adapter
 
 
 class LoRAQuantLayer(nn.Module, BaseTunerLayer):
-    """What is common to the layers: the adapters' tensors, which of them run, and merging."""
+    """Holds what all layers share: tensors of adapters, which of them are active, and merging."""
 
-    adapter_layer_names: tuple[str, ...] = ()  # what is named here, PEFT would set to be trained
+    adapter_layer_names: tuple[str, ...] = ()  # PEFT would make anything named here trainable
     tensor_names = (
         "loraquant_codes",
         "loraquant_scales",
@@ -56,9 +58,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name  # in the model; for the cache and for messages
         self.quantization_backend = resolve_quantization_backend(base_layer, **(quantization or {}))
-        self.in_features, self.out_features = _get_in_out_features(
-            base_layer
-        )  # an embedding maps from tokens
+        # An embedding maps from tokens.
+        in_features, out_features = _get_in_out_features(base_layer)
+        self.in_features: int = in_features
+        self.out_features: int = out_features
         self.format: dict[str, PackedFormat] = {}
         self.scaling: dict[str, float] = {}  # gamma
         self.loraquant_codes = BufferDict(persistent=True)
@@ -69,11 +72,14 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self._checked: set[str] = set()
         self._dora_factors: dict[str, Tensor] = {}  # of merged adapters
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: LoRAQuantConfig) -> None:
-        """Adds an adapter, with room for its tensors. They are to be loaded: until then its scales are NaN and refused."""
+        """Adds an adapter, with room for its tensors.
+
+        They are to be loaded: until then the scales are NaN, and a forward pass is refused.
+        """
         self._forget(adapter_name)
         format = config.packed_format(self.name, self.out_features, self.in_features)
         self.format[adapter_name] = format
@@ -91,7 +97,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=True)
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter by their names on the layer."""
+        """Returns the tensors of an adapter by their names on the layer."""
         return {
             name: getattr(self, name)[adapter_name]
             for name in self.tensor_names
@@ -99,7 +105,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         }
 
     def check(self, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError unless ``tensors``, named as on the layer, are those of a whole adapter of this layer."""
+        """Raises ValueError unless ``tensors`` are those of a whole adapter of this layer.
+
+        They are named as on the layer.
+        """
         packed = {name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()}
         try:
             if adapter_name in self.loraquant_magnitude:
@@ -107,45 +116,46 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
             check_packed(self.format[adapter_name], packed)
         except ValueError as error:
             raise ValueError(
-                f"the stored adapter does not fit `{self.name}`: {error}. Its files are not whole, were changed, or are for "
-                "another base model"
+                f"the stored adapter does not fit `{self.name}`: {error}. Its files are not whole, "
+                "were changed, or are for another base model"
             ) from None
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Raises ValueError unless the tensors of an adapter that was loaded are whole."""
+        """Raises ValueError unless the tensors of a loaded adapter are whole."""
         if adapter_name in self.loraquant_codes:
             self.check(adapter_name, self.tensors(adapter_name))
 
     def factors(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensors:
-        """B (out, K) and A (K, in) of an adapter."""
+        """Returns B (out, K) and A (K, in) of an adapter."""
         codes = self.loraquant_codes[adapter_name]
-        *factors, made_from = self._cache.get(self.name, adapter_name) or (None,)
+        cached = self._cache.get(self.name, adapter_name)
         # Another thread may have put another adapter under this name.
-        if made_from is not codes or factors[0].dtype != dtype:
-            # Made for later calls, too, which may need gradients of their inputs.
-            with torch.inference_mode(False), torch.no_grad():
-                tensors = self.tensors(adapter_name)
-                if adapter_name not in self._checked:
-                    # Loaders check what they load; a state dict loaded by hand passes here.
-                    self.check(adapter_name, tensors)
-                    self._checked.add(adapter_name)
-                packed = {
-                    name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()
-                }
-                factors = expand(self.format[adapter_name], packed, dtype)
-            self._cache.put(self.name, adapter_name, (*factors, codes))
-        B, A = factors
+        if cached is not None and cached[-1] is codes and cached[0].dtype == dtype:
+            return cached[0], cached[1]
+        # Later calls use them, too, and may need gradients of their inputs.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = self.tensors(adapter_name)
+            if adapter_name not in self._checked:
+                # Loaders check what they load; a state dict that was loaded by hand is checked here.
+                self.check(adapter_name, tensors)
+                self._checked.add(adapter_name)
+            packed = {name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()}
+            B, A = expand(self.format[adapter_name], packed, dtype)
+        self._cache.put(self.name, adapter_name, (B, A, codes))
         return B, A
 
     def get_delta_weight(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """gamma B A, (out, in)."""
+        """Returns gamma B A, (out, in)."""
         B, A = self.factors(adapter_name, dtype)
         return (B @ A) * self.scaling[adapter_name]
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """As LoRA's. ``adapter_names`` gives the adapter of each row of the batch, "__base__" for none."""
+        """Runs the base layer and the active adapters, as LoRA's layers do.
+
+        ``adapter_names`` gives the adapter of each row of the batch, "__base__" for none.
+        """
         adapter_names = names_for(self) if adapter_names is None else adapter_names
         if adapter_names is not None:
             self._check_mixed(x, adapter_names)
@@ -169,7 +179,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _adapted(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        """``result`` of the base layer, or of an adapter before, with this adapter's part; float32 or wider."""
+        """Adds this adapter's part to ``result`` of the base layer, or of an adapter before it.
+
+        The sum is in float32 or wider.
+        """
         dtype = torch.promote_types(result.dtype, torch.float32)
         product = self._low_rank(x, *self.factors(adapter_name, dtype)) * self.scaling[adapter_name]
         if adapter_name not in self.loraquant_magnitude:
@@ -179,7 +192,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         return result + (factor - 1) * self._without_bias(result) + factor * product
 
     def _low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        """B A x for a batch."""
+        """Returns B A x for a batch."""
         raise NotImplementedError
 
     def _without_bias(self, result: Tensor) -> Tensor:
@@ -189,12 +202,13 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and {len(x)} "
-                "respectively."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
 
     def _dora_factor(self, adapter_name: str, weight: Tensor, delta: Tensor) -> Tensor:
@@ -202,7 +216,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         return self.loraquant_magnitude[adapter_name].to(norm.dtype) / norm
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds gamma B A to the base weight, as LoRA does; computed in float32 and rounded once to the weight's dtype."""
+        """Adds gamma B A to the base weight, as LoRA does.
+
+        The sum is computed in float32 and rounded once to the weight's dtype.
+        """
         names = [
             name
             for name in check_adapters_to_merge(self, adapter_names)
@@ -212,8 +229,8 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
             return
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(
-                f"`{self.name}` is quantised by {self.quantization_backend.backend_name}, which cannot take a changed weight; run "
-                "the adapter without merging it"
+                f"`{self.name}` is quantised by {self.quantization_backend.backend_name}, whose "
+                "weight cannot be changed; run the adapter without merging it"
             )
         for name in names:
             weight = self._base_weight() + self.get_delta_weight(name)
@@ -226,14 +243,14 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
                 weight *= factor[:, None]
             if safe_merge and not torch.isfinite(weight).all():
                 raise ValueError(
-                    # PEFT's words, which callers know.
+                    # PEFT's words, which callers may match.
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
             self._set_base_weight(weight)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Takes the merged adapters out again, up to rounding, as LoRA does."""
+        """Removes the merged adapters, up to rounding, as LoRA does."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -250,12 +267,13 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _base_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight of the base layer, dequantised, (out, in)."""
+        """Returns the weight of the base layer, dequantised, (out, in)."""
         weight = self.get_base_weight()
         if weight.dtype not in FLOATS:
             raise TypeError(
-                f"merging and DoRA need the weight of `{self.name}` as numbers, but it is {weight.dtype} in a "
-                f"{type(self.base_layer).__qualname__} that PEFT cannot dequantise; run a plain adapter without merging it"
+                f"merging and DoRA need the weight of `{self.name}` as numbers, but it is "
+                f"{weight.dtype} in a {type(self.base_layer).__qualname__} that PEFT cannot "
+                "dequantise; run a plain adapter without merging it"
             )
         weight = weight.to(dtype)
         return weight.T if self._is_transposed else weight
@@ -278,7 +296,10 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """To the device only: PEFT's own method would round the scales to the base's dtype."""
+        """Moves an adapter to the device only.
+
+        PEFT's own method would also round the scales to the base's dtype.
+        """
         device = device or self._get_base_layer_device_and_dtype(self.base_layer)[0]
         if device is None or device.type == "meta":
             return
@@ -288,19 +309,22 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
-        """What was derived from an adapter's tensors is made anew."""
+        """Drops what was derived from an adapter's tensors; it is computed again on use."""
         self._cache.drop(self.name, adapter_name)
         self._checked.discard(adapter_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAQuantLayer:
-        """``.half()`` and ``.to(dtype)`` change the base layer and leave the stored tensors as they are."""
+        """Applies ``fn`` to the base layer; moves the stored tensors, but keeps their dtypes.
+
+        This is what ``.half()`` and ``.to(dtype)`` call.
+        """
         own = {
             id(tensor) for name in self.loraquant_codes for tensor in self.tensors(name).values()
         }
         keep = keep_values(fn)
         super()._apply(lambda tensor: keep(tensor) if id(tensor) in own else fn(tensor), recurse)
         for name in self.loraquant_codes:
-            self._cache.drop(self.name, name)  # it lies where the tensors were
+            self._cache.drop(self.name, name)  # it is on the old device
         self._dora_factors = {name: keep(factor) for name, factor in self._dora_factors.items()}
         return self
 
@@ -314,7 +338,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
 
 
 class LoRAQuantLinear(LoRAQuantLayer):
-    """LORAQUANT on `nn.Linear`, transformers' `Conv1D` and the quantised linear layers that PEFT knows."""
+    """LORAQUANT on `nn.Linear`, transformers' `Conv1D` and quantised linear layers known to PEFT."""
 
     def _low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         return F.linear(F.linear(x.to(A.dtype), A), B)
@@ -330,7 +354,8 @@ class LoRAQuantEmbedding(LoRAQuantLayer):
         return product if scale is None else product * scale.to(product.dtype)
 
 
-def check_magnitude(magnitude: Tensor | None, length: int) -> None:
+def check_magnitude(magnitude: Tensor | None, length: int) -> Tensor:
+    """Returns the magnitude; raises ValueError unless it is ``length`` finite numbers."""
     if magnitude is None:
         raise ValueError("the magnitude is missing")
     if (
@@ -339,5 +364,7 @@ def check_magnitude(magnitude: Tensor | None, length: int) -> None:
         or not torch.isfinite(magnitude).all()
     ):
         raise ValueError(
-            f"the magnitude must be {length} finite numbers, but is {tuple(magnitude.shape)}, {magnitude.dtype}"
+            f"the magnitude must be {length} finite numbers, but is {tuple(magnitude.shape)}, "
+            f"{magnitude.dtype}"
         )
+    return magnitude

@@ -1,11 +1,9 @@
-"""LR-QAT adapters with packed factors: A and B at a few bits in the file, and float32 again as soon
-as it is loaded.
+"""Packs the factors of LR-QAT adapters: A and B at a few bits in the file, float32 once loaded.
 
-The factors of an LR-QAT adapter act inside the rounding, so that packing them changes integers of
-the quantised weight where Z = phi + gamma * B A crosses a half. Scales, fingerprints and whatever
-else the adapter has are stored as they are.
-`LRQATConfig.packed_factors` says how the factors are kept, by the names of `LoRAQuantConfig`; the
-tensors are those of packed.py.
+The factors of an LR-QAT adapter act inside the rounding. Packing them therefore changes integers of
+the quantised weight where Z = phi + gamma * B A crosses a half. Scales, fingerprints and all other
+tensors of the adapter are stored unchanged. `LRQATConfig.packed_factors` says how the factors are
+stored, with the names of `LoRAQuantConfig`; quant/factors/storage.py describes the tensors.
 """
 
 from __future__ import annotations
@@ -38,13 +36,12 @@ def quantize_lrqat(
     *,
     progress: bool,
 ) -> LRQATConfig:
-    """Writes an LR-QAT adapter with packed factors; ``config`` and ``state`` are those of its
-    files.
+    """Writes an LR-QAT adapter with packed factors; ``config`` and ``state`` come from its files.
 
-    ``packed_factors["report"]`` of the result is that of a LoRA adapter; with ``layers``, a model
-    and the name of the adapter in it, also ``flipped_integers``, the share of the quantised
-    weight's integers that are others now. Errors of modules are weighed against each other by the
-    size of their steps.
+    ``packed_factors["report"]`` of the result is like that of a LoRA adapter. With ``layers``, a
+    model and the name of the adapter in it, the report also has ``flipped_integers``: the share of
+    the quantised weight's integers that change. Errors of modules are compared by the size of their
+    steps.
     """
     if config.packed_factors is not None:
         raise ValueError(
@@ -74,6 +71,7 @@ def quantize_lrqat(
     )
 
     def finished(stored_bytes: int) -> LRQATConfig:
+        """Fills in the report, once the size of the file is known."""
         made.packed_factors = {**fields, "report": report(factors, found, stored_bytes) | flips}
         return made
 
@@ -85,7 +83,7 @@ def quantize_lrqat(
 def dequantize_lrqat(
     config: LRQATConfig, state: dict[str, Tensor], target: str | os.PathLike[str], source: str
 ) -> LRQATConfig:
-    """Writes the same adapter with plain float32 factors; with the same integers."""
+    """Writes the same adapter with plain float32 factors and the same integers."""
     try:
         tensors = unpack_factors(config, state)
     except ValueError as error:
@@ -99,11 +97,9 @@ def dequantize_lrqat(
 def flipped_integers(
     model: PeftModel, adapter_name: str, found: dict[str, QuantizedFactors]
 ) -> float:
-    """Share of the integers of the targets' quantised weights that change with the factors
-    ``found``.
-    """
+    """Returns the share of the targets' integers that change with the factors ``found``."""
     changed = total = 0
-    for name, layer in model.base_model.model.named_modules():
+    for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LRQATLayer) or name not in found:
             continue
         before = layer.low_rank_weight(adapter_name)
@@ -115,19 +111,23 @@ def flipped_integers(
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """B (out, r) and A (r, in) by module; and what is stored as it is."""
-    factors, rest = {}, {}
+    """Returns B (out, r) and A (r, in) by module, and the tensors that are stored unchanged.
+
+    Raises ValueError if tensors are missing, or not finite.
+    """
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, _, kind = key.rpartition(".")
         if kind in ("lrqat_A", "lrqat_B"):
             name = module.removeprefix(PREFIX)
-            pair = tuple(state.get(f"{module}.{side}") for side in ("lrqat_B", "lrqat_A"))
-            if any(side is None for side in pair) or f"{module}.lrqat_scale" not in state:
+            B, A = state.get(f"{module}.lrqat_B"), state.get(f"{module}.lrqat_A")
+            if B is None or A is None or f"{module}.lrqat_scale" not in state:
                 raise ValueError(
-                    f"`{name}` has not all of lrqat_A, lrqat_B and lrqat_scale; the adapter's file "
-                    "is not whole"
+                    f"`{name}` needs lrqat_A, lrqat_B and lrqat_scale, but not all are there; the "
+                    "adapter's file is not whole"
                 )
-            factors[name] = pair
+            factors[name] = B, A
         elif kind == FINGERPRINT:
             rest[f"{module}.{PACKED_FINGERPRINT}"] = tensor
         else:

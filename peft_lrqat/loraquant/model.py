@@ -1,6 +1,4 @@
-"""The LORAQUANT tuner: compares the adapter with the model, wraps the layers, checks what is
-loaded.
-"""
+"""The LORAQUANT tuner: compares adapter and model, wraps the layers, checks what is loaded."""
 
 from __future__ import annotations
 
@@ -35,22 +33,27 @@ if TYPE_CHECKING:
 
 
 class LoRAQuantModel(BaseTuner):
-    """Puts LORAQUANT layers around the target layers of a model; made by
-    ``PeftModel.from_pretrained``.
+    """Wraps the target layers of a model in LORAQUANT layers.
+
+    ``PeftModel.from_pretrained`` makes it.
     """
 
     prefix: str = "loraquant_"
     tuner_layer_cls = LoRAQuantLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    # PEFT's own table, which users may extend; its tuners annotate it more narrowly than it is.
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def set_cache_limit(self, limit: int) -> None:
-        """Bytes of expanded factors that all layers together may keep between forward passes; 0:
-        none. At first 256 MiB.
+        """Limits the bytes of expanded factors that all layers keep between forward passes.
+
+        0 keeps none. The default is 256 MiB.
         """
         self._cache.set_limit(limit)
 
-    def _check_new_adapter_config(self, config: LoRAQuantConfig) -> None:
-        """ValueError for what cannot be run, before anything is touched."""
+    def _check_new_adapter_config(  # type: ignore[override]  # PEFT hands over our own config
+        self, config: LoRAQuantConfig
+    ) -> None:
+        """Raises ValueError for an adapter that cannot be run, before anything is changed."""
         super()._check_new_adapter_config(config)
         if not config.component_bits:
             raise ValueError(
@@ -65,8 +68,10 @@ class LoRAQuantModel(BaseTuner):
                 "is_trainable=False, or train the LoRA adapter further and quantise it again"
             )
 
-    def _prepare_model(self, peft_config: LoRAQuantConfig, model: nn.Module) -> None:
-        """Looks at every target before any is replaced: a refusal must leave the model as it was."""
+    def _prepare_model(  # type: ignore[override]  # PEFT hands over our own config
+        self, peft_config: LoRAQuantConfig, model: nn.Module
+    ) -> None:
+        """Checks every target before any is replaced: a refusal must leave the model unchanged."""
         _maybe_include_all_linear_layers(peft_config, model)
         inside = tuple(
             f"{name}."
@@ -84,11 +89,11 @@ class LoRAQuantModel(BaseTuner):
         for name, module in targets.items():
             _layer_class(name, module)
             _check_shape(name, module, peft_config)
-        # One for the whole model, whichever tuner object put the first layer there.
+        # One cache for the whole model, whichever tuner object made the first layer.
         layers = (module for module in model.modules() if isinstance(module, LoRAQuantLayer))
         self._cache = next((layer._cache for layer in layers), None) or TensorCache()
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT hands over our own config
         self,
         peft_config: LoRAQuantConfig,
         adapter_name: str,
@@ -98,8 +103,9 @@ class LoRAQuantModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, LoRAQuantLayer):
+        if isinstance(target, LoRAQuantLayer):
+            layer = target
+        else:
             layer = _layer_class(current_key, target)(
                 target, current_key, self._cache, get_quantization_kwargs(self.model)
             )
@@ -109,8 +115,10 @@ class LoRAQuantModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """PEFT's method hands the weight on as well, which a wrapper of trained tokens only
-        computes: merging would fail.
+        """Replaces a module, also one inside a wrapper of trained tokens.
+
+        PEFT's method also hands the weight on, but such a wrapper only computes it: merging would
+        fail.
         """
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
@@ -118,15 +126,15 @@ class LoRAQuantModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Nothing is trainable, trained biases included."""
+        """Makes nothing trainable, not even biases that were trained."""
         model.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The scales stay as they are stored."""
+        """Keeps the scales in the dtype in which they are stored."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands ``adapter_names`` on to the layers, as LoRA's method of this name does for its own."""
+        """Hands ``adapter_names`` on to the layers, as the same method of LoRA does."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -139,7 +147,7 @@ class LoRAQuantModel(BaseTuner):
             )
         beams = kwargs.get("num_beams")
         beams = beams if isinstance(beams, int) else 1
-        # Beams are further rows of the batch, except in the encoder of an encoder-decoder model.
+        # Beams add rows to the batch, except in the encoder of an encoder-decoder model.
         encoder = _get_encoder(self.model)
         in_encoder = set() if encoder is None else set(encoder.modules())
         rows = Rows(tuple(names), beams, frozenset(in_encoder))
@@ -147,15 +155,16 @@ class LoRAQuantModel(BaseTuner):
             yield
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # as above
         cls,
         model: nn.Module,
         config: LoRAQuantConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """PEFT's remapping; then refuses, before anything is loaded, a file that is not whole or
-        not for this base model.
+        """Remaps the names as PEFT does, then checks the tensors before anything is loaded.
+
+        Raises ValueError for a file that is not whole, or not for this base model.
         """
         state_dict = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -165,9 +174,7 @@ class LoRAQuantModel(BaseTuner):
 
 
 def _compare(targets: set[str], stored: set[str]) -> None:
-    """Raises ValueError unless the adapter has components for all modules that it is for, and for
-    no other.
-    """
+    """Raises ValueError unless the adapter has components for all its targets and no others."""
     for missing, has, lacks in (
         (stored - targets, "`component_bits`", "this model has no such target"),
         (targets - stored, "`target_modules` of this model", "`component_bits` has nothing for it"),
@@ -180,13 +187,18 @@ def _compare(targets: set[str], stored: set[str]) -> None:
 
 
 def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
-    """Raises ValueError where the components are for another shape: sizes of files alone would let
-    (m, n) pass for (n, m).
+    """Raises ValueError if the components are for another shape.
+
+    The sizes in the file alone would let (m, n) pass for (n, m).
     """
     layer = module if isinstance(module, LoRAQuantLayer) else None
-    columns, rows = (
-        (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
-    )
+    features = (layer.in_features, layer.out_features) if layer else _get_in_out_features(module)
+    columns, rows = features
+    if columns is None or rows is None:
+        raise TypeError(
+            f"`{name}` is a {type(module).__qualname__} whose shape PEFT does not know; use the "
+            "LoRA adapter itself for this model"
+        )
     stored = config.shapes.get(name, [rows, columns])
     if list(stored) != [rows, columns]:
         raise ValueError(
@@ -200,7 +212,7 @@ def _check_shape(name: str, module: nn.Module, config: LoRAQuantConfig) -> None:
 
 
 def _layer_class(name: str, module: nn.Module) -> type[LoRAQuantLayer]:
-    """The layer that fits around a module; TypeError where none does."""
+    """Returns the class of layer for ``module``; raises TypeError if LORAQUANT cannot wrap it."""
     if isinstance(module, LoRAQuantLayer):
         return type(module)
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -228,8 +240,9 @@ def _is_quantized_linear(module: nn.Module) -> bool:
 def _check_saved_adapter(
     model: nn.Module, config: LoRAQuantConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> None:
-    """Raises ValueError unless ``state_dict`` has every tensor of the adapter as the configuration
-    describes it, and no other.
+    """Raises ValueError unless ``state_dict`` is what the configuration describes.
+
+    Every tensor of the adapter must be there, and no other.
     """
     known = set()
     for name, layer in model.named_modules():
@@ -247,6 +260,6 @@ def _check_saved_adapter(
     for key in state_dict:
         if ".loraquant_" in key and key not in known:
             raise ValueError(
-                f"the stored adapter has `{key}`, which by its configuration nothing in this model "
-                "is for; its files were changed, or are for another base model"
+                f"the stored adapter has `{key}`, but its configuration puts nothing there in this "
+                "model; its files were changed, or are for another base model"
             )

@@ -1,6 +1,4 @@
-"""A whole adapter's factors to components of a few bits: budget, allocation, and batches of layers
-of equal shape.
-"""
+"""Quantises the factors of a whole adapter: budget, allocation, and batches of equal shapes."""
 
 from __future__ import annotations
 
@@ -24,17 +22,17 @@ from ..quant.grid import SCALE_DTYPES
 from .config import LoRAQuantConfig
 
 
-SMALL = 1 << 20  # parameters of an adapter that both procedures are tried on
-FEW = 2  # components of a module, from which the same holds for adapters of any size
-BATCH_ELEMENTS = 1 << 23  # of the factors of layers that are quantised together
-LARGEST = 1e4  # entry of a factor; float16, in which scales may be kept, ends at 65504
+SMALL = 1 << 20  # up to this many parameters, both procedures are tried
+FEW = 2  # up to this many components per module, both are tried, whatever the size
+BATCH_ELEMENTS = 1 << 23  # in the factors of layers that are quantised together
+LARGEST = 1e4  # entry of a factor; scales may be stored in float16, which ends at 65504
 
 Components = list[tuple[GroupCodes, GroupCodes]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedFactors:
-    """One module: what is stored, and what was lost."""
+    """Holds what is stored of one module, and what was lost."""
 
     format: PackedFormat
     tensors: dict[str, Tensor]
@@ -43,14 +41,16 @@ class QuantizedFactors:
 
     @property
     def stored_bits(self) -> int:
+        """The bits of storage of all tensors."""
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 def check_factors(
     factors: Mapping[str, tuple[Tensor, Tensor]], rank_of: Callable[[str], int], scale_dtype: str
 ) -> None:
-    """Raises ValueError unless all pairs are finite matrices that make a product of the rank that
-    the config states.
+    """Raises ValueError unless all pairs are finite matrices whose products have the stated rank.
+
+    ``rank_of`` returns the rank that the config states for a module.
     """
     if not factors:
         raise ValueError("the adapter has no pair of factors A and B: there is nothing to quantise")
@@ -100,14 +100,13 @@ def quantize_factors(
     *,
     progress: bool = True,
 ) -> dict[str, QuantizedFactors]:
-    """Quantises each module's B (m, r) and A (r, n) by the recipe in ``config``.
+    """Quantises B (m, r) and A (r, n) of each module by the recipe in ``config``.
 
-    ``scaling`` is lora_alpha / r of each module: the errors that an allocation weighs against each
-    other are those that enter the model. With ``method="residual"`` the components get their bits
-    over all modules together: as many as
-    ``bits_high`` and ``ratio`` would cost in the published procedure, or ``average_bits`` for each
-    parameter. Where little can be given out, in small adapters and those of low rank, the published
-    result is taken if it has the lower error.
+    ``scaling`` is lora_alpha / r of each module: an allocation compares the errors that enter the
+    model. With ``method="residual"``, all modules share one budget of storage: what ``bits_high``
+    and ``ratio`` would cost in the published procedure, or ``average_bits`` for each parameter.
+    Small adapters, and those of low rank, leave little to allocate. For them, the published result
+    is taken if its error is lower.
     """
     found = _by_one_method(factors, config, scaling, progress=progress)
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
@@ -125,7 +124,7 @@ def _better(
     other: dict[str, QuantizedFactors],
     scaling: Mapping[str, float],
 ) -> dict[str, QuantizedFactors]:
-    """The result with the lower error as it enters the model; ``other`` if they are equal."""
+    """Returns the result with the lower error as it enters the model; ``other`` if they tie."""
     errors = [
         sum(scaling[name] ** 2 * quantized.squared_error for name, quantized in result.items())
         for result in (one, other)
@@ -140,16 +139,15 @@ def _by_one_method(
     *,
     progress: bool,
 ) -> dict[str, QuantizedFactors]:
+    """Quantises by ``config.method`` alone."""
     if config.method == "residual":
         return _on_one_grid(factors, config, scaling, zero_points=False, progress=progress)
     # Skewed vectors may need zero points; most do better without.
-    return _better(
-        *(
-            _on_one_grid(factors, config, scaling, zero_points=zero_points, progress=progress)
-            for zero_points in (True, False)
-        ),
-        scaling,
+    with_points, without = (
+        _on_one_grid(factors, config, scaling, zero_points=zero_points, progress=progress)
+        for zero_points in (True, False)
     )
+    return _better(with_points, without, scaling)
 
 
 def _on_one_grid(
@@ -160,8 +158,9 @@ def _on_one_grid(
     zero_points: bool,
     progress: bool,
 ) -> dict[str, QuantizedFactors]:
+    """Quantises all modules on the grid with or without zero points, in batches of equal shape."""
     scale_dtype = SCALE_DTYPES[config.scale_dtype]
-    options = {"group_size": config.group_size, "scale_dtype": scale_dtype}
+
     bits = _allocated(factors, config, scaling) if config.method == "residual" else {}
     found: dict[str, QuantizedFactors] = {}
     with tqdm(total=len(factors), desc="quantising", unit="module", disable=not progress) as bar:
@@ -175,13 +174,18 @@ def _on_one_grid(
                     bits_high=config.bits_high,
                     ratio=config.ratio,
                     zero_points=zero_points,
-                    **options,
+                    group_size=config.group_size,
+                    scale_dtype=scale_dtype,
                 )
             else:
                 width = torch.tensor([bits[name] for name in names])
-                # What no module of the batch has bits for need not be gone through.
+                # Components for which no module of the batch has bits are left out.
                 components = quantize_residual(
-                    B, A, width[:, : int((width > 0).sum(-1).max())], **options
+                    B,
+                    A,
+                    width[:, : int((width > 0).sum(-1).max())],
+                    group_size=config.group_size,
+                    scale_dtype=scale_dtype,
                 )
             norms = squared_norm(B, A)
             for row, name in enumerate(names):
@@ -200,6 +204,7 @@ def _packed(
     config: LoRAQuantConfig,
     zero_points: bool,
 ) -> QuantizedFactors:
+    """Packs the components of one module and measures their error."""
     q_B, q_A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
     if components:
         q_B = torch.cat([b.values() for b, _ in components]).T
@@ -221,6 +226,10 @@ def _allocated(
     config: LoRAQuantConfig,
     scaling: Mapping[str, float],
 ) -> dict[str, list[int]]:
+    """Returns the bits of every component of every module for the residual method.
+
+    Raises ValueError if the budget has no room for a single component.
+    """
     layers = {}
     for names in _batches(factors):
         B, A = (torch.stack([factors[name][side].float() for name in names]) for side in (0, 1))
@@ -251,7 +260,7 @@ def _allocated(
 
 
 def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> int:
-    """Bits of storage of a module in the published procedure, on the grid without zero points."""
+    """Returns the bits of storage of a module in the published procedure, without zero points."""
     high = int(high_components(layer.singular_values[None], config.ratio))
     if not high:
         return 0
@@ -262,14 +271,14 @@ def _published_cost(layer: Layer, config: LoRAQuantConfig, scale_bits: int) -> i
 
 
 def stored_zero_points(found: Mapping[str, QuantizedFactors]) -> bool:
-    """Whether components above 1 bit have zero points: the same in all modules of an adapter."""
+    """Whether components above 1 bit have zero points; the same for all modules of an adapter."""
     return any(quantized.format.zero_points for quantized in found.values())
 
 
 def nominal_bits(
     factors: Mapping[str, tuple[Tensor, Tensor]], found: Mapping[str, QuantizedFactors]
 ) -> float:
-    """Bits per parameter as papers count them: of the codes alone."""
+    """Returns bits per parameter as papers count them: only those of the codes."""
     codes = sum(
         sum(map(int, quantized.format.bits)) * (quantized.format.rows + quantized.format.columns)
         for quantized in found.values()
@@ -278,9 +287,7 @@ def nominal_bits(
 
 
 def _batches(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[str]]:
-    """The names of modules of equal shape, as many together as fit in the memory that is meant for
-    it.
-    """
+    """Yields the names of modules of equal shape, as many together as memory allows."""
     shapes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, (B, A) in factors.items():
         shapes.setdefault((B.shape, A.shape), []).append(name)
@@ -294,8 +301,9 @@ def report(
     found: Mapping[str, QuantizedFactors],
     stored_bytes: int,
 ) -> dict[str, Any]:
-    """What the conversion did, for the saved configuration: errors of the products, bits and bytes
-    of the factors.
+    """Returns what the conversion did, for the saved configuration.
+
+    It holds the errors of the products, and the bits and bytes of the factors.
     """
     parameters = sum(B.numel() + A.numel() for B, A in factors.values())
     error, norm = (

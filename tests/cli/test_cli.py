@@ -500,7 +500,7 @@ def test_a_packed_adapter_is_published(lora, tmp_path):
     with StandInHub() as hub:
         with pytest.raises(
             AssertionError,
-            match="lrqat quantize-adapter: error: user/none is no directory, and no rep",
+            match="lrqat quantize-adapter: error: user/none is not a directory, and not a rep",
         ):
             run_client(hub, code, tmp_path)
         files = hub.repos["user/packed"].files
@@ -811,10 +811,13 @@ def test_what_eval_refuses(base, capsys, options, message):
             "needs method='residual'",
         ),
         (["quantize-adapter", "lora", "lora"], "lora exists, and nothing is written over it"),
-        (["quantize-adapter", "text.txt", "packed"], "text.txt is no directory, and no repository"),
+        (
+            ["quantize-adapter", "text.txt", "packed"],
+            "text.txt is not a directory, and not a repository",
+        ),
         (
             ["quantize-adapter", "./nowhere", "packed"],
-            "./nowhere is no directory, and no repository",
+            "./nowhere is not a directory, and not a repository",
         ),
         (["quantize-adapter", ".", "packed"], ". has no adapter_config.json"),
         (["dequantize-adapter", "lora", "back"], "is of type LORA, but must be LORAQUANT"),

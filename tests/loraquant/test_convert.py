@@ -468,8 +468,8 @@ def test_the_hub(lora, tmp_path, monkeypatch):
         f"user/empty has no {CONFIG}; give a directory or repository that holds a saved adapter"
         in refused[1]
     )
-    assert "user/none is no directory, and no repository that can be reached" in refused[2]
-    assert "no/such/path is no directory, and no repository that can be reached" in refused[3]
+    assert "user/none is not a directory, and not a repository that can be reached" in refused[2]
+    assert "no/such/path is not a directory, and not a repository that can be reached" in refused[3]
     assert not (tmp_path / "refused").exists()
 
 

@@ -433,7 +433,7 @@ def test_quantised_base(use_dora, net, make_adapter, monkeypatch):
     model = get_peft_model(copy.deepcopy(net), config)
     set_peft_model_state_dict(model, state)
     with pytest.raises(
-        ValueError, match="`linear` is quantised by bytes, which cannot take a changed weight"
+        ValueError, match="`linear` is quantised by bytes, whose weight cannot be changed"
     ):
         model.merge_adapter()
     assert torch.equal(model.linear.base_layer.weight, codes)

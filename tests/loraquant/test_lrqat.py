@@ -244,7 +244,7 @@ def test_what_cannot_be_quantised(folder, tmp_path):
         (tmp_path / "packed", "packed already; quantise the adapter that it was made from"),
         (
             edited(folder, tmp_path / "lacks", drop("lrqat_A")),
-            "has not all of lrqat_A, lrqat_B and lrqat_scale",
+            "needs lrqat_A, lrqat_B and lrqat_scale, but not all are there",
         ),
         (
             edited(folder, tmp_path / "nan", damage("lrqat_B", torch.nan)),
