@@ -136,7 +136,7 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         with torch.inference_mode(False), torch.no_grad():
             tensors = self.tensors(adapter_name)
             if adapter_name not in self._checked:
-                # Loaders check what they load; a state dict that was loaded by hand is checked here.
+                # Loaders check what they load; a state dict loaded by hand is checked here.
                 self.check(adapter_name, tensors)
                 self._checked.add(adapter_name)
             packed = {name.removeprefix("loraquant_"): tensor for name, tensor in tensors.items()}
@@ -338,14 +338,14 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
 
 
 class LoRAQuantLinear(LoRAQuantLayer):
-    """LORAQUANT on `nn.Linear`, transformers' `Conv1D` and quantised linear layers known to PEFT."""
+    """Wraps `nn.Linear`, transformers' `Conv1D` and quantised linear layers that PEFT knows."""
 
     def _low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         return F.linear(F.linear(x.to(A.dtype), A), B)
 
 
 class LoRAQuantEmbedding(LoRAQuantLayer):
-    """LORAQUANT on `nn.Embedding`."""
+    """Wraps `nn.Embedding`."""
 
     def _low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         product = F.embedding(x, A.T) @ B.T

@@ -1,5 +1,6 @@
-"""Weights and activations quantised together: rounded inputs in every path, exact merging, no trace
-where it is off.
+"""Weights and activations quantised together, against rounding by hand.
+
+Every path rounds its inputs, merging is exact, and nothing changes where the setting is off.
 """
 
 import copy
@@ -29,9 +30,7 @@ def fields(request):
 
 
 def rounded_by_hand(model, lrqat_layers, grid):
-    """The frozen weights of the adapter's integers in the plain model, every target's input rounded
-    by a hook of our own.
-    """
+    """Puts the adapter's weights into a plain model whose hooks round the input of every target."""
     plain = copy.deepcopy(model).merge_and_unload()
     for name in lrqat_layers(model):
         linear = plain.get_submodule(name.removeprefix("base_model.model."))

@@ -1,6 +1,4 @@
-"""Low-bit keys and values: rounded where they are cached, in decoders with targets alone, and no
-trace of it elsewhere.
-"""
+"""Low-bit keys and values: rounded where they are cached, and only in decoders with targets."""
 
 import copy
 
@@ -36,7 +34,7 @@ def make_model(make_base, make_config, disturb):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What attention functions were called with: (module, key, value) each time."""
+    """Collects (module, key, value) of every call of an attention function."""
     calls = []
     find = kv_cache._implementation
 
@@ -81,7 +79,7 @@ def test_keys_and_values_lie_on_a_grid_per_token_and_head(
 def test_it_is_the_original_attention_on_rounded_keys_and_values(
     architecture, implementation, make_model, logits_of, monkeypatch
 ):
-    """Mask and scale included: where rounding changes nothing, nothing changes."""
+    """Mask and scale count, too: if rounding changes nothing, nothing changes."""
     expected = logits_of(make_model(architecture, implementation), architecture)
     model = make_model(architecture, implementation, kv_cache_bits=8)
     assert not torch.equal(logits_of(model, architecture), expected)
@@ -121,8 +119,8 @@ def test_generating_with_a_cache_changes_nothing(
     }
     cached, uncached = model.generate(**options), model.generate(**options, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
-    # A matrix product over one token adds up in another order than over all; nothing of a step of
-    # the grid is in it.
+    # A matrix product over one token sums in another order than one over all tokens. The difference
+    # is far smaller than a step of the grid.
     for one, other in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     if architecture != "t5":
@@ -230,7 +228,7 @@ def test_configuration_on_disk_has_the_name_from_before(make_model, logits_of, t
     assert "lrqat" not in (tmp_path / "config.json").read_text()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
-    # A model of the same configuration has no target, and so plain attention.
+    # A model of the same configuration has no target, and therefore plain attention.
     other = type(plain)(copy.deepcopy(plain.config)).eval()
     other.load_state_dict(plain.state_dict())
     with torch.no_grad():
@@ -322,7 +320,7 @@ def test_gradients_go_straight_through(dtype, make_model, batch_for):
 
 
 def test_rounding_is_that_of_tokens(make_model, seen, logits_of, monkeypatch):
-    """Once, and of the keys after the rotary embedding, as they are cached."""
+    """Keys are rounded once, after the rotary embedding, as they are cached."""
     model = make_model(kv_cache_bits=4)
     grid = Grid(bits=4, symmetric=False)
     with torch.no_grad():

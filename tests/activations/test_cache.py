@@ -1,5 +1,6 @@
-"""The real low-bit cache is the simulated one, bit for bit, in fewer bytes; transformers' own
-backends come within a step.
+"""The real low-bit cache equals the simulated one bit for bit, in fewer bytes.
+
+transformers' own backends come within a step.
 """
 
 import copy
@@ -165,8 +166,9 @@ def test_nothing_to_keep_in_low_bits_is_refused(make_model):
 # installed. (Its other backend, quanto, compiles an extension at the first use.)
 @pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed")
 def test_hqq_of_transformers_comes_within_a_step(make_model):
-    """It does not stretch a range to zero, tunes unrounded zero points, and keeps the newest tokens
-    in the model's dtype.
+    """Its range need not include zero, and its zero points are tuned and not rounded.
+
+    It also keeps the newest tokens in the model's dtype.
     """
     model = make_model(kv_cache_bits=4)
     options = {"nbits": 4, "q_group_size": 8, "axis_key": 1, "axis_value": 1, "residual_length": 1}

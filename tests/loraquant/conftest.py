@@ -1,6 +1,4 @@
-"""Packed adapters from random components, written without the conversion; and the LoRA adapters
-that must act the same.
-"""
+"""Makes packed adapters from random components, without the conversion, and their LoRA twins."""
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from peft_lrqat.quant.grid import SCALE_DTYPES
 
 
 def expanded(components, rows, columns):
-    """B (m, K) and A (K, n) by the definition of the codes."""
+    """Returns B (m, K) and A (K, n) by the definition of the codes."""
     if not components:
         return torch.zeros(rows, 0), torch.zeros(0, columns)
     b, a = (torch.cat([pair[side].values() for pair in components]) for side in (0, 1))
@@ -32,10 +30,10 @@ def shape_of(module):
 
 @pytest.fixture(scope="session")
 def make_adapter(make_components):
-    """``make_adapter(base, bits, targets, **fields)``: the state and config of a packed adapter,
-    and of LoRA's twin of it.
+    """Makes the state and config of a packed adapter, and those of its twin in LoRA.
 
-    ``bits`` is one string for all targets, or a list that is gone through in turn.
+    ``make_adapter(base, bits, targets, **fields)``; ``bits`` is one string for all targets, or a
+    list that is used in turn.
     """
 
     def make(base, bits, targets, **fields):
@@ -54,7 +52,7 @@ def make_adapter(make_components):
             format, tensors = pack_components(components, rows=rows, columns=columns, **recipe)
             config.component_bits[name] = format.bits
             B, A = expanded(components, rows, columns)
-            # LoRA knows no rank 0.
+            # LoRA has no rank 0.
             ranks[name] = max(1, len(A))
             alphas[name] = config.scaling_of(name) * ranks[name]
             if not components:
@@ -76,7 +74,7 @@ def make_adapter(make_components):
         shared = {"target_modules": targets, "use_dora": config.use_dora, "bias": config.bias}
         shared |= {"modules_to_save": config.modules_to_save, "task_type": config.task_type}
         shared |= {"trainable_token_indices": config.trainable_token_indices}
-        # Every name in full, so that no pattern fits another module.
+        # Full names, so that no pattern matches another module.
         patterns = {"rank_pattern": exactly(ranks), "alpha_pattern": exactly(alphas)}
         lora = LoraConfig(**shared, **patterns, inference_mode=True)
         return config, state, lora, twin
@@ -90,8 +88,9 @@ def exactly(by_name):
 
 @pytest.fixture(scope="session")
 def write_adapter(make_adapter):
-    """``write_adapter(folder, base, bits, targets, **fields)``: ``folder/packed`` and
-    ``folder/lora``, as PEFT saves adapters.
+    """Writes ``folder/packed`` and ``folder/lora``, as PEFT saves adapters.
+
+    ``write_adapter(folder, base, bits, targets, **fields)``
     """
 
     def write(folder, base, bits, targets=("q_proj", "v_proj", "down_proj"), extra=None, **fields):

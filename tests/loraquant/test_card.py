@@ -1,4 +1,4 @@
-"""What the model card of a packed adapter says, and that saving again leaves other people's text."""
+"""The model card of a packed adapter: what it says, and that others' text in it is kept."""
 
 import pytest
 import yaml

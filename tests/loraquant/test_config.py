@@ -162,7 +162,7 @@ def test_values_that_are_refused(name, value, message):
     ids=["shape", "rank", "rank of one module"],
 )
 def test_sizes_that_cannot_be(fields, message):
-    """Refused here, where nothing is allocated by them."""
+    """They are refused before they allocate anything."""
     with pytest.raises(
         ValueError, match=f"`shapes` of `q_proj`: .*{message}; the configuration is damaged"
     ):

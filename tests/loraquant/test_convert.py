@@ -1,5 +1,7 @@
-"""LoRA adapters to LORAQUANT and back: the same function, an honest report, all or nothing on the
-disk, clear refusals.
+"""LoRA adapters become LORAQUANT and back.
+
+The function stays the same, the report is honest, files are written whole or not at all, and
+refusals are clear.
 """
 
 import json
@@ -66,7 +68,7 @@ TASKS = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Conversions in a fraction of the time; what is computed once for all is computed as ever."""
+    """Makes conversions quick; what is computed once for all tests is computed in full."""
     for group_size in (7, 16):
         relative_errors(group_size)
     monkeypatch.setattr(groups, "CANDIDATES", 3)
@@ -75,7 +77,7 @@ def quick(monkeypatch):
 
 
 def train(model, seed=7):
-    """Moves all that is trained, the factors to products whose singular values fall."""
+    """Changes all trained tensors; the singular values of the factors' products fall."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,8 +93,9 @@ def train(model, seed=7):
 
 @pytest.fixture(scope="session")
 def make_lora(make_base):
-    """``make_lora(architecture, dtype, adapter_name, **fields)``: a model with a LoRA adapter that
-    looks trained.
+    """Makes a model with a LoRA adapter that looks trained.
+
+    ``make_lora(architecture, dtype, adapter_name, **fields)``
     """
 
     def make(architecture="llama", dtype=torch.float32, adapter_name="default", **fields):
@@ -111,7 +114,7 @@ def make_lora(make_base):
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory, make_lora):
-    """A directory with a plain LoRA adapter, not to be changed."""
+    """Makes a directory with a plain LoRA adapter; tests must not change it."""
     folder = tmp_path_factory.mktemp("lora")
     make_lora().save_pretrained(folder)
     return folder
@@ -119,8 +122,9 @@ def lora(tmp_path_factory, make_lora):
 
 @pytest.fixture
 def changed(lora, tmp_path):
-    """``changed(tensors, **fields)``: a copy of it with another file or config; a tensor of None is
-    taken out.
+    """Copies that directory with other tensors or fields; a tensor of None is removed.
+
+    ``changed(tensors, **fields)``
     """
 
     def make(tensors=None, **fields):
@@ -146,7 +150,7 @@ def key_of(state, end):
 
 
 def stored_factors(folder):
-    """B (m, K) and A (K, n) of each module, in float64, by the format alone."""
+    """Returns B (m, K) and A (K, n) of each module, in float64, from the format alone."""
     config, state = LoRAQuantConfig.from_pretrained(folder), load_file(folder / WEIGHTS)
     factors = {}
     for name in config.component_bits:
@@ -160,7 +164,7 @@ def stored_factors(folder):
 
 
 def as_twin(state, factors):
-    """LoRA's state with these factors instead of its own, of the same rank."""
+    """Returns LoRA's state with these factors in place of its own, of the same rank."""
     state = dict(state)
     for name, (B, A) in factors.items():
         keys = [f"base_model.model.{name}.{end}" for end in ("lora_B.weight", "lora_A.weight")]
@@ -204,7 +208,7 @@ def test_it_acts_as_lora_with_the_stored_factors_and_so_does_what_is_dequantised
     back = dequantize_adapter(tmp_path / "packed", tmp_path / "back", dtype=torch.float32)
     again = PeftModel.from_pretrained(make_base(architecture), tmp_path / "back").eval()
     torch.testing.assert_close(logits_of(again, architecture), expected, rtol=1e-4, atol=1e-4)
-    # Ranks and all that is no factor are those of the adapter at the start.
+    # Ranks, and all tensors that are not factors, are those of the first adapter.
     source, result = load_file(tmp_path / "lora" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
     assert {k: t.shape for k, t in source.items()} == {k: t.shape for k, t in result.items()}
     others = [
@@ -373,7 +377,7 @@ def files_in(folder):
 
 
 def test_two_conversions_give_equal_bytes(lora, tmp_path):
-    """One in another process, which orders sets in another way: see `test_the_hub`."""
+    """One runs in another process, where sets have another order: see `test_the_hub`."""
     quantize(lora, tmp_path / "one")
     quantize(lora, tmp_path / "two")
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
@@ -447,7 +451,7 @@ print(json.dumps(results))
 
 def test_the_hub(lora, tmp_path, monkeypatch):
     monkeypatch.undo()  # the other process searches in full
-    # PEFT's card does not pass the Hub's check: this base model has no name.
+    # The Hub's check would refuse PEFT's card: this base model has no name.
     shutil.copytree(lora, tmp_path / "lora", ignore=shutil.ignore_patterns("README.md"))
     for name in ("pickle", "empty"):
         (tmp_path / name).mkdir()
@@ -500,7 +504,8 @@ lora, packed, folder = map(Path, sys.argv[1:])
 def run(function):
     target = folder / "target"
     if function == "quantize":
-        quantize_adapter(lora, target, LoRAQuantConfig(group_size=7, average_bits=1.0), progress=False)
+        recipe = LoRAQuantConfig(group_size=7, average_bits=1.0)
+        quantize_adapter(lora, target, recipe, progress=False)
     else:
         dequantize_adapter(packed, target)
 
@@ -541,9 +546,11 @@ for function in ("quantize", "dequantize"):
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         left = [p for p in folder.iterdir() if not p.name.startswith(".")]
-        whole = [p for p in folder.iterdir() if {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(p))]
+        needed = {"adapter_config.json", "adapter_model.safetensors"}
+        whole = [p for p in folder.iterdir() if needed <= set(os.listdir(p))]
         hidden = [p for p in folder.iterdir() if p.name.startswith(".")]
-        results[f"{function}, {way}"] = [os.waitstatus_to_exitcode(status), len(left), len(hidden), len(whole)]
+        code = os.waitstatus_to_exitcode(status)
+        results[f"{function}, {way}"] = [code, len(left), len(hidden), len(whole)]
         os.system(f"rm -r {folder}; mkdir {folder}")
 print(json.dumps(results))
 """
@@ -563,8 +570,7 @@ def test_what_a_crash_leaves(make_lora, tmp_path):
             for way, result in results.items()
             if way.startswith(function)
         }
-        # Exit code; directories with a name; hidden ones; those of either that hold a whole
-        # adapter.
+        # Exit code; visible directories; hidden ones; all that hold a whole adapter.
         assert found == {
             "killed before the weights": [killed, 0, 1, 0],
             "killed after the weights": [killed, 0, 1, 0],

@@ -1,5 +1,6 @@
-"""The reader in docs/packed-adapters.md reads what is written; the document names the version and
-every stored field.
+"""The reader in docs/packed-adapters.md reads what is written.
+
+The document names the version and every stored field.
 """
 
 import re

@@ -1,5 +1,6 @@
-"""The layers against PEFT's LoRA with the expanded factors: forward, merging, DoRA; and what they
-leave alone.
+"""The layers against PEFT's LoRA with the expanded factors: forward, merging and DoRA.
+
+What they must not change stays the same.
 """
 
 import copy
@@ -50,8 +51,9 @@ def ids():
 
 @pytest.fixture
 def make_pair(make_adapter):
-    """``make_pair(net, bits, **fields)``: a copy of ``net`` with the packed adapter, and one with
-    LoRA's twin.
+    """Makes a copy of ``net`` with the packed adapter, and one with its twin in LoRA.
+
+    ``make_pair(net, bits, **fields)``
     """
 
     def make(net, bits, targets=TARGETS, **fields):
@@ -373,7 +375,7 @@ def test_an_embedding_that_is_multiplied_by_a_constant(net, ids, make_adapter):
 
 
 class ByteLinear(nn.Linear):
-    """A quantised layer as some library could have it: 8-bit codes, one scale."""
+    """A quantised layer as a library could make it: 8-bit codes, one scale."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features)

@@ -1,5 +1,6 @@
-"""LR-QAT adapters with packed factors: the adapter that was stored runs, integers are counted, and
-nothing else changes.
+"""LR-QAT adapters with packed factors: the stored adapter runs, and nothing else changes.
+
+Changed integers are counted.
 """
 
 import json
@@ -52,7 +53,7 @@ def share_of_different(first, second):
 
 
 def edited(folder, target, change):
-    """A copy of an adapter's folder, after ``change(state, config)``."""
+    """Copies an adapter's folder and applies ``change(state, config)``."""
     shutil.copytree(folder, target)
     state, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     change(state, config)
@@ -86,7 +87,7 @@ def test_the_factors_that_run_are_those_that_are_stored(recipe, folder, make_bas
         assert torch.equal(layer.lrqat_B["default"][:, : len(A)], B)
         assert not layer.lrqat_A["default"][len(A) :].any()
         assert layer.lrqat_A["default"].dtype == torch.float32
-        # What is not a factor is what it was, down to the last bit.
+        # All tensors that are not factors are unchanged, down to the last bit.
         assert torch.equal(layer.lrqat_scale["default"], plain[f"{key}.lrqat_scale"])
         assert torch.equal(layer.lrqat_fingerprint["default"], plain[f"{key}.lrqat_fingerprint"])
     assert not any("lrqat_A" in key or "lrqat_B" in key for key in state)

@@ -1,6 +1,4 @@
-"""Packed adapters in whole models: every loader, several adapters, generation, and files that are
-refused.
-"""
+"""Packed adapters in whole models: all loaders, several adapters, generation, refused files."""
 
 import copy
 import json
@@ -40,7 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, make_base, write_adapter):
-    """A base model, two packed adapters ("packed" and "other/packed") and LoRA's twins of them."""
+    """Saves a base model, two packed adapters ("packed", "other/packed") and their LoRA twins."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     base = make_base()
@@ -53,7 +51,10 @@ def saved(tmp_path_factory, make_base, write_adapter):
 
 @pytest.fixture
 def load(saved, make_base):
-    """``load("packed", ...)``: a fresh base model with these adapters, named as their folders."""
+    """Loads a fresh base model with these adapters, named like their folders.
+
+    ``load("packed", ...)``
+    """
 
     def make(*names, dtype=torch.float32, **options):
         model = PeftModel.from_pretrained(
@@ -159,7 +160,7 @@ def test_saving_gives_the_same_file(dtype, saved, load, tmp_path):
 def test_architectures(architecture, use_dora, make_base, write_adapter, logits_of, tmp_path):
     base = make_base(architecture)
     task = {"t5": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}.get(architecture, "CAUSAL_LM")
-    # The head of a classifier is new, and so trained in full and stored.
+    # The head of a classifier is new: it is trained in full and stored.
     extra = (
         {"base_model.model.score.weight": torch.randn(3, 32)}
         if architecture == "classifier"
@@ -372,7 +373,7 @@ def test_mixed_batches(load, batch_for):
 
 
 def test_mixed_batches_of_an_encoder_and_a_decoder(make_base, write_adapter, batch_for, tmp_path):
-    """With beams, the rows of the decoder are more than those of the encoder."""
+    """With beams, the decoder has more rows than the encoder."""
     batch = {k: v for k, v in batch_for("t5").items() if k != "labels"}
     outputs = []
     fields = {"targets": TARGETS["t5"], "task_type": "SEQ_2_SEQ_LM"}
@@ -397,7 +398,7 @@ def test_mixed_batches_that_are_refused(load, batch_for):
         model(**batch_for(), adapter_names=["nobody", "absent"])
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         model(**batch_for(), adapter_names=["packed"])
-    # Nothing is left behind by the refusal.
+    # The refusal leaves nothing behind.
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(**batch_for(), adapter_names=["packed", "packed"])
@@ -526,13 +527,15 @@ TAMPERED = {
         lambda f: edit_config(
             f, component_bits=lambda bits: {**bits, "model.layers.7.self_attn.q_proj": "2"}
         ),
-        r"`component_bits` has `model.layers.7.self_attn.q_proj`, but this model has no such target \(1 such",
+        r"`component_bits` has `model.layers.7.self_attn.q_proj`, but this model has no such "
+        r"target \(1 such",
     ),
     "a module less": (
         lambda f: edit_config(
             f, component_bits=lambda bits: {k: v for k, v in bits.items() if "q_proj" not in k}
         ),
-        r"`target_modules` of this model has `model.layers.0.self_attn.q_proj`, but `component_bits` has nothing .*\(2 such",
+        r"`target_modules` of this model has `model.layers.0.self_attn.q_proj`, but "
+        r"`component_bits` has nothing .*\(2 such",
     ),
     "tensors of another module": (
         lambda f: edit_weights(
@@ -580,9 +583,7 @@ CAST = {"scales in another dtype", "codes in another dtype"}
 
 @pytest.mark.parametrize("tampering", sorted(TAMPERED.keys() - REPORTED - CAST))
 def test_transformers_refuses_them_too(tampering, make_base, write_adapter, logits_of, tmp_path):
-    """At the latest when the adapter is first run: transformers' loader has no place for an earlier
-    check.
-    """
+    """The first forward pass refuses them: transformers has no place for an earlier check."""
     folder, _ = write_adapter(tmp_path, make_base(), MIXTURE)
     apply, _ = TAMPERED[tampering]
     apply(folder)
@@ -650,7 +651,7 @@ def test_another_shape_is_refused(saved, make_base):
 
 
 def test_shapes_whose_files_have_equal_sizes_are_told_apart():
-    """(48, 32) and (32, 48) take as many bytes."""
+    """(48, 32) and (32, 48) take the same number of bytes."""
     shapes = {"of": [48, 32], "other": [32, 48]}
     config = LoRAQuantConfig(
         target_modules=["up"], component_bits={"up": "22"}, shapes={"up": shapes["of"]}
@@ -702,9 +703,12 @@ PUSH_AND_LOAD = """
 import torch, transformers
 from peft import PeftModel
 import peft_lrqat
-model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "packed").eval()
+def load(adapter):
+    base = transformers.AutoModelForCausalLM.from_pretrained("base")
+    return PeftModel.from_pretrained(base, adapter).eval()
+model = load("packed")
 model.push_to_hub("user/packed")
-again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "user/packed").eval()
+again = load("user/packed")
 ids = torch.arange(3, 15)[None]
 print(torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits))
 """

@@ -1,6 +1,4 @@
-"""Whole adapters' factors to components: what it costs, what it loses, and what it may take in
-memory.
-"""
+"""The factors of whole adapters become components: cost, loss and memory."""
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ SHAPES = {"a": (96, 64), "b": (96, 64), "c": (10, 100)}
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Conversions in a fraction of the time; what is computed once for all is computed as ever."""
+    """Makes conversions quick; what is computed once for all tests is computed in full."""
     for group_size in (7, 32, 128, 1000):
         relative_errors(group_size)
     monkeypatch.setattr(groups, "CANDIDATES", 3)
@@ -28,8 +26,9 @@ def quick(monkeypatch):
 
 
 def make_factors(rank=8, decay=0.7, shapes=SHAPES):
-    """Products whose singular values fall as those of trained adapters do, each module on a level
-    of its own.
+    """Makes products whose singular values fall as trained ones do.
+
+    Each module has its own level.
     """
     falling = decay ** torch.arange(rank)
     return {
@@ -99,7 +98,7 @@ def test_average_bits_are_met(average_bits, quick):
     factors = make_factors(16, decay=0.8, shapes=dict.fromkeys("abcd", (256, 192)))
     found = quantize(factors, average_bits=average_bits, group_size=128)
     budget = average_bits * parameters(factors)
-    # A component more, at the next number of bits, would not have fitted.
+    # One more component, at the next number of bits, would not fit.
     assert budget - (256 + 192 + 4 * 16) * 2 < stored_bits(found) <= budget
 
 
@@ -125,8 +124,9 @@ SMALL = [(16, 200), (32, 32), (96, 200)]
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_no_adapter_is_worse_than_as_published(shape, rank, group_size, bits_high):
-    """Also where a single module of low rank leaves little to give out, and zero points of small
-    groups are worth their bits.
+    """This holds even if one module of low rank leaves little to allocate.
+
+    It also holds where zero points of small groups are worth their bits.
     """
     factors = {"a": (torch.randn(shape[0], rank), torch.randn(rank, shape[1]))}
     options = {"bits_high": bits_high, "ratio": 1.0, "group_size": group_size}
@@ -159,7 +159,7 @@ def test_zero_products_have_no_components(method, zero, quick):
 
 
 def test_bits_go_where_the_scaled_product_is_large():
-    """`scaling` counts: the same factors, one of them multiplied by more when the model runs."""
+    """`scaling` counts: two modules have equal factors, but the model multiplies one by more."""
     B, A = make_factors(shapes={"a": (64, 64)})["a"]
     config = LoRAQuantConfig(r=8, average_bits=1.0, group_size=32)
     found = quantize_factors(
@@ -201,7 +201,7 @@ def test_nominal_bits_are_those_of_the_codes_alone():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Counts the elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -217,5 +217,5 @@ def test_nothing_of_the_size_of_a_weight_is_formed(method, quick):
     factors = make_factors(4, shapes={"a": (600, 700)})
     with Largest() as largest:
         quantize(factors, method=method, group_size=128)
-    # The factors, padded to whole groups; and for the error those of the difference.
+    # The factors, padded to whole groups; for the error, also those of the difference.
     assert largest.elements <= 2 * 4 * 768 < 600 * 700 / 10

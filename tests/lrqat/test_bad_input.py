@@ -1,4 +1,5 @@
-"""What is refused: targets that cannot be quantised, and files that are broken or for another base.
+"""Targets that cannot be quantised, and files that are broken or for another base, are refused.
+
 A refusal has no effect.
 """
 
@@ -19,8 +20,9 @@ TARGET = "model.layers.1.self_attn.v_proj"
 
 
 def refused(model, config, error, match):
-    """``get_peft_model`` raises, and leaves every module, parameter and flag of ``model`` as it
-    was.
+    """Checks that ``get_peft_model`` raises and changes nothing in ``model``.
+
+    That is: its modules, parameters and flags.
     """
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
     tensors = {
@@ -73,7 +75,7 @@ def test_target_that_matches_nothing(make_base, make_config):
 
 
 class _Int8Linear(nn.Linear):
-    """As quantisers make them: an nn.Linear to isinstance, with integers in its weight."""
+    """A layer as quantisers make it: an nn.Linear to isinstance, with integers in its weight."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -88,7 +90,7 @@ class _OwnForward(nn.Linear):
 
 
 class _SubclassedWeight(nn.Linear):
-    """A weight that is a tensor subclass, as torchao's."""
+    """A weight that is a tensor subclass, like torchao's."""
 
     class Weight(nn.Parameter):
         pass
@@ -236,9 +238,7 @@ def test_empty_weight(make_config):
 def test_dequantised_base_that_still_carries_its_quantization_config(
     make_base, make_config, logits_of
 ):
-    """What transformers makes of a GGUF file: plain float weights, and a config that remembers
-    where they came from.
-    """
+    """transformers makes this of a GGUF file: plain weights, and a config with their origin."""
     model = make_base(dtype=torch.float16)
     model.config.quantization_config = {"quant_method": "gguf"}
     model = get_peft_model(model, make_config()).eval()
@@ -250,7 +250,7 @@ def test_dequantised_base_that_still_carries_its_quantization_config(
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, make_peft, disturb):
-    """A saved adapter on the tiny Llama."""
+    """Saves an adapter of the tiny Llama."""
     folder = tmp_path_factory.mktemp("adapter")
     disturb(make_peft()).save_pretrained(folder)
     return folder
@@ -258,8 +258,9 @@ def adapter(tmp_path_factory, make_peft, disturb):
 
 @pytest.fixture
 def broken(adapter, tmp_path):
-    """``broken(change)``: a copy of the saved adapter, with ``change`` applied to its tensors by
-    name.
+    """Copies the saved adapter and applies ``change`` to its tensors by name.
+
+    ``broken(change)``
     """
 
     def make(change=None):
@@ -379,7 +380,7 @@ def test_config_of_another_grid(change, broken, make_base):
 
 @pytest.fixture(scope="module")
 def changed_base(make_base):
-    """The tiny Llama with one weight of one layer changed."""
+    """Makes the tiny Llama with one weight of one layer changed."""
 
     def make():
         model = make_base()
@@ -391,7 +392,10 @@ def changed_base(make_base):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["plain", "low-cpu-mem"])
 def test_other_base_is_refused(low_cpu_mem_usage, adapter, changed_base, make_base):
-    match = rf"not the base model.*: 1 of 14 layers .* first is `.*{TARGET}`.*in float32 or wider.*verify_base = False"
+    match = (
+        rf"not the base model.*: 1 of 14 layers .* first is `.*{TARGET}`.*in float32 or wider.*"
+        "verify_base = False"
+    )
     not_loaded(adapter, changed_base(), match, low_cpu_mem_usage=low_cpu_mem_usage)
     not_loaded(adapter, make_base(seed=1), "14 of 14 layers", low_cpu_mem_usage=low_cpu_mem_usage)
 
@@ -429,7 +433,7 @@ def test_verify_base_false_loads_all_the_same(
     right = logits_of(PeftModel.from_pretrained(make_base(), adapter).eval())
     assert not torch.equal(wanted, right)
     torch.testing.assert_close(wanted, right, atol=0.5, rtol=0.5)
-    # Saved from there, it is an adapter of that base.
+    # Saved from that model, it is an adapter of that base.
     model.save_pretrained(tmp_path)
     assert torch.equal(
         logits_of(PeftModel.from_pretrained(changed_base(), tmp_path).eval()), wanted
@@ -438,7 +442,7 @@ def test_verify_base_false_loads_all_the_same(
 
 
 def test_native_loader_refuses_too(adapter, changed_base, make_base, logits_of):
-    """transformers fills in the tensors by itself; what it loaded is checked afterwards."""
+    """transformers fills in the tensors itself; they are checked afterwards."""
     model = changed_base()
     with pytest.raises(
         ValueError, match=r"adapter `default` was trained on another base model.*verify_base=False"
@@ -485,7 +489,7 @@ def test_a_pattern_that_fits_no_target_is_refused(field, make_base, make_config)
 
 
 def test_output_layer_of_multihead_attention_is_refused(make_config):
-    """nn.MultiheadAttention reads its weight without calling it: nothing would be trained."""
+    """nn.MultiheadAttention reads its weight and never calls the layer: nothing would train."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
     with pytest.raises(TypeError, match=r"`attention\.out_proj`"):
         get_peft_model(model, make_config(target_modules=["out_proj"], task_type=None))

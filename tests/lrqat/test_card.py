@@ -1,6 +1,4 @@
-"""The model card: what it says of the base model and of the training, and that values cannot break
-it.
-"""
+"""The model card: what it says about base model and training; values cannot break it."""
 
 import json
 from pathlib import Path
@@ -56,7 +54,7 @@ def test_local_directory_is_told_in_words_and_not_in_metadata(base, tmp_path, mo
     (tmp_path / "here" / "inside").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_hub_id(base)
-    # As PEFT leaves it before our part is written.
+    # The card that PEFT writes before we add our part.
     data = ModelCardData(
         base_model=base, tags=[f"base_model:adapter:{base}", f"base_model:{base}", "transformers"]
     )

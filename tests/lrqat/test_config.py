@@ -1,6 +1,4 @@
-"""LRQATConfig: what it documents, what it refuses, what of it is saved and what an older or newer
-file means.
-"""
+"""LRQATConfig: its documentation, what it refuses and saves, and older and newer files."""
 
 import dataclasses
 import json
@@ -106,7 +104,7 @@ BAD = [
         for name in ("target_modules", "exclude_modules", "layers_pattern")
         for value in (5, (1,), {"q_proj": 1})
     ],
-    # Read letter by letter, the string would name half of the model.
+    # Read letter by letter, the string would match half of the model.
     *[("modules_to_save", value, "a list of module names") for value in ("lm_head", [0])],
     *[
         ("bits_pattern", value, "dict from names to integers")
@@ -295,7 +293,8 @@ def test_higher_format_version_is_refused(tmp_path, extra):
     rewrite(tmp_path, format_version=FORMAT_VERSION + 1, **extra)
     with pytest.raises(
         ValueError,
-        match=f"`format_version` is {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}.*pip install -U",
+        match=f"`format_version` is {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}.*"
+        "pip install -U",
     ):
         PeftConfig.from_pretrained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""One LR-QAT layer and its adapters: round-to-nearest at the start, exact merging, one set of integers at a time."""
+"""One LR-QAT layer and its adapters: rounding at the start, exact merging, one set of integers."""
 
 import copy
 
@@ -38,7 +38,7 @@ def make_layer(
 
 
 def linear_weights(model):
-    """(out, in) weights of the plain linear layers, by name."""
+    """Returns the (out, in) weights of the plain linear layers, by name."""
     kinds = nn.Linear | Conv1D
     modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     return {
@@ -47,7 +47,10 @@ def linear_weights(model):
 
 
 def round_to_nearest(weight, bits, group_size, downcast):
-    """Quantised by hand: symmetric, smallest covering scale, rounded to bfloat16 -> weight, codes."""
+    """Quantises by hand on a symmetric grid; returns weight and codes.
+
+    The scale is the smallest that covers the group, rounded to bfloat16.
+    """
     groups = weight.float().unflatten(1, (weight.shape[1] // group_size, group_size))
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(-1, keepdim=True) / qmax).bfloat16().float()
@@ -103,7 +106,7 @@ def test_fresh_adapter_with_lp_range_rounds_to_nearest(make_base, make_config, l
 
 
 def expected_weight(layer):
-    """scale * (codes - zero point), from what ships."""
+    """Returns scale * (codes - zero point), from what ships."""
     base = layer.base_layer
     step = effective_scale(layer.lrqat_scale["default"].detach(), base.format.scale_dtype)
     codes = layer.quantized_codes().float()
@@ -170,7 +173,7 @@ def test_merged_is_trained_in_every_format(
 def test_merged_is_trained_under_autocast(
     architecture, make_peft, disturb, lrqat_layers, logits_of
 ):
-    """The integers come from float32 arithmetic under autocast, too; only the product with the input is bfloat16."""
+    """Integers come from float32 under autocast, too; only the product with x is bfloat16."""
     model = disturb(make_peft(architecture))
     codes = {name: layer.quantized_codes() for name, layer in lrqat_layers(model).items()}
     with torch.autocast("cpu", torch.bfloat16):
@@ -344,7 +347,7 @@ def test_layers_at_the_edge_train_and_merge(shape, bias):
 
 
 def test_compiled_layer_is_one_graph(dtype):
-    """Forward and gradients, without a break."""
+    """Forward and backward pass compile without a break."""
     layer, x = (
         make_layer(dtype=dtype, init_weights=False, group_size=8, symmetric=False),
         torch.randn(2, 16, dtype=dtype),
@@ -363,7 +366,7 @@ def test_compiled_layer_is_one_graph(dtype):
 
 @pytest.fixture
 def made(monkeypatch):
-    """A list that grows whenever a layer makes its dense weight for inference."""
+    """Returns a list that grows whenever a layer makes its dense weight for inference."""
     calls = []
 
     def make(weight):
@@ -469,7 +472,7 @@ def test_repr_tells_the_format():
 
 
 def test_clipped_weights_pass_gradients_on_where_the_config_says_so():
-    """Each adapter by its own config; the value of the layer is the same."""
+    """Each adapter follows its own config; the value of the layer is the same."""
     torch.manual_seed(0)
     layer = make_layer(bits=2, init_weights=False)
     layer.update_layer("other", LRQATConfig(r=4, clipped_gradient="pass_through"))

@@ -26,7 +26,7 @@ def settings(request):
 
 @pytest.fixture
 def plain(make_base, tmp_path):
-    """The folder of a plain checkpoint."""
+    """Makes the folder of a plain checkpoint."""
     make_base("llama", torch.bfloat16).save_pretrained(tmp_path / "plain")
     return tmp_path / "plain"
 
@@ -38,7 +38,7 @@ def load(folder, **fields):
 
 @pytest.fixture
 def stored(plain, tmp_path):
-    """``stored(**settings)``: the folder of a low-bit base."""
+    """Makes the folder of a low-bit base: ``stored(**settings)``."""
 
     def make(**settings):
         load(plain, **settings).save_pretrained(tmp_path / "low-bit")

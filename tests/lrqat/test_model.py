@@ -1,6 +1,4 @@
-"""The tuner on whole models: what trains, what stays, saving and loading, several adapters, and
-PEFT's other features.
-"""
+"""The tuner on whole models: training, saving and loading, several adapters, PEFT's features."""
 
 import copy
 import warnings
@@ -33,7 +31,7 @@ def snapshot(model):
 
 
 def train(model, batch, steps=2):
-    """A few steps large enough to be seen in every tensor that may move."""
+    """Trains a few steps, large enough to show in every tensor that may move."""
     model.train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
@@ -301,7 +299,7 @@ def test_adapters_on_different_targets_are_announced(make_peft, make_config, log
 
 
 def test_adapters_on_the_same_targets_are_not_announced(make_peft, make_config, caplog):
-    """Nor is what lies inside a layer, such as `q_proj.base_layer`, a target of its own."""
+    """Modules inside a layer, such as `q_proj.base_layer`, are not targets themselves."""
     fields = {"target_modules": ".*q_proj.*", "modules_to_save": ["lm_head"]}
     model = make_peft(**fields)
     names = {name for name, _ in model.named_modules()}
@@ -539,14 +537,14 @@ def test_whole_model_through_torch_save(make_peft, disturb, logits_of, tmp_path)
 
 
 def test_state_dict_into_a_second_wrapped_model(make_peft, disturb, logits_of):
-    """Also into one on another base, whose frozen weights are replaced."""
+    """This includes a model on another base, whose frozen weights are replaced."""
     model, other = disturb(make_peft()), make_peft(seed=1)
     assert not other.load_state_dict(model.state_dict()).missing_keys
     assert torch.equal(logits_of(other), logits_of(model))
 
 
 def test_config_object_serves_several_models(make_base, make_config):
-    """What is filled in for one model is not taken for the user's word at the next."""
+    """What one model fills in does not count as the user's choice for the next."""
     config = make_config(target_modules=None)
     for dtype in (torch.bfloat16, torch.float32):
         assert (
@@ -611,7 +609,7 @@ def test_autocast_adapter_dtype_false_is_obeyed(
 def test_second_adapter_reloads_alone_in_a_wider_dtype(
     make_base, make_peft, make_config, disturb, lrqat_layers, tmp_path
 ):
-    """What the frozen weight was made from belongs to it, whichever adapter came first."""
+    """A frozen weight keeps the dtype it was made from, whichever adapter came first."""
     model = make_peft(dtype=torch.bfloat16)
     model.add_adapter("second", make_config())
     disturb(model).save_pretrained(tmp_path)

@@ -1,20 +1,24 @@
 """Traps of writing a PEFT tuner, one regression test each.
 
-T1   PEFT casts a fresh scale to the base's dtype and back, and it is no longer the frozen one.
-T2   `low_cpu_mem_usage=True` puts new parameters on the meta device, the frozen weight's, too.
+T1   PEFT casts a fresh scale to the base's dtype and back: it is no longer the frozen one.
+T2   `low_cpu_mem_usage=True` puts new parameters on the meta device, also the frozen weight's.
 T3   An offloaded weight is read as garbage: test_bad_input.py, `test_offloaded_weight`.
 T4   PEFT holds every replaced module until the end: test_downcast.py,
-`test_original_weights_are_freed_one_by_one`. T5   Plain autograd keeps three weight-sized tensors
-per layer for the backward pass. T6   Autocast computes B @ A in bfloat16, and other integers are
-merged than were trained. T7   A base in another dtype than in training gives other integers:
-test_bad_input.py, `test_base_in_a_shorter_dtype_is_refused`. T8   The frozen weight is made again
-from the base before the adapter's own scale arrives. T9   A quantised Linear is still an nn.Linear:
-test_bad_input.py, `test_module_of_another_kind`. T10  `.half()` and `.to(dtype)` shorten scales:
-test_downcast.py, `test_casts_leave_...`. T11  `prepare_model_for_kbit_training` upcasts the base,
-or freezes the adapter. T12  `is_quantized=True` on the model breaks the Trainer. T13  "all-linear"
-also selects Conv1D, and does not select the experts of a mixture. T14  The gradient of the scales
-dwarfs that of the factors, and clipped by one norm shortens their steps. T15  One weight has one
-set of integers: test_model.py, `test_two_active_adapters_are_refused_...`.
+     `test_original_weights_are_freed_one_by_one`.
+T5   Plain autograd keeps three weight-sized tensors per layer for the backward pass.
+T6   Autocast computes B @ A in bfloat16: other integers are merged than were trained.
+T7   A base in another dtype than in training gives other integers: test_bad_input.py,
+     `test_base_in_a_shorter_dtype_is_refused`.
+T8   The frozen weight is rebuilt from the base before the adapter's own scale arrives.
+T9   A quantised Linear is still an nn.Linear: test_bad_input.py, `test_module_of_another_kind`.
+T10  `.half()` and `.to(dtype)` shorten scales: test_downcast.py, `test_casts_leave_...`.
+T11  `prepare_model_for_kbit_training` upcasts the base, or freezes the adapter.
+T12  `is_quantized=True` on the model breaks the Trainer.
+T13  "all-linear" also selects Conv1D, and does not select the experts of a mixture.
+T14  The gradient of the scales dwarfs that of the factors; clipped by one norm, it shortens
+     their steps.
+T15  One weight has one set of integers: test_model.py,
+     `test_two_active_adapters_are_refused_...`.
 """
 
 import logging
@@ -92,8 +96,9 @@ def test_t8_trained_scale_does_not_touch_the_frozen_weight(
 
 
 def test_t11_prepare_model_for_kbit_training_is_not_for_this(make_base, make_peft, lrqat_layers):
-    """Documents PEFT's behaviour: called before, it makes the base float32; called after, nothing
-    is left to train.
+    """Documents what PEFT does.
+
+    Called before, it makes the base float32; called after, it leaves nothing to train.
     """
     base = prepare_model_for_kbit_training(
         make_base(dtype=torch.bfloat16), use_gradient_checkpointing=False
@@ -110,8 +115,9 @@ def test_t11_prepare_model_for_kbit_training_is_not_for_this(make_base, make_pef
 
 
 def test_t12_is_quantized_is_not_for_this(make_peft, tmp_path):
-    """Documents transformers' behaviour: the flag promises an `hf_quantizer`, without which no
-    Trainer starts.
+    """Documents what transformers does.
+
+    The flag promises an `hf_quantizer`; without one, no Trainer starts.
     """
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     model = make_peft()
@@ -150,8 +156,9 @@ def test_t13_conv1d_is_trained_and_experts_are_reported(
 
 
 def test_t14_the_step_of_the_factors_does_not_depend_on_the_scales(make_peft, batch_for):
-    """The scales' gradient is far larger: one norm for all groups would shorten the factors' steps
-    because of them.
+    """The gradient of the scales is far larger.
+
+    One norm for all groups would shorten the steps of the factors.
     """
 
     def gradients(clip, louder):

@@ -1,6 +1,4 @@
-"""Dynamic quantisation per token: half a step of error, exact zeros, straight-through gradients,
-idempotent integers.
-"""
+"""Dynamic quantisation per token: errors, zeros, gradients, and rounding twice."""
 
 import copy
 
@@ -29,7 +27,7 @@ grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
 def step_of(x, grid):
-    """By the definition: the range of each token, zero included, over the steps of the grid."""
+    """Returns the step by its definition: the token's range, with zero, over the grid's steps."""
     x = x.double()
     if grid.symmetric:
         return x.abs().amax(-1, keepdim=True) / grid.qmax
@@ -39,7 +37,7 @@ def step_of(x, grid):
 
 
 def tokens(dtype, seed=0):
-    """Tokens of both signs, of one sign, far from zero, tiny, with an outlier, and zeros."""
+    """Makes tokens of both signs, of one sign, far from zero, tiny, with an outlier, and zeros."""
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(seed))
     x[1].abs_()
     x[2].abs_().neg_()
@@ -99,16 +97,17 @@ def test_a_power_of_two_changes_the_step_alone(grid, factor):
 )
 @settings(deadline=None, max_examples=60)
 def test_rounding_again_changes_no_integer(seed, bits, symmetric, spread):
-    """So that values from a low-bit cache stand rounding once more: the same integers, and a step
-    that differs by its rounding.
+    """Values from a low-bit cache may therefore be rounded again.
+
+    The integers stay the same, and the step differs only by its rounding.
     """
     grid = Grid(bits=bits, symmetric=symmetric)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 64, generator=generator) + spread
     codes, step, zero_point = encode_tokens(x, grid)
     again = encode_tokens(decode_tokens(codes, step, zero_point, torch.float32), grid)
-    # Zero is part of the range; a zero point half way between two integers can leave the upper end
-    # out
+    # Zero is part of the range; a zero point halfway between two integers can leave the upper end
+    # out.
     if not symmetric:
         ends = torch.cat([codes, zero_point], -1)
         assume(((ends.amax(-1) == grid.qmax) & (ends.amin(-1) == 0)).all())
@@ -186,9 +185,7 @@ def low_rank(bits=4, out=6, width=16):
 
 @grids
 def test_linear_with_activations_is_linear_of_rounded_ones(grid):
-    """In value and in the gradients of all that trains; the gradient of the input goes straight
-    through.
-    """
+    """This holds for the value and all gradients; that of the input goes straight through."""
     w, x, bias = low_rank(), torch.randn(3, 5, 16), torch.randn(6)
     gradients = []
     for layer in (

@@ -1,4 +1,4 @@
-"""Range estimation: bounds of the error, and the same result whatever the blocking and threads."""
+"""Range estimation: bounds of the error, and the same result for all blocks and threads."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_lp_finds_the_best_candidate_of_an_exhaustive_search():
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_shares_that_are_passed_over_would_not_win(bits, symmetric, group_size, p, monkeypatch):
-    """Where clipping alone costs more than the best so far."""
+    """For these, clipping alone costs more than the best share so far."""
     weight = torch.randn(24, 256) * torch.rand(24, 1) + 0.3 * torch.rand(24, 1)
     grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
     found = estimate(weight, grid, "lp", "bfloat16", p)

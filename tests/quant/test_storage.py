@@ -14,7 +14,7 @@ def make(downcast, bits=4, symmetric=True, in_features=24, group_size=-1):
 
 
 def coordinates(fmt, rows=7):
-    """Coordinates inside and beyond the grid, with both of its ends."""
+    """Makes coordinates inside and outside the grid, with both of its ends."""
     grid = fmt.grid
     phi = torch.empty(rows, fmt.in_features).uniform_(grid.qmin - 2, grid.qmax + 2)
     phi[0, 0], phi[0, 1] = grid.qmin, grid.qmax

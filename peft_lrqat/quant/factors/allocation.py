@@ -1,10 +1,11 @@
-"""Which components of which layers deserve bits: a rate-distortion allocation over a whole adapter.
+"""Which components of which layers get bits: a rate-distortion allocation over a whole adapter.
 
-A component of singular value sigma that is quantised to b bits leaves about ``sigma^2 * e(b)`` behind, with e(0) = 1 and e(b)
-measured once on Gaussian vectors. What b bits cost is known: codes and scales. Steps along the lower convex hull of (cost, error)
-of every component, the steepest first, until the budget is used up, leave the least total error that any allocation
-can that costs as much. What is left over then buys what it can, on the hull or not: one bit is not, as its scales cost as
-much as those of two.
+A component of singular value sigma that is quantised to b bits leaves an error of about ``sigma^2 *
+e(b)``, with e(0) = 1 and e(b) measured once on Gaussian vectors. The cost of b bits is known: codes
+and scales. For each component, take the lower convex hull of (cost, error). The steps along all
+hulls, the steepest first, until the budget is used up, leave the least total error of any
+allocation with the same cost. The rest of the budget then buys the most it can, on the hull or not.
+(One bit is not on it: its scales cost as much as those of two bits.)
 """
 
 from __future__ import annotations
@@ -25,27 +26,30 @@ from .svd import squared_error, squared_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What an allocation must know of one layer."""
+    """Holds what an allocation must know of one layer."""
 
-    singular_values: Tensor  # (r,), of the product as it enters the model: with lora_alpha / r
+    singular_values: Tensor  # (r,), of the product as it enters the model, scaled by lora_alpha / r
     rows: int  # m
     columns: int  # n
 
     def cost(self, bits: int, group_size: int, scale_bits: int) -> int:
-        """Bits of storage of one component."""
+        """Returns the bits of storage of one component."""
         if bits == 0:
             return 0
         bytes_of_codes = packed_bytes(self.rows, bits) + packed_bytes(self.columns, bits)
         return 8 * bytes_of_codes + scale_bits * self.groups(group_size)
 
     def groups(self, group_size: int) -> int:
-        """Groups of one component."""
+        """Returns the number of groups of one component."""
         return num_groups(self.rows, group_size) + num_groups(self.columns, group_size)
 
 
 @lru_cache
 def relative_errors(group_size: int) -> tuple[float, ...]:
-    """e(0) ... e(MAX_BITS): ``||b a^T - Q(b) Q(a)^T||^2 / ||b a^T||^2`` of Gaussian vectors after the procedure of residual.py."""
+    """Measures e(0) ... e(MAX_BITS) on Gaussian vectors, with the procedure of residual.py.
+
+    e is ``||b a^T - Q(b) Q(a)^T||^2 / ||b a^T||^2``.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(group_size, 512) * 2
     b, a = (
@@ -66,7 +70,10 @@ def relative_errors(group_size: int) -> tuple[float, ...]:
 def allocate(
     layers: Sequence[Layer], budget: int, *, group_size: int, scale_bits: int
 ) -> list[list[int]]:
-    """Bits of every component of every layer, in the order of the singular values; together at most ``budget`` bits of storage."""
+    """Returns the bits of every component of every layer, in the order of the singular values.
+
+    Together they take at most ``budget`` bits of storage.
+    """
     errors = relative_errors(group_size)
     steps = []  # (gain per bit of storage, layer, component, bits to reach, cost)
     for index, layer in enumerate(layers):
@@ -78,10 +85,11 @@ def allocate(
                 steps.append(
                     (energy * (errors[low] - errors[high]) / cost, index, component, high, cost)
                 )
-    # Along a hull the gain falls, and along the components of a layer as well; ties go to the earlier one.
+    # The gain falls along a hull, and along the components of a layer; ties go to the earlier one.
     steps.sort(key=lambda step: (-step[0], step[1], step[2], step[3]))
     bits = [[0] * len(layer.singular_values) for layer in layers]
-    closed = set()  # components that a step was too dear for: later steps of theirs start from it
+    # Components with a step that cost too much: their later steps start from it.
+    closed = set()
     for gain, index, component, high, cost in steps:
         if gain <= 0:
             break
@@ -91,7 +99,7 @@ def allocate(
         bits[index][component] = high
         budget -= cost
     _spend(bits, budget, layers, errors, group_size, scale_bits)
-    # Where singular values are equal, or a step did not fit, a later component may have got more.
+    # If singular values are equal, or a step did not fit, a later component may have more bits.
     return [sorted(layer, reverse=True) for layer in bits]
 
 
@@ -103,7 +111,7 @@ def _spend(
     group_size: int,
     scale_bits: int,
 ) -> None:
-    """Raises ``bits`` where what is left of the budget takes away the most, until nothing fits."""
+    """Raises ``bits`` where the rest of the budget lowers the error most, until nothing fits."""
     costs = [
         [layer.cost(b, group_size, scale_bits) for b in range(MAX_BITS + 1)] for layer in layers
     ]
@@ -128,7 +136,7 @@ def _spend(
 
 
 def _lower_hull(costs: Sequence[int], errors: Sequence[float]) -> list[int]:
-    """The bits whose points (cost, error) form the lower convex hull, from 0 bits on."""
+    """Returns the bits whose points (cost, error) form the lower convex hull, from 0 bits on."""
     hull: list[int] = []
     for bits in range(len(costs)):
         while len(hull) > 1:

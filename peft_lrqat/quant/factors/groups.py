@@ -1,15 +1,18 @@
 """Vectors at a few bits, in groups with a scale each: mid-rise grids, round-to-nearest and signs.
 
-A component of an adapter is a pair of vectors. Each is cut into groups of ``group_size`` entries (the last may be shorter), and
-a group is stored as unsigned codes and a scale:
+A component of an adapter is a pair of vectors. Each is cut into groups of ``group_size`` entries;
+the last group may be shorter. A group is stored as unsigned codes and a scale:
 
     value = scale * (code - zero_point)
 
-``mid-rise``  zero_point = (2^bits - 1) / 2, the same everywhere and not stored: levels -1.5, -0.5, 0.5, 1.5 times the scale at
-              2 bits. The scale is searched for the least squared error. At 1 bit this is sign(x) * mean|x| (LoRAQuant, section 3).
-``rtn``       integer zero_point for each group, from its minimum and maximum (LoRAQuant, section 3).
+    mid-rise  zero_point = (2^bits - 1) / 2, the same everywhere and not stored: at 2 bits the
+              levels are -1.5, -0.5, 0.5 and 1.5 times the scale. A search finds the scale with
+              the least squared error. At 1 bit this is sign(x) * mean|x| (LoRAQuant, section 3).
+    rtn       an integer zero_point for each group, from its minimum and maximum (LoRAQuant,
+              section 3).
 
-All functions work on a batch of vectors (N, length), each with its own bits; a vector of 0 bits is zero.
+All functions work on a batch of vectors (N, length), each with its own bits. A vector of 0 bits is
+zero.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from torch import Tensor
 
 
 MAX_BITS = 8
-CANDIDATES = 24  # scales tried for a group
-TINY = 2.0**-100  # a scale to divide by where a group is all zero
+CANDIDATES = 24  # scales that the search tries for a group
+TINY = 2.0**-100  # divides a group whose scale is zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCodes:
-    """A batch of quantised vectors of one length."""
+    """Holds a batch of quantised vectors of one length."""
 
     codes: Tensor  # (N, length) uint8
     scale: Tensor  # (N, groups) in the dtype that is stored
@@ -36,7 +39,7 @@ class GroupCodes:
     group_size: int
 
     def values(self) -> Tensor:
-        """The dequantised vectors, (N, length) float32."""
+        """Returns the dequantised vectors, (N, length) float32."""
         if self.zero_point is None:
             zero_point = ((2.0 ** self.bits.float() - 1) / 2)[:, None].expand(self.scale.shape)
         else:
@@ -46,7 +49,7 @@ class GroupCodes:
         return self.codes.float().sub_(spread(zero_point, self.group_size, length)).mul_(scale)
 
     def __getitem__(self, rows: slice) -> GroupCodes:
-        """Some of the vectors."""
+        """Returns some of the vectors."""
         zero_point = None if self.zero_point is None else self.zero_point[rows]
         return replace(
             self,
@@ -57,11 +60,14 @@ class GroupCodes:
         )
 
     def where(self, mine: Tensor, other: GroupCodes) -> GroupCodes:
-        """These vectors where the mask ``mine`` (N,) is set and those of ``other``, of the same bits, elsewhere."""
+        """Returns these vectors where the mask ``mine`` (N,) is set, those of ``other`` elsewhere.
+
+        Both batches must have the same bits and the same kind of grid.
+        """
         mask = mine[:, None]
-        zero_point = (
-            None if self.zero_point is None else self.zero_point.where(mask, other.zero_point)
-        )
+        zero_point = None
+        if self.zero_point is not None and other.zero_point is not None:
+            zero_point = self.zero_point.where(mask, other.zero_point)
         return replace(
             self,
             codes=self.codes.where(mask, other.codes),
@@ -71,14 +77,17 @@ class GroupCodes:
 
 
 def num_groups(length: int, group_size: int) -> int:
-    """Groups of a vector; the last one may be shorter."""
+    """Returns the number of groups of a vector; the last one may be shorter."""
     return -(-length // group_size)
 
 
 def quantize_midrise(
     x: Tensor, bits: Tensor, *, group_size: int, scale_dtype: torch.dtype
 ) -> GroupCodes:
-    """The nearest levels of mid-rise grids whose scales have the least squared error of those tried; x (N, length) float."""
+    """Quantises x (N, length) float to the nearest levels of mid-rise grids.
+
+    Of the scales that it tries for a group, it takes the one with the least squared error.
+    """
     grouped, mask = _grouped(x.float(), group_size)  # (N, groups, size)
     half = (2.0 ** (bits.float() - 1))[:, None, None]  # levels on each side of zero
     peak = grouped.abs().amax(-1, keepdim=True)
@@ -87,7 +96,7 @@ def quantize_midrise(
     for fraction in torch.linspace(1.0, 0.2, CANDIDATES, dtype=torch.float32).tolist():
         # The outermost level is half - 1/2.
         candidate = fraction * peak / (half - 0.5).clamp(min=0.5)
-        # One step of Lloyd's algorithm: the best scale for the codes that the candidate gives.
+        # One step of Lloyd's algorithm: the best scale for the codes of the candidate.
         level = _levels(grouped, candidate, half).mul_(mask)
         candidate = (grouped * level).sum(-1, keepdim=True) / level.square().sum(
             -1, keepdim=True
@@ -101,7 +110,7 @@ def quantize_midrise(
         )
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
-    # A vector of 0 bits has no codes; its scale says so.
+    # A vector of 0 bits has no codes; a scale of 0 marks it.
     scale = torch.where(half < 1, 0.0, scale)
     codes = (_levels(grouped, scale, half) + (half - 0.5)).clamp_(min=0)
     codes = codes.flatten(1)[:, : x.shape[1]].round().to(torch.uint8)
@@ -117,7 +126,10 @@ def quantize_midrise(
 def quantize_rtn(
     x: Tensor, bits: Tensor, *, group_size: int, scale_dtype: torch.dtype
 ) -> GroupCodes:
-    """Round-to-nearest between each group's minimum and maximum (zero included), as in LoRAQuant; x (N, length) float."""
+    """Rounds x (N, length) float to nearest between the minimum and maximum of each group.
+
+    The range includes zero. This is the grid of LoRAQuant.
+    """
     grouped, _ = _grouped(x.float(), group_size)
     scale, zero_point, top = _rtn_range(grouped, bits)
     scale = scale.to(scale_dtype).float()
@@ -132,14 +144,16 @@ def quantize_rtn(
 
 
 def fake_rtn(x: Tensor, bits: Tensor, *, group_size: int) -> Tensor:
-    """The values of :func:`quantize_rtn` before its scale is shortened, differentiable: rounding passes the gradient on.
+    """Returns differentiable values of :func:`quantize_rtn`, before its scale is shortened.
 
-    The scale is a function of the group's minimum and maximum, so that these learn where the range should end.
+    Rounding passes the gradient on. The scale depends on the group's minimum and maximum, so that
+    these learn where the range should end.
     """
     grouped, _ = _grouped(x, group_size)
     scale, zero_point, top = _rtn_range(grouped, bits)
     units = grouped / scale.clamp(min=TINY)
-    # At the ends of the grid, clamp passes the whole gradient on; a minimum of two tensors would split it.
+    # At the ends of the grid, clamp passes the whole gradient on; a minimum of two tensors would
+    # split it.
     codes = (units + (units.round() - units).detach() + zero_point).clamp(
         min=torch.zeros_like(top), max=top
     )
@@ -147,9 +161,12 @@ def fake_rtn(x: Tensor, bits: Tensor, *, group_size: int) -> Tensor:
 
 
 def _rtn_range(grouped: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero point (N, groups, 1) of each group, and the greatest code of each vector (N, 1, 1)."""
+    """Returns the scale and zero point (N, groups, 1) of each group.
+
+    The third tensor is the greatest code of each vector, (N, 1, 1).
+    """
     top = (2.0 ** bits.to(grouped.dtype) - 1)[:, None, None]
-    # What pads a group is zero, and so is in every range.
+    # Padding is zero, which every range includes.
     low, high = (
         grouped.amin(-1, keepdim=True).clamp(max=0),
         grouped.amax(-1, keepdim=True).clamp(min=0),
@@ -160,13 +177,16 @@ def _rtn_range(grouped: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _levels(grouped: Tensor, scale: Tensor, half: Tensor) -> Tensor:
-    """The nearest of -half + 1/2 ... half - 1/2, in units of the scale; zero goes up."""
+    """Returns the nearest of -half + 1/2 ... half - 1/2, in units of the scale; zero goes up."""
     level = (grouped / scale.clamp(min=TINY)).floor_()
     return torch.maximum(torch.minimum(level, half - 1), -half).add_(0.5)
 
 
 def _grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(N, length) -> (N, groups, size), padded with zeros; and which entries are real, (groups, size)."""
+    """Pads x with zeros and cuts it: (N, length) -> (N, groups, size).
+
+    The second tensor says which entries are real, (groups, size).
+    """
     length = x.shape[1]
     groups = num_groups(length, group_size)
     size = min(group_size, length)
@@ -177,5 +197,5 @@ def _grouped(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def spread(per_group: Tensor, group_size: int, length: int) -> Tensor:
-    """(N, groups) -> (N, length)."""
+    """Repeats a value of each group for its entries, (N, groups) -> (N, length)."""
     return per_group.repeat_interleave(min(group_size, length), dim=1)[:, :length]

@@ -1,6 +1,4 @@
-"""Bits where they take away most of the error: against all other allocations of a small case, and
-within the budget.
-"""
+"""Allocation: against all others in a small case, and within the budget."""
 
 from itertools import pairwise, product
 
@@ -44,7 +42,8 @@ def test_relative_errors_fall(group_size):
     assert len(errors) == MAX_BITS + 1
     assert errors[0] == 1
     assert all(high < 0.7 * low for low, high in pairwise(errors))
-    # Of two signs the share 2 / pi each is left, squared again; finer groups do a little better.
+    # Signs keep the share 2 / pi of each vector, and a component has two; finer groups keep a
+    # little more.
     assert errors[1] == pytest.approx(1 - (2 / torch.pi) ** 2, abs=0.03)
 
 
@@ -64,9 +63,9 @@ def test_within_the_budget_and_in_order(values, share):
 
 @pytest.mark.parametrize("budget", range(2000, 8000, 500))
 def test_hardly_any_other_allocation_is_better(budget):
-    """Against all 5^4 allocations of up to 4 bits.
+    """Compares with all 5^4 allocations of up to 4 bits.
 
-    Only what is left when no step fits any more can be used better.
+    Another may be better only by using what is left when no step fits any more.
     """
     layers = [layer([8.0, 3.0]), layer([4.0, 2.0], rows=128)]
     bits = allocate(layers, budget, **OPTIONS)
@@ -86,7 +85,7 @@ def test_energy_decides_between_layers():
     ("budget", "bits"), [(500, [[1]]), (700, [[1]]), (900, [[2]]), (1300, [[3]])]
 )
 def test_what_is_left_buys_what_it_can(budget, bits):
-    """One bit is not on the hull: of a single component it is all that a small budget holds."""
+    """One bit is not on the hull, but a small budget may hold just one bit of one component."""
     single = layer([1.0])
     assert (single.cost(1, 128, 16), single.cost(2, 128, 16)) == (432, 816)
     assert allocate([single], budget, **OPTIONS) == bits

@@ -41,7 +41,7 @@ def test_shapes_and_range_of_the_codes(quantize, bits, length):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_one_bit_is_the_sign_times_the_mean(length):
-    """LoRAQuant, section 3, the low part; zero counts as positive."""
+    """This is the low part of LoRAQuant, section 3; zero counts as positive."""
     x = vectors(3, length)
     x[0, 0] = 0
     values = quantize_midrise(x, torch.ones(3, dtype=torch.long), **OPTIONS).values()
@@ -68,8 +68,9 @@ def test_midrise_is_no_worse_than_the_scale_of_the_largest_entry(bits, length):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rtn_is_at_most_half_a_step_away(bits):
-    """The range holds the minimum, the maximum and zero; an integer zero point may cost the ends
-    another half.
+    """The range includes the minimum, the maximum and zero.
+
+    An integer zero point may cost the ends another half step.
     """
     x = vectors(16, 24)
     quantized = quantize_rtn(x, torch.full((16,), bits), **OPTIONS)
@@ -92,7 +93,7 @@ def test_rtn_against_the_formula():
 @pytest.mark.parametrize("quantize", [quantize_midrise, quantize_rtn])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 def test_codes_belong_to_the_scale_that_is_stored(quantize, scale_dtype):
-    """Rounding a scale after its codes were chosen would leave some that are not the nearest."""
+    """If a scale were rounded after its codes were chosen, some codes would not be the nearest."""
     x = vectors(8, 24)
     quantized = quantize(x, torch.full((8,), 3), group_size=8, scale_dtype=scale_dtype)
     assert quantized.scale.dtype == scale_dtype

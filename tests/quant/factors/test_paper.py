@@ -66,7 +66,7 @@ def test_zero_product_has_no_components():
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_refinement_helps_and_never_harms(bits):
-    """In long groups above all, whose extremes lie far out."""
+    """It helps most in long groups, whose extremes lie far out."""
     generator = torch.Generator().manual_seed(0)
     b, a = torch.randn(8, 256, generator=generator), torch.randn(8, 128, generator=generator)
     options = {"group_size": 128, "scale_dtype": torch.float32}

@@ -1,6 +1,4 @@
-"""The residual-aware procedure: better than the published one at the same bits, and exact about
-what it claims.
-"""
+"""The residual-aware procedure: better than the published one, and exact in what it claims."""
 
 import pytest
 import torch
@@ -63,7 +61,7 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         [4, 2, 1],
         [2] * 6,
     ]
-    # Sweeps end for all of a batch together, so one alone may stop a little earlier.
+    # Sweeps end for the whole batch together; a product alone may stop a little earlier.
     alone = relative_error(B[:1], A[:1], quantize_residual(B[:1], A[:1], bits[:1], **OPTIONS))
     torch.testing.assert_close(relative_error(B, A, together)[:1], alone, rtol=0.02, atol=0)
 

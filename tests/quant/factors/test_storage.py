@@ -144,7 +144,7 @@ def test_pairs_may_hold_several_components(make_components):
 
 
 def test_the_layout_is_that_of_the_specification(make_components):
-    """Two components of 3 bits and one of 1 bit on (5, 13) with groups of 4, byte by byte."""
+    """Checks two components of 3 bits and one of 1 bit on (5, 13), in groups of 4, byte by byte."""
     components, format, tensors = packed(make_components, "331", 5, 13, 4, zero_points=True)
     # codes: 2 of ceil(15/8) and 2 of ceil(39/8) bytes; 1 of ceil(5/8) and 1 of ceil(13/8). Groups:
     # 2 and 4.

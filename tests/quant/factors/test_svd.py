@@ -39,7 +39,7 @@ def test_norm_and_error(shape):
 
 
 def test_small_errors_are_not_lost():
-    """Differences of norms would drown one of 1e-10 in the rounding of the large terms."""
+    """A difference of norms would lose an error of 1e-10 in the rounding of the large terms."""
     B, A = factors(12, 9, 4)
     error = squared_error(B, A, B.double() * (1 + 2**-20), A)
     torch.testing.assert_close(error, squared_norm(B, A) * 2.0**-40, rtol=1e-3, atol=0)
