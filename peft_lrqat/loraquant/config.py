@@ -144,8 +144,8 @@ class LoRAQuantConfig(AdapterConfig):
     trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
         default=None,
         metadata={
-            "help": "Tokens whose embeddings were trained and are stored with the adapter; "
-            "taken over."
+            "help": "Tokens whose embeddings were trained and are stored with the adapter; taken "
+            "over."
         },
     )
     bias: Literal["none", "all", "lora_only"] = field(

@@ -149,16 +149,16 @@ def dequantize_adapter(
     if isinstance(config, LRQATConfig):
         if dtype not in (None, torch.float32):
             raise ValueError(
-                f"the factors of an LR-QAT adapter are float32, or its integers change; {dtype} "
-                "was asked for"
+                "`dtype` must be float32 for an LR-QAT adapter, or its integers change, but is "
+                f"{dtype}; leave it out"
             )
         return dequantize_lrqat(config, state, target, str(source))
     assert isinstance(config, LoRAQuantConfig)  # `_check_packed_type` refuses all others
     stored, rest = _stored(state)
     if stored.keys() != config.component_bits.keys():
         raise ValueError(
-            f"the file in {source} has other modules than its {CONFIG_NAME}: "
-            f"{some(stored.keys() ^ config.component_bits.keys())}"
+            f"the weights in {source} and its {CONFIG_NAME} must have the same modules, but differ "
+            f"in {some(stored.keys() ^ config.component_bits.keys())}"
         )
     dtype = torch.float16 if dtype is None else dtype
     tensors: dict[str, Tensor] = {}
@@ -214,7 +214,7 @@ def _check_initialisation(initialisation: object) -> None:
     if isinstance(initialisation, str) and initialisation.startswith(CHANGED_BASES):
         raise ValueError(
             f"`init_lora_weights={initialisation!r}` takes the first factors out of the base "
-            "weights, which then are not the base model's; convert the adapter first (PEFT: "
+            "weights, so the adapter does not fit the original base model; convert it first (PEFT: "
             "`path_initial_model_for_weight_conversion`)"
         )
 
@@ -317,8 +317,9 @@ def _check_rest(
     if wanted.keys() != magnitudes.keys():
         raise ValueError(
             f"with `use_dora={config.use_dora}` the adapter must have {len(wanted)} magnitudes, "
-            f"but has {len(magnitudes)} (not in both: {some(wanted.keys() ^ magnitudes.keys())}); "
-            f"the weights and {CONFIG_NAME} do not belong together"
+            f"but has {len(magnitudes)} (only in one of them: "
+            f"{some(wanted.keys() ^ magnitudes.keys())}); the weights and {CONFIG_NAME} do not "
+            "belong together"
         )
     for key, tensor in magnitudes.items():
         if tensor.shape != (wanted[key],):
@@ -348,7 +349,9 @@ def _as_lora(
     Raises ValueError if the packed tensors are not what ``config`` describes.
     """
     if module not in config.shapes:
-        raise ValueError(f"{CONFIG_NAME} has no `shapes` of it; quantise the LoRA adapter again")
+        raise ValueError(
+            f"{CONFIG_NAME} has no `shapes` for this module; quantise the LoRA adapter again"
+        )
     rows, columns = config.shapes[module]
     found = {}
     if config.use_dora:

@@ -117,7 +117,9 @@ def from_files(
     try:
         config = PeftConfig.from_pretrained(str(config_path.parent))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{CONFIG_NAME} in {source} describes no adapter ({error})") from error
+        raise ValueError(
+            f"{CONFIG_NAME} in {source} does not describe an adapter ({error})"
+        ) from error
     path = locate(source, SAFETENSORS_WEIGHTS_NAME)
     if path is None:
         raise ValueError(

@@ -45,8 +45,8 @@ def quantize_lrqat(
     """
     if config.packed_factors is not None:
         raise ValueError(
-            "the factors of this LR-QAT adapter are packed already; quantise the adapter that it "
-            "was made from"
+            "the factors of this LR-QAT adapter are packed already; quantise the original adapter "
+            "instead"
         )
     factors, rest = _split(state)
     check_factors(factors, lambda name: config.r, recipe.scale_dtype)

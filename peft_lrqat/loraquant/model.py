@@ -218,8 +218,8 @@ def _layer_class(name: str, module: nn.Module) -> type[LoRAQuantLayer]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, BaseTunerLayer):
         raise TypeError(
-            f"`{name}` carries an adapter of another type already ({kind}); load the two on base "
-            "models of their own, or dequantise the LORAQUANT adapter to LoRA first"
+            f"`{name}` already carries an adapter of another type ({kind}); load the two on "
+            "separate base models, or dequantise the LORAQUANT adapter to LoRA first"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         return LoRAQuantEmbedding

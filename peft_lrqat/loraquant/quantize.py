@@ -72,8 +72,8 @@ def check_factors(
         ):
             raise ValueError(
                 f"the factors of `{name}` have shapes {tuple(B.shape)} and {tuple(A.shape)}, which "
-                f"make no product of rank {rank}; the weights and {CONFIG_NAME} do not belong "
-                "together"
+                f"do not form a product of rank {rank}; the weights and {CONFIG_NAME} do not "
+                "belong together"
             )
         for side, tensor in (("B", B), ("A", A)):
             if not tensor.is_floating_point():
@@ -88,8 +88,9 @@ def check_factors(
                 )
             if largest > LARGEST:
                 raise ValueError(
-                    f"`{side}` of `{name}` has an entry of {largest:.3g}, which no scale of "
-                    f"{scale_dtype} may reach; the adapter is damaged, or its training diverged"
+                    f"`{side}` of `{name}` has an entry of {largest:.3g}, but at most "
+                    f"{LARGEST:.3g} can be stored with scales of {scale_dtype}; the adapter is "
+                    "damaged, or its training diverged"
                 )
 
 

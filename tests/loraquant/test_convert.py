@@ -685,17 +685,21 @@ def test_damaged_factors(lora, changed, tmp_path):
             "written",
         ),
         ({B: infinite}, "`B` of `model.layers.0.mlp.down_proj` has NaN or infinite entries"),
-        ({B: large}, r"has an entry of 1e\+05, which no scale of bfloat16 may reach"),
+        (
+            {B: large},
+            r"an entry of 1e\+05, but at most 1e\+04 can be stored with scales of bfloat16",
+        ),
         (
             {A: state[A][:3].clone()},
-            "which make no product of rank 4; the weights and adapter_config.json do not belong",
+            "which do not form a product of rank 4; the weights and adapter_config.json do not "
+            "belong",
         ),
         (
             {A: torch.zeros(4, 3, 3, 3), B: torch.zeros(8, 4, 1, 1)},
             "is a convolution, with factors of shapes",
         ),
-        ({A: torch.zeros(4), B: torch.zeros(4)}, "make no product of rank 4"),
-        ({A: torch.zeros(4, 0)}, "make no product of rank 4"),
+        ({A: torch.zeros(4), B: torch.zeros(4)}, "do not form a product of rank 4"),
+        ({A: torch.zeros(4, 0)}, "do not form a product of rank 4"),
         (
             {A: torch.zeros(4, 48, dtype=torch.int8)},
             "`A` of .* must hold floating-point numbers, but holds torch.int8",
@@ -722,16 +726,16 @@ def test_damaged_factors(lora, changed, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 8}, "make no product of rank 8"),
+        ({"r": 8}, "do not form a product of rank 8"),
         (
             {"rank_pattern": {"down_proj": 2}},
-            r"`model\.layers\.0\.mlp\.down_proj` .* make no product of rank 2",
+            r"`model\.layers\.0\.mlp\.down_proj` .* do not form a product of rank 2",
         ),
         ({"use_dora": True}, "with `use_dora=True` the adapter must have 8 magnitudes, but has 0"),
         ({"r": "four"}, "`r` must be an integer"),
         ({"lora_alpha": None}, "`lora_alpha` must be a number"),
         ({"bias": "some"}, "`bias` must be one of"),
-        ({"target_parameters": "x"}, f"{CONFIG} in .* describes no adapter"),
+        ({"target_parameters": "x"}, f"{CONFIG} in .* does not describe an adapter"),
     ],
 )
 def test_configs_that_do_not_fit(fields, message, changed, tmp_path):
@@ -796,8 +800,12 @@ def test_packed_adapters_that_were_changed(make_lora, tmp_path):
             {},
             f"`{name}` in .*: the magnitude must be 32 finite numbers",
         ),
-        ({}, {"component_bits": without}, f"has other modules than its {CONFIG}: `{name}`"),
-        ({}, {"shapes": {}}, f"`{name}` in .*: {CONFIG} has no `shapes` of it"),
+        (
+            {},
+            {"component_bits": without},
+            f"{CONFIG} must have the same modules, but differ in `{name}`",
+        ),
+        ({}, {"shapes": {}}, f"`{name}` in .*: {CONFIG} has no `shapes` for this module"),
         (
             {},
             {"shapes": {**config["shapes"], name: [1, 1]}},
@@ -805,11 +813,15 @@ def test_packed_adapters_that_were_changed(make_lora, tmp_path):
         ),
         ({}, {"group_size": 8}, "in .*: the scales must be"),
         ({}, {"use_dora": False}, "in .*: magnitude are stored"),
-        ({}, {"r": 2**40}, f"{CONFIG} in .* describes no adapter .*larger than any adapter's"),
+        (
+            {},
+            {"r": 2**40},
+            f"{CONFIG} in .* does not describe an adapter .*larger than any adapter's",
+        ),
         (
             {},
             {"format_version": 99},
-            f"{CONFIG} in .* describes no adapter .*saved by a newer release",
+            f"{CONFIG} in .* does not describe an adapter .*saved by a newer release",
         ),
     ]
     for tensors, fields, message in cases:

@@ -145,7 +145,9 @@ def test_dequantised_it_has_the_same_integers(folder, make_base, tmp_path):
         for n in ("packed", "plain-again")
     ]
     assert share_of_different(*map(codes_of, models)) == 0
-    with pytest.raises(ValueError, match=r"are float32, or its integers change; torch\.float16"):
+    with pytest.raises(
+        ValueError, match=r"must be float32 .*its integers change, but is torch\.float16"
+    ):
         dequantize_adapter(tmp_path / "packed", tmp_path / "half", dtype=torch.float16)
 
 
@@ -242,7 +244,7 @@ def test_damaged_files_are_refused(change, message, folder, make_base, tmp_path)
 def test_what_cannot_be_quantised(folder, tmp_path):
     quantize(folder, tmp_path / "packed")
     cases = [
-        (tmp_path / "packed", "packed already; quantise the adapter that it was made from"),
+        (tmp_path / "packed", "packed already; quantise the original adapter instead"),
         (
             edited(folder, tmp_path / "lacks", drop("lrqat_A")),
             "needs lrqat_A, lrqat_B and lrqat_scale, but not all are there",
@@ -253,7 +255,7 @@ def test_what_cannot_be_quantised(folder, tmp_path):
         ),
         (
             edited(folder, tmp_path / "rank", lambda state, config: config.update(r=3)),
-            "which make no product of rank 3",
+            "which do not form a product of rank 3",
         ),
     ]
     for source, message in cases:

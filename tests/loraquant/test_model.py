@@ -692,7 +692,7 @@ def test_other_layers_are_refused(module):
 def test_layers_with_adapters_of_another_type_are_refused(saved, make_base):
     base = make_base()
     base.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
-    with pytest.raises(TypeError, match="carries an adapter of another type already"):
+    with pytest.raises(TypeError, match="already carries an adapter of another type"):
         base.load_adapter(str(saved / "packed"), "packed")
     model = get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="different peft types"):
