@@ -1,4 +1,4 @@
-"""The fake-quantised linear against autograd of the plain formula, and what it keeps for the backward pass."""
+"""The fake-quantised linear against autograd of the plain formula, and what it keeps."""
 
 import weakref
 
@@ -198,7 +198,7 @@ def gradients(x, w, bias=None, upstream=None, layer=fake_quant_linear):
 def test_chunks_and_clipped_entries_give_the_formulas_gradients(
     downcast, group_size, max_share, pass_through, monkeypatch
 ):
-    """Chunks of 16 columns, of which some have more clipped weights than `MAX_SHARE` and some fewer."""
+    """In chunks of 16 columns: some have more clipped weights than `MAX_SHARE`, and some fewer."""
     w = make(3, True, group_size, downcast, spread=3.0, out=40, in_=48, pass_through=pass_through)
     with torch.no_grad():
         w.A[:, 16:] *= 0.3
@@ -230,7 +230,7 @@ def test_entries_of_a_product():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 def test_results_may_be_written_into(biased, dtype):
-    """As after a plain linear layer, whose result autograd does not need."""
+    """The same holds for a plain linear layer, whose result autograd does not need."""
     w = make(3, True, -1, "fixed8", dtype=torch.promote_types(dtype, torch.float32))
     object.__setattr__(w, "dtype", dtype)
     x = torch.randn(6, IN, dtype=dtype)
@@ -265,7 +265,7 @@ def test_a_large_bias_does_not_drown_the_scales_gradient():
 )
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 def test_rows_that_leave_nothing_in_the_result_get_their_scales_gradient(biased, dtype):
-    """A row of zeros has the smallest of all steps; its integers may move all the same."""
+    """A row of zeros has the smallest of all steps, but its integers may move."""
     w = make(4, True, -1, "fixed8", dtype=torch.promote_types(dtype, torch.float32))
     object.__setattr__(w, "dtype", dtype)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_checkpointing_keeps_nothing_and_gives_the_same():
 
 @pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
 def test_only_x_and_per_row_y_are_kept_for_backward(group_size):
-    """The gradient of a row's scale is taken from the layer's result; most models keep that one anyway."""
+    """The gradient of a row's scale uses the layer's result, which most models keep anyway."""
     out, in_ = 96, 128
     w = make(4, True, group_size, "int", dtype=torch.float32, out=out, in_=in_)
     kept: list[torch.Tensor] = []
@@ -312,7 +312,7 @@ def test_only_x_and_per_row_y_are_kept_for_backward(group_size):
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that tensors made in here take at the same time."""
+    """Measures the most bytes that tensors made in this mode take at the same time."""
 
     def __init__(self):
         super().__init__()
@@ -340,7 +340,10 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("spread", [0.01, 3.0], ids=["few clipped", "many clipped"])
 @pytest.mark.parametrize("group_size", [-1, 128], ids=["per-row", "grouped"])
 def test_temporaries_do_not_grow_with_the_layer(group_size, spread):
-    """A bfloat16 layer whose weight takes 64 MB: results and gradients aside, at most 32 MB at any time."""
+    """A bfloat16 layer with a weight of 64 MB takes at most 32 MB at any time.
+
+    Results and gradients are not counted.
+    """
     out, in_, tokens = 8192, 4096, 16
     fmt = WeightFormat(
         grid=Grid(bits=4, group_size=group_size),
