@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ..quant import unpack
 from ..quant.grid import SCALE_DTYPES
+from ..shared.pages import release_pages
 from ..shared.words import some
 from .config import FORMAT_VERSION, METHOD, LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
@@ -116,6 +117,7 @@ class _Downcast(ConversionOps):
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.rpartition(".")[0]
         self.hf_quantizer.replace(model, name, weight)
+        release_pages(weight, self.hf_quantizer.files)
         missing_keys.discard(full_layer_name)
         return {}
 
@@ -163,7 +165,7 @@ class LowBitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.stored: dict[str, StoredWeight] = quantization_config.stored_weights()
         self._targets: set[str] = set()
-        self._files: list[str] = []
+        self.files: list[str] = []
         self._conversions: list[Any] = []
         self._not_finite: list[str] = []
         self._takeover: Takeover | None = None
@@ -192,7 +194,7 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._files = list(checkpoint_files or [])
+        self.files = list(checkpoint_files or [])
         if not self.pre_quantized:
             targets = find_targets(model, self.quantization_config)
             for name, module in targets.items():
@@ -203,7 +205,7 @@ class LowBitQuantizer(HfQuantizer):
             return
         if self.quantization_config.takes_over:
             source = self.quantization_config.source or {}
-            self._takeover = Takeover(model, source, self._files)
+            self._takeover = Takeover(model, source, self.files)
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         for name, stored in self.stored.items():
@@ -335,7 +337,7 @@ class LowBitQuantizer(HfQuantizer):
     def _different_tensors(self, pool: ThreadPoolExecutor) -> list[str]:
         """Names of tensors in the files, other than the targets', whose digest is another one."""
         wrong, expected = [], dict(self.quantization_config.digests)
-        for file in self._files:
+        for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 names = [name for name in opened.keys() if name in expected]  # noqa: SIM118
                 found = pool.map(partial(_digest_of, opened), names)
