@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -28,7 +29,7 @@ from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
 
 MAX_GROWTH = 4 * MB
 MAX_DRIFT = 0.1
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
