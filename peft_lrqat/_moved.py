@@ -12,9 +12,17 @@ from types import ModuleType
 
 
 MOVED = {
+    "peft_lrqat.cache": "peft_lrqat.shared.tensor_cache",
+    "peft_lrqat.config": "peft_lrqat.lrqat.config",
     "peft_lrqat.data": "peft_lrqat.trainer.data",
+    "peft_lrqat.downcast": "peft_lrqat.base.downcast",
+    "peft_lrqat.kv_cache": "peft_lrqat.activations.attention",
+    "peft_lrqat.layer": "peft_lrqat.lrqat.layer",
     "peft_lrqat.low_bit_cache": "peft_lrqat.activations.cache",
     "peft_lrqat.metrics": "peft_lrqat.trainer.metrics",
+    "peft_lrqat.model": "peft_lrqat.lrqat.model",
+    "peft_lrqat.size": "peft_lrqat.lrqat.size",
+    "peft_lrqat.staging": "peft_lrqat.shared.staging",
 }
 
 
