@@ -154,7 +154,7 @@ def rounded(x: Tensor, grid: Grid) -> Rounded:
 
 
 def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
-    """Raises ValueError if keys and values cannot be rounded; ``parents`` are around the targets."""
+    """Raises ValueError if keys and values cannot be rounded; ``parents`` hold the targets."""
     where = "`kv_cache_bits` is set, but"
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         raise ValueError(

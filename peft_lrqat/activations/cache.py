@@ -59,7 +59,8 @@ class LowBitCacheLayer(DynamicLayer):
         # transformers keeps it up to 5.23.
         self.dtype = key_states.dtype
         self.widths = key_states.shape[-1], value_states.shape[-1]
-        self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device=key_states.device)
+        self.keys, self.values = empty, empty.clone()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -89,12 +90,13 @@ def low_bit_cache(model: nn.Module) -> Cache:
         model.generate(**inputs, past_key_values=low_bit_cache(model))
         ```
     """
-    if model.config.is_encoder_decoder:
+    config: Any = model.config
+    if config.is_encoder_decoder:
         raise ValueError(
             "the low-bit cache is for decoders; leave `past_key_values` out: keys and values are "
             "rounded as used"
         )
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=config)
     for module in model.modules():
         index, grid = getattr(module, "layer_idx", None), kv_cache_grid(module)
         if (

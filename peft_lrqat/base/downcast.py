@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -144,6 +144,12 @@ class DowncastLinear(nn.Module):
         self._own = {name: p for name, p in found.items() if p is not None}
         self._held = {name: p.data for name, p in self._own.items() if type(p) is nn.Parameter}
 
+    @overload
+    def frozen(self, name: Literal["phi", "scale0"]) -> Tensor: ...
+
+    @overload
+    def frozen(self, name: str) -> Tensor | None: ...
+
     def frozen(self, name: str) -> Tensor | None:
         """``phi``, ``scale0`` or ``zero_point`` as the layer computes with it."""
         if torch.compiler.is_compiling():
@@ -160,7 +166,7 @@ class DowncastLinear(nn.Module):
         for name, value in vars(self).items():
             if name not in ("_held", "_own"):
                 vars(copied)[name] = copy.deepcopy(value, memo)
-        held = {name: self.frozen(name) for name in self.FROZEN}
+        held = {name: t for name in self.FROZEN if (t := self.frozen(name)) is not None}
         copied._own = {n: p for n in self.FROZEN if (p := copied._parameters.get(n)) is not None}
         copied._held = {name: held[name] for name in copied._own if name in self._held}
         return copied
@@ -208,12 +214,17 @@ class DowncastLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             for name in self._own:
-                destination[f"{prefix}{name}"] = self.frozen(name).detach()
+                held = self.frozen(name)
+                assert held is not None
+                destination[f"{prefix}{name}"] = held.detach()
 
     def stored_weight(self) -> Tensor:
-        """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's weight."""
+        """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's
+        weight.
+        """
         grid = self.format.grid
-        phi, scale, zero_point = map(self.frozen, self.FROZEN)
+        phi, scale = self.frozen("phi"), self.frozen("scale0")
+        zero_point = self.frozen("zero_point")
         weight = torch.empty(
             self.out_features, self.in_features, dtype=self.dtype, device=phi.device
         )
@@ -245,7 +256,7 @@ class DowncastLinear(nn.Module):
     def to_plain(self, weight: Tensor) -> nn.Linear | Conv1D:
         """A module of the original kind with ``weight`` (out, in) and this layer's bias."""
         if self.is_conv1d:
-            plain: nn.Linear | Conv1D = Conv1D(0, 0)
+            plain: Any = Conv1D(0, 0)
             plain.nf, plain.nx, plain.bias = self.out_features, self.in_features, self.bias
             # A transposed view, not a copy: its product adds up in the unmerged layer's order.
             weight = weight.T
@@ -264,7 +275,8 @@ class DowncastLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DowncastLinear:
         protected = {id(t) for t in (self.phi, self.scale0, self.zero_point)}
         keep = keep_values(fn)
-        held = {name: self.frozen(name) for name in self.FROZEN if name in self._held}
+        found = {name: self.frozen(name) for name in self.FROZEN if name in self._held}
+        held = {name: tensor for name, tensor in found.items() if tensor is not None}
         apart = {
             name: keep(tensor)
             for name, tensor in held.items()
@@ -283,6 +295,7 @@ class DowncastLinear(nn.Module):
         kind = "symmetric" if grid.symmetric else "asymmetric"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, bits={grid.bits}, group_size={grid.group_size}, {kind}, "
+            f"bias={self.bias is not None}, bits={grid.bits}, group_size={grid.group_size}, "
+            f"{kind}, "
             f"downcast={self.format.downcast}"
         )

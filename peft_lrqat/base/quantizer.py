@@ -104,7 +104,7 @@ class _Downcast(ConversionOps):
     def __init__(self, quantizer: LowBitQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers passes all of these by name
         self,
         input_dict: dict[str, Any],
         *args: Any,
@@ -128,7 +128,7 @@ class _UnpackZeroPoints(ConversionOps):
     def __init__(self, quantizer: LowBitQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers passes all of these by name
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         (packed,) = input_dict.values()
@@ -330,7 +330,8 @@ class LowBitQuantizer(HfQuantizer):
             wrong += self._different_tensors(pool)
         if wrong:
             raise ValueError(
-                f"the files of this low-bit base are damaged or were changed: {some(wrong)} are not "
+                f"the files of this low-bit base are damaged or were changed: {some(wrong)} are "
+                "not "
                 "what was stored. Make the base again, or download it again"
             )
 

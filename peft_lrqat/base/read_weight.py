@@ -55,7 +55,7 @@ _DESCRIPTIONS |= {
 
 
 class ReadWeight(Tensor):
-    """A weight that is made when its values are first used, and once for all uses of this object."""
+    """A weight that is made when its values are first used, once for all uses of this object."""
 
     _make: Callable[[], Tensor]
     _made: Tensor | None
@@ -97,7 +97,7 @@ class ReadWeight(Tensor):
         return func(*map(_used, args), **{name: _used(value) for name, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # the stub has no `args` defaults
         cls,
         func: Callable[..., Any],
         types: tuple[type, ...],

@@ -24,7 +24,8 @@ def write_card(
 ) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``.
 
-    ``sizes``: bits per weight, trained and stored; ``loader``: the class of transformers that loads the model.
+    ``sizes``: bits per weight, trained and stored; ``loader``: the class of transformers that loads
+    the model.
     """
     place, _, base = base_in_words(config.base_model_name_or_path)
     tags = {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *format.tags}
@@ -48,6 +49,7 @@ def write_card(
         mixed = (
             f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
         )
+    waste = _waste(sizes) if format.is_small else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -63,7 +65,7 @@ Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat
 
 - base model: {place}
 - weights of the target layers: {config.bits} bits, {grid}, {groups}{mixed}
-- stored at {sizes.stored:.2f} bits per weight, scales included{_waste(sizes) if format.is_small else ""}
+- stored at {sizes.stored:.2f} bits per weight, scales included{waste}
 {_activations(config, activations)}
 {table("measure", {name: f"{value:,}" for name, value in figures.items()})}
 {training_text(config.training_record)}"""

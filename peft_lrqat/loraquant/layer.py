@@ -46,6 +46,13 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         "loraquant_magnitude",
     )
     other_param_names: tuple[str, ...] = ("format", "scaling", *tensor_names)
+    # PEFT's, which nn.Module would hide from a type checker.
+    set_adapter: Callable[..., None]
+    active_adapters: list[str]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    _get_base_layer_device_and_dtype: Callable[..., tuple[torch.device | None, torch.dtype | None]]
+    _get_embed_scale: Callable[[], Tensor | None]
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class LoRAQuantModel(BaseTuner):
     prefix: str = "loraquant_"
     tuner_layer_cls = LoRAQuantLayer
     # PEFT's own table, which users may extend; its tuners annotate it more narrowly than it is.
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def set_cache_limit(self, limit: int) -> None:
         """Limits the bytes of expanded factors that all layers keep between forward passes.
@@ -50,9 +50,7 @@ class LoRAQuantModel(BaseTuner):
         """
         self._cache.set_limit(limit)
 
-    def _check_new_adapter_config(  # type: ignore[override]  # PEFT hands over our own config
-        self, config: LoRAQuantConfig
-    ) -> None:
+    def _check_new_adapter_config(self, config: LoRAQuantConfig) -> None:
         """Raises ValueError for an adapter that cannot be run, before anything is changed."""
         super()._check_new_adapter_config(config)
         if not config.component_bits:
@@ -68,9 +66,7 @@ class LoRAQuantModel(BaseTuner):
                 "is_trainable=False, or train the LoRA adapter further and quantise it again"
             )
 
-    def _prepare_model(  # type: ignore[override]  # PEFT hands over our own config
-        self, peft_config: LoRAQuantConfig, model: nn.Module
-    ) -> None:
+    def _prepare_model(self, peft_config: LoRAQuantConfig, model: nn.Module) -> None:
         """Checks every target before any is replaced: a refusal must leave the model unchanged."""
         _maybe_include_all_linear_layers(peft_config, model)
         inside = tuple(
@@ -93,7 +89,7 @@ class LoRAQuantModel(BaseTuner):
         layers = (module for module in model.modules() if isinstance(module, LoRAQuantLayer))
         self._cache = next((layer._cache for layer in layers), None) or TensorCache()
 
-    def _create_and_replace(  # type: ignore[override]  # PEFT hands over our own config
+    def _create_and_replace(
         self,
         peft_config: LoRAQuantConfig,
         adapter_name: str,
@@ -155,7 +151,7 @@ class LoRAQuantModel(BaseTuner):
             yield
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # as above
+    def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
         config: LoRAQuantConfig,

@@ -10,7 +10,8 @@ from .config import LRQATConfig
 def describe_adapter(
     save_directory: str, config: LRQATConfig, subfolder: str | None = None
 ) -> None:
-    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install and load it.
+    """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install
+    and load it.
 
     ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
     """
@@ -19,7 +20,7 @@ def describe_adapter(
 
 
 def scheme_tags(config: LRQATConfig) -> set[str]:
-    """``{"w4a8"}``, ``{"w4a8kv4"}``: the usual short name, where more than the weights is rounded."""
+    """The usual short name, such as ``{"w4a8kv4"}``, if more than the weights is rounded."""
     if config.activation_bits is None and config.kv_cache_bits is None:
         return set()
     kv_cache = "" if config.kv_cache_bits is None else f"kv{config.kv_cache_bits}"
@@ -41,10 +42,14 @@ def _section(config: LRQATConfig, subfolder: str | None) -> str:
         mixed = (
             f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
         )
+    first_range = config.range_estimator
+    if config.range_estimator == "lp":
+        first_range += f" (p = {config.range_p})"
     return f"""## LR-QAT adapter
 
-A {config.bits}-bit weight-quantised model trained with LR-QAT (low-rank quantisation-aware training, arXiv 2406.06385). PEFT alone
-does not know this adapter type: without the import below it answers `KeyError: 'LRQAT'`.
+A {config.bits}-bit weight-quantised model trained with LR-QAT (low-rank quantisation-aware
+training, arXiv 2406.06385). PEFT alone does not know this adapter type: without the import below
+it raises `KeyError: 'LRQAT'`.
 
 ```sh
 pip install peft-lrqat
@@ -62,19 +67,26 @@ model = model.merge_and_unload()  # plain linear layers, weight = scale * intege
 
 - base model: {place}, in {config.base_dtype}{note}; another base is refused
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
-{activation_text(config)}- rank {config.r}, lora_alpha {config.lora_alpha}, frozen weights kept as `{config.downcast}` in training
-- first ranges: {config.range_estimator}{f" (p = {config.range_p})" if config.range_estimator == "lp" else ""}
+{activation_text(config)}- rank {config.r}, lora_alpha {config.lora_alpha}
+- frozen weights kept as `{config.downcast}` in training
+- first ranges: {first_range}
 {packed_text(config.packed_factors)}{training_text(config.training_record)}"""
 
 
 def activation_text(config: LRQATConfig) -> str:
-    """How the adapter rounds activations, keys and values, in Markdown; nothing where it does not."""
+    """How the adapter rounds activations, keys and values, in Markdown; empty if it does not."""
     kind = "symmetric" if config.activation_symmetric else "asymmetric"
     text = ""
     if config.activation_bits is not None:
-        text += f"- inputs of these layers: {config.activation_bits} bits, {kind}, one range per token, found as they come\n"
+        text += (
+            f"- inputs of these layers: {config.activation_bits} bits, {kind}, one range per "
+            "token, found as they come\n"
+        )
     if config.kv_cache_bits is not None:
-        text += f"- keys and values: {config.kv_cache_bits} bits, {kind}, one range per token and head\n"
+        text += (
+            f"- keys and values: {config.kv_cache_bits} bits, {kind}, one range per token and "
+            "head\n"
+        )
     if text:
         text += "- softmax, norms and residuals stay in the model's dtype\n"
     return text
@@ -90,6 +102,6 @@ def packed_text(fields: dict | None) -> str:
         if not isinstance(value, dict | list)
     }
     return (
-        f"- the factors are packed (LoRAQuant, arXiv 2510.26690; method {fields.get('method')}), and float32 again once loaded\n\n"
-        + table("measure of the packing", report)
+        f"- the factors are packed (LoRAQuant, arXiv 2510.26690; method {fields.get('method')}), "
+        "and float32 again once loaded\n\n" + table("measure of the packing", report)
     )

@@ -37,15 +37,17 @@ FORMAT_VERSION = 1
 class LRQATConfig(WeightSettings, AdapterConfig):
     """Configuration of LR-QAT, low-rank quantisation-aware training (arXiv 2406.06385).
 
-    Each target linear's weight is replaced by a downcast one on an integer grid; rank-``r`` factors inside the rounding and
-    the scales are trained. ``merge_and_unload()`` gives one integer matrix times its scales.
+    Each target linear's weight is replaced by a downcast one on an integer grid; rank-``r`` factors
+    inside the rounding and the scales are trained. ``merge_and_unload()`` gives one integer matrix
+    times its scales.
 
     Example:
         ```py
         from peft import get_peft_model
         from peft_lrqat import LRQATConfig
 
-        model = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", bits=3))
+        model = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM",
+        target_modules="all-linear", bits=3))
         ```
     """
 
@@ -58,16 +60,18 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     lora_alpha: float = field(
         default=32,
         metadata={
-            "help": "The low-rank product is multiplied by gamma = lora_alpha / r. Default 32: gamma = 1, with which the factors "
-            "move integers soonest at a given learning rate. The paper uses 1 (gamma = 1/32 at r = 32)."
+            "help": "The low-rank product is multiplied by gamma = lora_alpha / r. Default 32: "
+            "gamma = 1, with which the factors move integers soonest at a given learning rate. "
+            "The paper uses 1 (gamma = 1/32 at r = 32)."
         },
     )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
-            "help": "Modules to quantise and train: names or endings of names, one regular expression, or 'all-linear': every "
-            "Linear and Conv1D but the output layer, which is what the paper quantises and what the command line takes by "
-            "default. Without a value in Python: PEFT's LoRA targets of the architecture, often only two in each block."
+            "help": "Modules to quantise and train: names or endings of names, one regular "
+            "expression, or 'all-linear': every Linear and Conv1D but the output layer, which is "
+            "what the paper quantises and what the command line takes by default. Without a value "
+            "in Python: PEFT's LoRA targets of the architecture, often only two in each block."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
@@ -79,68 +83,77 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None,
         metadata={
-            "help": "Further modules to train in full and to save with the adapter, such as a classification head."
+            "help": "Further modules to train in full and to save with the adapter, such as a "
+            "classification head."
         },
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
         metadata={
-            "help": "Index or indices of the layers to work on; with target_modules as a list of names."
+            "help": "Index or indices of the layers to work on; with target_modules as a list of "
+            "names."
         },
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None,
         metadata={
-            "help": "Name of the ModuleList that layers_to_transform counts in, where it is not 'layers' or 'h'."
+            "help": "Name of the ModuleList that layers_to_transform counts in, where it is not "
+            "'layers' or 'h'."
         },
     )
     activation_bits: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Bits of the inputs of the target modules, 2 to 8; the paper has 8 and 4. Dynamic: each token has a range of "
-            "its own, found in every forward pass. Attention's softmax, norms and residuals stay in the model's dtype. Left out: "
-            "the inputs stay as they are."
+            "help": "Bits of the inputs of the target modules, 2 to 8; the paper has 8 and 4. "
+            "Dynamic: each token has a range of its own, found in every forward pass. Attention's "
+            "softmax, norms and residuals stay in the model's dtype. Left out: the inputs stay as "
+            "they are."
         },
     )
     kv_cache_bits: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Bits of the keys (after rotary embedding) and values in the attention layers that target modules lie in, 2 to "
-            "8; the paper has 8 and 4. One range for each token and head. Left out: they stay as they are."
+            "help": "Bits of the keys (after rotary embedding) and values in the attention layers "
+            "that target modules lie in, 2 to 8; the paper has 8 and 4. One range for each token "
+            "and head. Left out: they stay as they are."
         },
     )
     activation_symmetric: bool = field(
         default=False,
         metadata={
-            "help": "Ranges of activation_bits and kv_cache_bits. False, the default and the paper's: from the smallest to the "
-            "largest value, with a zero point. True: as far below zero as above."
+            "help": "Ranges of activation_bits and kv_cache_bits. False, the default and the "
+            "paper's: from the smallest to the largest value, with a zero point. True: as far "
+            "below zero as above."
         },
     )
     clipped_gradient: Literal["zero", "pass_through"] = field(
         default="zero",
         metadata={
-            "help": "What a weight outside the grid hands on to A and B. zero (default): nothing, the exact gradient of the clip. "
-            "pass_through: as if it lay inside, which saves a little time."
+            "help": "What a weight outside the grid hands on to A and B. zero (default): nothing, "
+            "the exact gradient of the clip. pass_through: as if it lay inside, which saves a "
+            "little time."
         },
     )
     init_weights: bool = field(
         default=True,
         metadata={
-            "help": "True, the default: A Kaiming-uniform and B zero, so that training starts from round-to-nearest. False: B "
-            "random, of one grid step; useful in tests only."
+            "help": "True, the default: A Kaiming-uniform and B zero, so that training starts "
+            "from round-to-nearest. False: B random, of one grid step; useful in tests only."
         },
     )
     base_dtype: Optional[str] = field(
         default=None,
         metadata={
-            "help": "The dtype of the base weights that the frozen weights are made from; filled in when the adapter is created. A "
-            "base loaded in a wider dtype is rounded to it first, so that the same integers come out."
+            "help": "The dtype of the base weights that the frozen weights are made from; filled "
+            "in when the adapter is created. A base loaded in a wider dtype is rounded to it "
+            "first, so that the same integers come out."
         },
     )
     base_dtype_pattern: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "The modules whose base weight had another dtype, by full name; filled in like base_dtype."
+            "help": "The modules whose base weight had another dtype, by full name; filled in "
+            "like base_dtype."
         },
     )
     base_dtype_found: bool = field(
@@ -155,21 +168,24 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     verify_base: bool = field(
         default=True,
         metadata={
-            "help": "Refuse to load the adapter on a base model other than the one it was trained on. Not saved. Default True; "
-            "False is for those who know that the difference does no harm."
+            "help": "Refuse to load the adapter on a base model other than the one it was trained "
+            "on. Not saved. Default True; False is for those who know that the difference does no "
+            "harm."
         },
     )
     training_record: Optional[dict] = field(
         default=None,
         metadata={
-            "help": "What the trainer writes down for the model card: steps, settings, metrics; filled in. It changes nothing else."
+            "help": "What the trainer writes down for the model card: steps, settings, metrics; "
+            "filled in. It changes nothing else."
         },
     )
     packed_factors: Optional[dict] = field(
         default=None,
         metadata={
-            "help": "How A and B lie in the saved file, where they are packed (`peft_lrqat.loraquant.quantize_adapter`); filled in "
-            "by the conversion, and None once they are loaded."
+            "help": "How A and B lie in the saved file, where they are packed "
+            "(`peft_lrqat.loraquant.quantize_adapter`); filled in by the conversion, and None "
+            "once they are loaded."
         },
     )
 
@@ -216,9 +232,11 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             for index in layers if isinstance(layers, list | tuple | set) else [layers]:
                 check_integer("layers_to_transform", index, 0)
         if isinstance(self.target_modules, str) and layers is not None:
-            # One expression is matched as it is, and 'all-linear' becomes full names, which PEFT takes whatever their layer.
+            # One expression is matched as it is, and 'all-linear' becomes full names, which PEFT
+            # takes whatever their layer.
             raise ValueError(
-                "`layers_to_transform` needs `target_modules` as a list of names, such as ['q_proj', 'down_proj'], but it is "
+                "`layers_to_transform` needs `target_modules` as a list of names, such as "
+                "['q_proj', 'down_proj'], but it is "
                 f"{self.target_modules!r}"
             )
         if self.layers_pattern and self.layers_to_transform is None:
@@ -341,7 +359,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         return None if bits is None else Grid(bits=bits, symmetric=self.activation_symmetric)
 
     def base_dtype_of(self, module_name: str) -> str | None:
-        """The dtype that the frozen weight of one target is made from; None before it is filled in."""
+        """The dtype that one target's frozen weight is made from; None before it is filled in."""
         return self.base_dtype_pattern.get(module_name, self.base_dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -367,7 +385,8 @@ def _check_record(record: object) -> None:
     )
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(
-            '`training_record` must be None or a dict such as {"steps": 10, "settings": {"lr": 0.1}, "metrics": {"loss": 2.5}}, '
+            "`training_record` must be None or a dict such as "
+            '{"steps": 10, "settings": {"lr": 0.1}, "metrics": {"loss": 2.5}}, '
             f"but is {record!r}"
         )
     check_json("training_record", record, allow_nan=False)

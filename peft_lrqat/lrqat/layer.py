@@ -38,7 +38,9 @@ CACHED_TOKENS = 256
 
 
 class _ExactParameterDict(nn.ParameterDict):
-    """Parameters whose values ``.half()`` and ``.to(dtype)`` leave alone: they decide which integers ship."""
+    """Parameters whose values ``.half()`` and ``.to(dtype)`` leave alone: they decide which
+    integers ship.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _ExactParameterDict:
         return super()._apply(keep_values(fn, widen=True), recurse)
@@ -83,7 +85,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class LRQATLayer(BaseTunerLayer):
-    """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r), `lrqat_scale` (out, groups)."""
+    """What PEFT asks of a layer, and the adapters' state: `lrqat_A` (r, in), `lrqat_B` (out, r),
+    `lrqat_scale` (out, groups).
+    """
 
     adapter_layer_names: tuple[str, ...] = ("lrqat_A", "lrqat_B", "lrqat_scale")
     other_param_names: tuple[str, ...] = (
@@ -111,7 +115,8 @@ class LRQATLayer(BaseTunerLayer):
         self.lrqat_A = _ExactParameterDict({})
         self.lrqat_B = _ExactParameterDict({})
         self.lrqat_scale = _ExactParameterDict({})
-        # Of the downcast weight that the adapter was made for: saved with it, compared when it is first used.
+        # Of the downcast weight that the adapter was made for: saved with it, compared when it is
+        # first used.
         self.lrqat_fingerprint = _Fingerprints({}, persistent=True)
         self.verify_base: dict[str, bool] = {}
         # The base weight, by its generation, that an adapter was compared with.
@@ -150,7 +155,9 @@ class LRQATLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """A Kaiming-uniform and B zero; or, with ``init_weights=False``, B such that gamma * B @ A has a deviation of one step."""
+        """A Kaiming-uniform and B zero; or, with ``init_weights=False``, B such that gamma * B @ A
+        has a deviation of one step.
+        """
         nn.init.kaiming_uniform_(self.lrqat_A[adapter_name], a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(self.lrqat_B[adapter_name])
@@ -162,7 +169,9 @@ class LRQATLayer(BaseTunerLayer):
             nn.init.normal_(self.lrqat_B[adapter_name], std=std)
 
     def low_rank_weight(self, adapter_name: str) -> LowRankWeight:
-        """The tensors that decide the integers of this layer under one adapter; the only way to forward, merge and export."""
+        """The tensors that decide the integers of this layer under one adapter; the only way to
+        forward, merge and export.
+        """
         self._verify_base(adapter_name)
         base = self.base_layer
         return LowRankWeight(
@@ -178,7 +187,9 @@ class LRQATLayer(BaseTunerLayer):
         )
 
     def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:
-        """W_hat, (out, in) in the base's dtype: held from an earlier call, if it was made of the very same values."""
+        """W_hat, (out, in) in the base's dtype: held from an earlier call, if it was made of the
+        very same values.
+        """
         w = self.low_rank_weight(adapter_name)
         # A version counter would miss what is written through `.data`, as averages of weights are.
         constants = torch.tensor([float(w.gamma)]), torch.tensor([self.base_layer.fingerprint])
@@ -202,7 +213,9 @@ class LRQATLayer(BaseTunerLayer):
             self.cache.drop(self.name, adapter_name)
 
     def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
-        """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by default."""
+        """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by
+        default.
+        """
         name = adapter_name or self._adapter_to_run()
         if name is None:
             raise ValueError("no adapter of this layer is active; give `adapter_name`")
@@ -254,7 +267,8 @@ class LRQATLayer(BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.lrqat_A]
         if len(active) > 1:
             raise ValueError(
-                f"one weight has one set of integers: adapters {active} cannot be active on it together"
+                f"one weight has one set of integers: adapters {active} cannot be active on it "
+                "together"
             )
         return active[0] if active else None
 
@@ -283,7 +297,9 @@ class LRQATLayer(BaseTunerLayer):
                 tensors[adapter_name] = tensors[adapter_name].to(device)
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """The factors and scales to the dtype of the base weight, as PEFT's ``autocast_adapter_dtype=False`` asks."""
+        """The factors and scales to the dtype of the base weight, as PEFT's
+        ``autocast_adapter_dtype=False`` asks.
+        """
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 parameter = getattr(self, name)[adapter_name]
@@ -384,7 +400,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Computes with the dense weight s * Q from here on; the downcast weight stays, so that unmerging is exact."""
+        """Computes with the dense weight s * Q from here on; the downcast weight stays, so that
+        unmerging is exact.
+        """
         names = [
             name for name in check_adapters_to_merge(self, adapter_names) if name in self.lrqat_A
         ]
@@ -392,7 +410,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
             return
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(
-                f"one weight has one set of integers: adapters {self.merged_adapters + names} cannot be merged together"
+                f"one weight has one set of integers: adapters {self.merged_adapters + names} "
+                "cannot be merged together"
             )
         self.base_layer.merged_weight = self._merged_weight(names[0], safe_merge)
         self.merged_adapters.append(names[0])
@@ -428,7 +447,8 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(
                 # PEFT's words first, which callers know.
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: the merged weight of "
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be "
+                "broken: the merged weight of "
                 f"adapter `{adapter_name}` is not finite"
             )
         return weight

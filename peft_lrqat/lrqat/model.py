@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -53,7 +53,8 @@ class LRQATModel(BaseTuner):
         # Read while PEFT's initializer injects the first adapter. One cache for the whole model,
         # whichever tuner object put the first layer there.
         layers = [module for module in model.modules() if isinstance(module, LRQATLinear)]
-        self._cache = layers[0].cache if layers else TensorCache(CACHE_BYTES)
+        shared = layers[0].cache if layers else None
+        self._cache: TensorCache = shared or TensorCache(CACHE_BYTES)
         self._plan: Plan | None = None
         self._progress = logging.tqdm(disable=True)
         super().__init__(model, *args, **kwargs)
@@ -69,8 +70,8 @@ class LRQATModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._progress.close()
-        layers = (name for name, m in model.named_modules() if isinstance(m, LRQATLayer))
-        own = [name for name in layers if adapter_name in model.get_submodule(name).lrqat_A]
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LRQATLayer)]
+        own = [name for name, layer in layers if adapter_name in layer.lrqat_A]
         grid = self.peft_config[adapter_name].kv_cache_grid
         attention.add_adapter(model, adapter_name, grid, own)
 
@@ -81,7 +82,7 @@ class LRQATModel(BaseTuner):
         chosen = peft_config.target_modules is not None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if not chosen:
-            names = peft_config.target_modules
+            names: Any = peft_config.target_modules
             logger.warning(
                 "`target_modules` is not set: only "
                 f"{names if isinstance(names, str) else sorted(names)}, PEFT's choice for LoRA, "
@@ -94,10 +95,11 @@ class LRQATModel(BaseTuner):
         all_linear = peft_config.target_modules == "all-linear"
         frozen = low_bit_layers(model)
         if all_linear and frozen:
-            peft_config.target_modules = set(frozen)
+            peft_config.target_modules = cast(Any, set(frozen))
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear and peft_config.task_type in TASKS_WITH_HEADS:
-            peft_config.target_modules -= HEADS
+            names = set(peft_config.target_modules or ()) - HEADS
+            peft_config.target_modules = cast(Any, names)
         frozen = {
             name: layer
             for name, layer in frozen.items()
@@ -133,7 +135,7 @@ class LRQATModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if current_key not in self._plan.targets:
+        if self._plan is None or current_key not in self._plan.targets:
             # A state dict, and not the config, named it.
             check_target(current_key, target, peft_config)
         if isinstance(target, LRQATLinear):
@@ -141,10 +143,16 @@ class LRQATModel(BaseTuner):
             return
         format = peft_config.weight_format(current_key, in_features(target))
         base_dtype = SCALE_DTYPES[
-            peft_config.base_dtype_of(current_key) or DTYPE_NAMES[target.weight.dtype]
+            peft_config.base_dtype_of(current_key) or DTYPE_NAMES[cast(Tensor, target.weight).dtype]
         ]
         module = LRQATLinear(
-            target, adapter_name, format, peft_config, base_dtype, current_key, self._cache
+            cast(Any, target),
+            adapter_name,
+            format,
+            peft_config,
+            base_dtype,
+            current_key,
+            self._cache,
         )
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
@@ -211,5 +219,5 @@ class LRQATModel(BaseTuner):
         if not config.verify_base:
             state_dict = loading.adopt_base(model, adapter_name, state_dict)
         loading.check(model, config, adapter_name, state_dict)
-        model.peft_config[adapter_name] = config
+        cast(Any, model).peft_config[adapter_name] = config
         return state_dict

@@ -19,12 +19,14 @@ from .config import LRQATConfig
 
 
 KINDS = ("codes", "scales", "zero_points")
-# Under another name: a loader that does not unpack finds no fingerprint, and the layer refuses to run.
+# Under another name: a loader that does not unpack finds no fingerprint, and the layer refuses to
+# run.
 FINGERPRINT, PACKED_FINGERPRINT = "lrqat_fingerprint", "loraquant_fingerprint"
 
 
 def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file with plain factors, ``lrqat_A`` (r, in) and ``lrqat_B`` (out, r), float32.
+    """The tensors of an adapter's file with plain factors, ``lrqat_A`` (r, in) and ``lrqat_B``
+    (out, r), float32.
 
     ValueError where ``state`` is not what ``config.packed_factors`` describes.
     """
@@ -34,7 +36,8 @@ def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, T
         formats = _formats(fields or {})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`packed_factors` in {CONFIG_NAME} does not describe packed factors ({error}); the configuration is damaged"
+            f"`packed_factors` in {CONFIG_NAME} does not describe packed factors ({error}); the "
+            "configuration is damaged"
         ) from None
     for name, format in formats.items():
         stored = {
@@ -49,7 +52,8 @@ def unpack_factors(config: LRQATConfig, state: dict[str, Tensor]) -> dict[str, T
             check_rank(format, config.r)
         except ValueError as error:
             raise ValueError(
-                f"the stored adapter does not fit `{name}`: {error}. Its files are not whole, or were changed"
+                f"the stored adapter does not fit `{name}`: {error}. Its files are not whole, or "
+                "were changed"
             ) from None
         B, A = expand(format, packed, torch.float32)
         missing = config.r - len(format.bits)

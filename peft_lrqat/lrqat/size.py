@@ -10,7 +10,9 @@ from .layer import LRQATLayer
 
 
 def target_weight_bytes(model: nn.Module) -> int:
-    """Resident bytes of the downcast weights of all LR-QAT layers: phi, first scales and zero points."""
+    """Resident bytes of the downcast weights of all LR-QAT layers: phi, first scales and zero
+    points.
+    """
     tensors = [
         tensor
         for layer in model.modules()
@@ -22,7 +24,9 @@ def target_weight_bytes(model: nn.Module) -> int:
 
 
 def deployed_weight_bytes(model: nn.Module) -> int:
-    """Bytes of the integer matrices that ship: b bits a weight densely packed, scales in their dtype, packed zero points."""
+    """Bytes of the integer matrices that ship: b bits a weight densely packed, scales in their
+    dtype, packed zero points.
+    """
     total = 0
     for layer in model.modules():
         if isinstance(layer, LRQATLayer):

@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -73,7 +74,7 @@ def plan(model: nn.Module, config: LRQATConfig, is_target: Callable[[str], bool]
         base_dtype=most,
         base_dtype_pattern=others,
         weights=sum(
-            module.weight.numel()
+            cast(Tensor, module.weight).numel()
             for module in targets.values()
             if not isinstance(module, LRQATLinear | DowncastLinear)
         ),
@@ -90,9 +91,9 @@ def find_targets(model: nn.Module, is_target: Callable[[str], bool]) -> dict[str
     }
 
 
-def in_features(module: nn.Linear | Conv1D | LRQATLinear) -> int:
+def in_features(module: nn.Module) -> int:
     """The width of a target."""
-    return module.nx if isinstance(module, Conv1D) else module.in_features
+    return cast(int, module.nx if isinstance(module, Conv1D) else module.in_features)
 
 
 def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
@@ -159,14 +160,14 @@ def _why_not(module: nn.Module) -> str | None:
 @torch.no_grad()
 def _computes_the_product(module: nn.Linear | Conv1D) -> bool:
     """Whether a subclass's own ``forward`` gives what its parent's gives, on a few inputs."""
-    parent = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    parent: Any = Conv1D if isinstance(module, Conv1D) else nn.Linear
     generator = torch.Generator().manual_seed(0)
     for shape, size in (((3,), 1.0), ((2, 3), 30.0)):
         x = torch.randn(*shape, in_features(module), generator=generator, dtype=torch.float32)
         x = (size * x).to(module.weight)
         wanted = parent.forward(module, x)
         try:
-            found = type(module).forward(module, x)
+            found = cast(Any, type(module)).forward(module, x)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False  # it takes other inputs
         if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
@@ -181,8 +182,8 @@ def _check_same_recipe(name: str, layer: LRQATLinear, config: LRQATConfig) -> No
     """Raises ValueError if an adapter asks for another frozen weight than the one that is there."""
     base = layer.base_layer
     first_range = range_name(config.range_estimator, config.range_p)
-    wanted = [config.weight_format(name, layer.in_features), first_range]
-    present = [base.format, base.range]
+    wanted: list[Any] = [config.weight_format(name, layer.in_features), first_range]
+    present: list[Any] = [base.format, base.range]
     if config.verify_base and not config.base_dtype_is_open:
         wanted.append(config.base_dtype_of(name))
         present.append(DTYPE_NAMES[base.base_dtype])
@@ -204,10 +205,12 @@ def _in_words(format: WeightFormat, first_range: str, base_dtype: str | None = N
     )
 
 
-def _base_dtype(module: nn.Linear | Conv1D | DowncastLinear | LRQATLinear) -> torch.dtype:
+def _base_dtype(module: nn.Module) -> torch.dtype:
     if isinstance(module, LRQATLayer):
         return module.base_layer.base_dtype
-    return module.base_dtype if isinstance(module, DowncastLinear) else module.weight.dtype
+    if isinstance(module, DowncastLinear):
+        return module.base_dtype
+    return cast(Tensor, module.weight).dtype
 
 
 def _check_patterns(config: LRQATConfig, targets: Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,6 @@
-"""The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of PEFT or transformers."""
+"""The tensor core: grids, ranges, storage, packing and the fake-quantised linear. Knows nothing of
+PEFT or transformers.
+"""
 
 from .activations import decode_tokens, encode_tokens, fake_quantize_tokens, quantized_tokens
 from .fake_quant import fake_quant_linear

@@ -11,7 +11,8 @@ from torch import Tensor
 def keep_values(
     fn: Callable[[Tensor], Tensor], *, widen: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """Wraps the function that ``Module._apply`` gets, so that it moves a tensor and keeps its values.
+    """Wraps the function that ``Module._apply`` gets, so that it moves a tensor and keeps its
+    values.
 
     With ``widen``, a shorter tensor still becomes float32. Never float64: Z would be rounded from
     other digits.

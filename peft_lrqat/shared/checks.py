@@ -1,4 +1,6 @@
-"""Checks of the fields of a configuration; each raises ValueError with the field, the rule and the value."""
+"""Checks of the fields of a configuration; each raises ValueError with the field, the rule and the
+value.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the configurations of both adapter types have in common: versions, saving, the model card."""
+"""What the configurations of both adapter types share: versions, saving, the model card."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ class AdapterConfig(PeftConfig):
         if os.path.exists(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             update_signature(Path(save_directory))
         # For the card: without a task, only this names the class of the base model.
-        self.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+        if mapping := kwargs.get("auto_mapping_dict"):
+            self.auto_mapping = mapping
         weights = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
         if any(os.path.exists(os.path.join(save_directory, name)) for name in weights):
             self.write_card(save_directory)
 
     def write_card(self, folder: str, subfolder: str | None = None) -> None:
-        """Creates or updates the card in ``folder`` of an adapter there, or in its ``subfolder``."""
+        """Creates or updates the card in ``folder`` of an adapter there or in ``subfolder``."""
         CARDS[PeftType(self.peft_type).value](folder, self, subfolder)

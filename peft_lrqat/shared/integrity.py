@@ -35,7 +35,7 @@ PART_BYTES = 1 << 24  # what is read at a time
 
 
 def tensor_digest(name: str, dtype: str, shape: Iterable[int], data: Iterable[bytes]) -> str:
-    """8 characters; ``dtype`` as safetensors names it, ``data`` the little-endian bytes, in parts."""
+    """8 characters; ``dtype`` as safetensors names it, ``data`` little-endian bytes in parts."""
     digest = hashlib.blake2b(json.dumps([name, dtype, list(shape)]).encode(), digest_size=6)
     for part in data:
         digest.update(part)

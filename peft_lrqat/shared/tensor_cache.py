@@ -1,4 +1,6 @@
-"""A store of tensors that layers would make again at every call, with a limit in bytes, shared by all layers of a model."""
+"""A store of tensors that layers would make again at every call, with a limit in bytes, shared by
+all layers of a model.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ Tensors = tuple[Tensor, ...]
 class TensorCache:
     """The tensors of (layer, adapter) that were used last, as many as ``limit`` bytes hold.
 
-    Layers are run in turn: were the oldest always dropped, a limit a little too small for one adapter would keep nothing that is
-    used again. So only tensors of other adapters make room. Requests may run in threads.
+    Layers are run in turn: were the oldest always dropped, a limit a little too small for one
+    adapter would keep nothing that is used again. So only tensors of other adapters make room.
+    Requests may run in threads.
     """
 
     def __init__(self, limit: int = 2**28) -> None:

@@ -1,4 +1,6 @@
-"""The frozen weight: its bytes, what frees the original, what leaves it unchanged, and what its fingerprint tells."""
+"""The frozen weight: its bytes, what frees the original, what leaves it unchanged, and what its
+fingerprint tells.
+"""
 
 import copy
 import gc
@@ -106,7 +108,9 @@ def test_reported_bytes_of_a_model_are_the_sum_over_its_layers(downcast, make_pe
 
 @pytest.mark.parametrize("downcast", ["fixed8", "int"])
 def test_original_weights_are_freed_one_by_one(make_base, make_config, downcast, monkeypatch):
-    """Each weight is gone before the next is downcast, so the peak is one layer's float32 temporaries above the model."""
+    """Each weight is gone before the next is downcast, so the peak is one layer's float32
+    temporaries above the model.
+    """
     model = make_base("llama", torch.bfloat16)
     shapes = {
         m.weight.shape
@@ -233,7 +237,8 @@ def test_stored_weight_is_within_the_resolution(downcast):
         layer = make_layer(
             weight, bits=bits, downcast=downcast, scale_dtype="float32", group_size=8
         )
-        # Half of the last digit: of the integer, of its 8 - b fractional bits, or of a float's mantissa below 2^(b-1).
+        # Half of the last digit: of the integer, of its 8 - b fractional bits, or of a float's
+        # mantissa below 2^(b-1).
         digit = {
             "int": 1,
             "fixed8": 2 ** (bits - 8),
@@ -342,7 +347,8 @@ def test_shapes_at_the_edge(shape, symmetric, estimator):
         assert restored.shape == shape
         assert torch.isfinite(restored).all()
         if shape[1] == 1 and symmetric:
-            # One weight is its own largest: it lies on the last grid point, up to the rounding of the scale to bfloat16.
+            # One weight is its own largest: it lies on the last grid point, up to the rounding of
+            # the scale to bfloat16.
             torch.testing.assert_close(restored, weight, rtol=2**-8, atol=0)
         assert layer(torch.randn(2, shape[1])).shape == (2, shape[0])
 

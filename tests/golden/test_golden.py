@@ -41,7 +41,8 @@ def integers(model):
 def assert_same_logits(model, expected):
     with torch.no_grad():
         logits = model(INPUT_IDS).logits
-    # Other processors sum in another order; a wrong integer moves logits of size 10 by 0.01 or more.
+    # Other processors sum in another order; a wrong integer moves logits of size 10 by 0.01 or
+    # more.
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-3)
 
 

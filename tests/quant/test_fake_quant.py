@@ -40,7 +40,9 @@ def make(
     in_=IN,
     pass_through=False,
 ):
-    """A trained-looking weight: random factors that move about `spread` grid steps, scales off the first ones."""
+    """A trained-looking weight: random factors that move about `spread` grid steps, scales off the
+    first ones.
+    """
     grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
     fmt = WeightFormat(grid=grid, downcast=downcast, scale_dtype=scale_dtype, in_features=in_)
     weight = torch.randn(out, in_)
