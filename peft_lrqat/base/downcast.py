@@ -120,22 +120,26 @@ class DowncastLinear(nn.Module):
             is_conv1d=is_conv1d,
             device=weight.device,
         )
-        made._fill(weight.to(base_dtype) if narrower else weight, estimator, p)
+        made._quantize(weight.to(base_dtype) if narrower else weight, estimator, p)
         return made
 
-    def _fill(self, weight: Tensor, estimator: str, p: float) -> None:
+    def _quantize(self, weight: Tensor, estimator: str, p: float) -> None:
         grid = self.format.grid
         scale0, zero_point = estimate_range(
             weight, grid, estimator=estimator, scale_dtype=self.format.scale_dtype, p=p
         )
-        self.scale0.data = scale0
-        if self.zero_point is not None:
-            self.zero_point.data = zero_point
         height, width = weight.shape
         for rows in row_blocks(height, width, weight.device):
             offset = None if grid.symmetric else zero_point[rows]
             phi = grid.units(weight[rows].float(), scale0[rows], offset)
             self.phi.data[rows] = self.format.encode(phi)
+        self.fill(self.phi.data, scale0, zero_point)
+
+    def fill(self, phi: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Takes a stored weight, (out, row_elements), with its scales and zero points."""
+        self.phi.data, self.scale0.data = phi, scale
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.data = zero_point
         self._hold()
 
     def _hold(self) -> None:

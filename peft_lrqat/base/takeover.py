@@ -188,10 +188,7 @@ class Takeover:
             is_conv1d=transposed,
             device=taken.phi.device,
         )
-        made.phi.data = taken.phi
-        made.scale0.data = taken.scale.float()
-        if made.zero_point is not None and taken.zero_point is not None:
-            made.zero_point.data = taken.zero_point
+        made.fill(taken.phi, taken.scale.float(), taken.zero_point)
         self.scale_dtypes.add(taken.scale.dtype)
         return made
 

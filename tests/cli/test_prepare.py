@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitConfig, export_model, load_low_bit
 from peft_lrqat.base.downcast import DowncastLinear
-from peft_lrqat.cli.main import main
+from peft_lrqat.cli import main
 from peft_lrqat.cli.prepare import FILLED_IN, BaseArguments, parse_size
 from peft_lrqat.demo import model_path
 

@@ -17,7 +17,6 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_lrqat import LoRAQuantConfig, LoRAQuantModel, sign_adapter
@@ -508,7 +507,7 @@ TAMPERED = {
         lambda f: edit_weights(
             f, lambda t: t.update({f"{Q_PROJ}.loraquant_zero_points": t[CODES].clone()})
         ),
-        "q_proj.loraquant_zero_points`, which by its configuration nothing",
+        "q_proj.loraquant_zero_points`, but its configuration puts nothing",
     ),
     "zero points in the config only": (
         lambda f: edit_config(f, zero_points=True),
@@ -541,13 +540,13 @@ TAMPERED = {
         lambda f: edit_weights(
             f, lambda t: t.update({CODES.replace("q_proj", "o_proj"): t[CODES].clone()})
         ),
-        "o_proj.loraquant_codes`, which by its configuration nothing",
+        "o_proj.loraquant_codes`, but its configuration puts nothing",
     ),
     "magnitudes": (
         lambda f: edit_weights(
             f, lambda t: t.update({f"{Q_PROJ}.loraquant_magnitude": torch.ones(32)})
         ),
-        "q_proj.loraquant_magnitude`, which by its configuration nothing",
+        "q_proj.loraquant_magnitude`, but its configuration puts nothing",
     ),
     "DoRA in the config only": (
         lambda f: edit_config(f, use_dora=True),
@@ -611,7 +610,7 @@ def test_a_truncated_file_is_refused(make_base, write_adapter, tmp_path):
     folder, _ = write_adapter(tmp_path, make_base(), MIXTURE)
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-10])
-    with pytest.raises(SafetensorError):
+    with pytest.raises(ValueError, match="is not whole"):
         PeftModel.from_pretrained(make_base(), folder)
 
 
@@ -625,8 +624,7 @@ def test_a_refused_file_leaves_the_other_adapters(
     with pytest.raises(ValueError, match="the codes are missing"):
         model.load_adapter(folder, adapter_name="broken")
     assert torch.equal(logits_of(model), expected)
-    model.delete_adapter("broken")
-    assert torch.equal(logits_of(model), expected)
+    assert list(model.peft_config) == ["packed"]
 
 
 def test_another_base_is_refused_before_it_is_touched(saved, make_base):
