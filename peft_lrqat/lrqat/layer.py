@@ -18,8 +18,10 @@ from ..base.downcast import DowncastLinear
 from ..base.read_weight import ReadWeight
 from ..quant import (
     Grid,
+    HeldWeight,
     LowRankWeight,
     WeightFormat,
+    capturing,
     fake_quant_linear,
     fake_quantize_tokens,
     quantized_codes,
@@ -78,10 +80,6 @@ class _Fingerprints(BufferDict):
         for key, integer in self.integers.items():
             if f"{prefix}{key}" in destination:
                 destination[f"{prefix}{key}"] = torch.tensor(integer, device=self[key].device)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class LRQATLayer(BaseTunerLayer):
@@ -187,26 +185,20 @@ class LRQATLayer(BaseTunerLayer):
         )
 
     def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:
-        """W_hat, (out, in) in the base's dtype: held from an earlier call, if it was made of the
-        very same values.
-        """
-        w = self.low_rank_weight(adapter_name)
-        # A version counter would miss what is written through `.data`, as averages of weights are.
-        constants = torch.tensor([float(w.gamma)]), torch.tensor([self.base_layer.fingerprint])
-        made_from = (w.A, w.B, w.scale, *constants)
-        weight, *known = (
-            (None,) if self.cache is None else self.cache.get(self.name, adapter_name) or (None,)
-        )
-        if weight is not None and weight.dtype == w.dtype and all(map(_same, known, made_from)):
+        """W_hat, (out, in) in the base's dtype, held from an earlier call where it is the same."""
+        w, fingerprint = self.low_rank_weight(adapter_name), self.base_layer.fingerprint
+        # A graph would go on using memory that the cache no longer holds.
+        if self.cache is None or capturing():
+            return quantized_weight(w)
+        held = self.cache.get(self.name, adapter_name)
+        weight = None if held is None else held.current(w, fingerprint)
+        if weight is not None:
             return weight
-        weight = quantized_weight(w)
-        if self.cache is not None and x.numel() <= CACHED_TOKENS * self.in_features:
-            self.cache.put(
-                self.name,
-                adapter_name,
-                (weight, *(tensor.detach().clone() for tensor in made_from)),
-            )
-        return weight
+        if x.numel() > CACHED_TOKENS * self.in_features:
+            return quantized_weight(w)
+        held = HeldWeight.make(w, fingerprint)
+        self.cache.put(self.name, adapter_name, held)
+        return held.weight
 
     def _forget_weight(self, adapter_name: str) -> None:
         if self.cache is not None:

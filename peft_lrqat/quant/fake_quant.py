@@ -23,25 +23,29 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
-from . import low_rank
+from . import gpu_gradients, low_rank
 from .activations import quantized_tokens
 from .blocks import row_chunks
-from .gradients import Sums, add_gradients
+from .gradients import Needed, gradients
 from .grid import Grid
 from .low_rank import LowRankWeight
 
 
-def _multiply(x: Tensor, w: LowRankWeight, bias: Tensor | None) -> Tensor:
-    """``x @ W_hat.T + bias``, a chunk of rows of W_hat at a time."""
+def _multiply(
+    x: Tensor, w: LowRankWeight, bias: Tensor | None, clipped: Tensor | None = None
+) -> Tensor:
+    """``x @ W_hat.T + bias``, a chunk of rows of W_hat at a time.
+
+    On a GPU, the number of clipped weights is added to ``clipped`` (1,) int32.
+    """
     out, width = w.shape
-    chunks = list(row_chunks(out, width, x.dtype))
+    chunks = list(row_chunks(out, width, x.dtype, x.device))
     if len(chunks) == 1:
-        return linear(x, low_rank.dense(w, x.dtype), bias)
+        return linear(x, low_rank.dense(w, x.dtype, count=clipped), bias)
     y = x.new_empty(*x.shape[:-1], out)
     for rows in chunks:
-        y[..., rows] = linear(
-            x, low_rank.dense(w, x.dtype, rows), None if bias is None else bias[rows]
-        )
+        weight = low_rank.dense(w, x.dtype, rows, count=clipped)
+        y[..., rows] = linear(x, weight, None if bias is None else bias[rows])
     return y
 
 
@@ -67,22 +71,31 @@ class _FakeQuantLinear(torch.autograd.Function):
         activations: Grid | None,
     ) -> Tensor:
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
-        y = _multiply(x if activations is None else quantized_tokens(x, activations), w, bias)
-        if not torch.compiler.is_compiling() and y._is_view():
-            # As `linear` gives where there are batches and a bias; a caller may write into y.
-            y = y.data
         # In half precision, a large bias would leave little of y0 in y.
         rounded_into = bias is not None and x.dtype.itemsize < 4
-        kept = None
-        if (
-            ctx.needs_input_grad[5]
+        needed = _needed(ctx)
+        keep = (
+            needed.scale
             and scale.shape[1] == 1
             and not rounded_into
             and not torch.compiler.is_compiling()
-        ):
-            # Kept so that a caller may write into y as he may after a plain linear layer: without autograd's check.
+        )
+        clipped = None
+        if low_rank.served(w, x.dtype):
+            clipped = gpu_gradients.count_clipped(w, needed, keep)
+        tokens = x if activations is None else quantized_tokens(x, activations)
+        y = _multiply(tokens, w, bias, None if clipped is None else clipped.on_device)
+        if not torch.compiler.is_compiling() and y._is_view():
+            # As `linear` gives where there are batches and a bias; a caller may write into y.
+            y = y.data
+        if clipped is not None:
+            clipped.send()
+        kept = None
+        if keep:
+            # Without autograd's check: a caller may write into y, as after a plain linear layer.
             writes, kept = _write_counter(y), y.data
             ctx.writes = writes, writes._version
+        ctx.clipped = clipped
         ctx.save_for_backward(x, phi, zero_point, A, B, scale, kept, None if kept is None else bias)
         ctx.constants, ctx.activations = constants, activations
         return y
@@ -92,40 +105,41 @@ class _FakeQuantLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, phi, zero_point, A, B, scale, y, bias = ctx.saved_tensors
         if ctx.activations is not None:
-            # Made again, not kept: the layers that share an input then still share one saved tensor.
+            # Made again: the layers that share an input still share one saved tensor.
             x = quantized_tokens(x, ctx.activations)
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **ctx.constants)
         if y is not None:
             writes, before = ctx.writes
             y = y if writes._version == before else None
-        need_x, _, _, *need_parameters, need_bias = ctx.needs_input_grad[:7]
         tokens_y, tokens_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        totals = [
-            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            if needed
-            else None
-            for p, needed in zip((A, B, scale), need_parameters, strict=True)
-        ]
-        sums = Sums(torch.empty_like(tokens_x) if need_x else None, *totals)
+        y = None if y is None else y.reshape(tokens_y.shape)
+        given = w, tokens_y, tokens_x, y, bias, _needed(ctx)
         with torch.autocast(x.device.type, enabled=False):
-            add_gradients(
-                sums, w, tokens_y, tokens_x, None if y is None else y.reshape(tokens_y.shape), bias
-            )
+            if low_rank.served(w, x.dtype):
+                found = gpu_gradients.gradients(*given, ctx.clipped)
+            else:
+                found = gradients(*given)
         grad_A, grad_B, grad_scale = (
             None if total is None else total.to(p.dtype)
-            for total, p in zip(totals, (A, B, scale), strict=True)
+            for total, p in zip(found[1:], (A, B, scale), strict=True)
         )
-        grad_x = None if sums.x is None else sums.x.view(x.shape)
-        grad_bias = tokens_y.sum(0) if need_bias else None
+        grad_x = None if found.x is None else found.x.view(x.shape)
+        grad_bias = tokens_y.sum(0) if ctx.needs_input_grad[6] else None
         return grad_x, None, None, grad_A, grad_B, grad_scale, grad_bias, None, None
+
+
+def _needed(ctx: FunctionCtx) -> Needed:
+    x, _, _, A, B, scale, *_ = ctx.needs_input_grad
+    return Needed(x, A, B, scale)
 
 
 def fake_quant_linear(
     x: Tensor, weight: LowRankWeight, bias: Tensor | None = None, activations: Grid | None = None
 ) -> Tensor:
-    """``x @ W_hat.T + bias`` in the dtype of ``x`` (..., in) -> (..., out); differentiable in x, A, B, scale and bias (out,).
+    """``x @ W_hat.T + bias`` in the dtype of ``x``, (..., in) -> (..., out).
 
-    With ``activations``, each token of ``x`` is rounded to that grid first, straight-through (`quantized_tokens`).
+    Differentiable in x, A, B, scale and bias (out,). With ``activations``, each token of ``x`` is
+    rounded to that grid first, straight-through (`quantized_tokens`).
     """
     w = weight
     constants = {

@@ -15,87 +15,101 @@ With one scale per row, ds = sum_n gy * y0 / s, where y0 is the output without b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import low_rank
-from .blocks import MAX_BLOCK_ELEMENTS, column_chunks, row_blocks
+from .blocks import block_elements, column_chunks, row_blocks
 from .clipped import MAX_COUNT, MAX_SHARE, add_sparse_product, find_clipped, sampled_product
 from .low_rank import LowRankWeight
 
 
-@dataclass(frozen=True)
-class Sums:
-    """The gradients as they are added up; None for what needs no gradient."""
+class Needed(NamedTuple):
+    """Which gradients are asked for."""
 
-    x: Tensor | None  # (tokens, in), in the dtype of x; assigned, not added to
+    x: bool
+    A: bool
+    B: bool
+    scale: bool
+
+    @property
+    def factors(self) -> bool:
+        return self.A or self.B
+
+
+class Gradients(NamedTuple):
+    """All gradients but that of the bias; None for what needs none."""
+
+    x: Tensor | None  # (tokens, in), in the dtype of x
     A: Tensor | None  # (r, in), float32 or wider, as are the next two
     B: Tensor | None  # (out, r)
     scale: Tensor | None  # (out, groups)
 
-    @property
-    def with_factors(self) -> bool:
-        return self.A is not None or self.B is not None
 
-
-def add_gradients(
-    sums: Sums,
+def gradients(
     w: LowRankWeight,
-    tokens_y: Tensor,
-    tokens_x: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
     y: Tensor | None,
     bias: Tensor | None,
-) -> None:
-    """Adds the gradients of one backward pass to ``sums``, except that of the bias.
+    needed: Needed,
+) -> Gradients:
+    """Returns the gradients that are needed.
 
-    ``tokens_y`` (tokens, out) is the gradient of the output, ``tokens_x`` (tokens, in) the input.
-    ``y`` (tokens, out) is the output if the gradient of the scales can be computed from it, and
-    ``bias`` (out,) what was added to it.
+    ``grad_y`` (tokens, out) is the gradient of the output, ``x`` (tokens, in) the input. ``y``
+    (tokens, out) is the output if the gradient of the scales can be computed from it, and ``bias``
+    (out,) what was added to it.
     """
+    totals = (
+        torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if asked else None
+        for p, asked in zip((w.A, w.B, w.scale), needed[1:], strict=True)
+    )
+    sums = Gradients(torch.empty_like(x) if needed.x else None, *totals)
     out, width = w.shape
     groups = w.scale.shape[1]
-    scale_by_weight = sums.scale is not None and y is None
+    scale_by_weight = needed.scale and y is None
     # A graph of torch.compile cannot branch on the number of clipped weights.
     rank_allowed = groups == 1 and not scale_by_weight and not torch.compiler.is_compiling()
     chunks_by_rank, clipped, room = [], [], MAX_COUNT
     for columns in column_chunks(
-        out, width, tokens_x.dtype, unit=width // groups if groups > 1 else 1
+        out, width, x.dtype, width // groups if groups > 1 else 1, x.device
     ):
         weight, places = None, None
-        if rank_allowed and sums.with_factors:
+        if rank_allowed and needed.factors:
             most = min(int(MAX_SHARE * out * (columns.stop - columns.start)), room)
-            weight, places = weight_and_clipped(w, columns, tokens_x.dtype, most)
+            weight, places = weight_and_clipped(w, columns, x.dtype, most)
         if places is not None:
             chunks_by_rank.append(columns)
             clipped += places
             room -= sum(map(len, places))
         else:
-            with_weight = sums.x is not None and weight is None
+            with_weight = needed.x and weight is None
             made = by_weight(
                 sums,
                 w,
-                tokens_y,
-                tokens_x,
+                grad_y,
+                x,
                 columns,
                 with_scale=scale_by_weight,
                 with_weight=with_weight,
             )
             weight = made if with_weight else weight
         if sums.x is not None:
-            sums.x[:, columns] = tokens_y @ weight
+            sums.x[:, columns] = grad_y @ weight
     if chunks_by_rank:
-        by_rank(sums, w, tokens_y, tokens_x, chunks_by_rank, clipped)
-    if sums.scale is not None and y is not None:
-        sums.scale.add_(scale_gradient(w, tokens_y, tokens_x, y, bias))
+        by_rank(sums, w, grad_y, x, chunks_by_rank, clipped)
+    if needed.scale and y is not None:
+        sums.scale.add_(scale_gradient(w, grad_y, x, y, bias))
+    return sums
 
 
 def by_weight(
-    sums: Sums,
+    sums: Gradients,
     w: LowRankWeight,
-    tokens_y: Tensor,
-    tokens_x: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
     columns: slice,
     *,
     with_scale: bool,
@@ -107,9 +121,10 @@ def by_weight(
     """
     grid, groups = w.format.grid, low_rank.groups_of(w, columns)
     out, width = w.shape[0], columns.stop - columns.start
-    weight = tokens_x.new_empty(out, width) if with_weight else None
-    chunk_gradient = tokens_y.T @ tokens_x[:, columns] if sums.with_factors or with_scale else None
-    for rows in row_blocks(out, width, tokens_x.device):
+    weight = x.new_empty(out, width) if with_weight else None
+    with_factors = sums.A is not None or sums.B is not None
+    chunk_gradient = grad_y.T @ x[:, columns] if with_factors or with_scale else None
+    for rows in row_blocks(out, width, x.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         if chunk_gradient is not None:
             gradient = chunk_gradient[rows].to(codes.dtype)
@@ -118,7 +133,7 @@ def by_weight(
             sums.scale[rows, groups] += products.sum(-1)
         if weight is not None:
             low_rank.deploy(codes, step, w.dtype, weight[rows])
-        if not sums.with_factors:
+        if not with_factors:
             continue
         if not w.pass_through:
             # Integers outside the grid differ from their clipped ones by at least 1.
@@ -133,10 +148,10 @@ def by_weight(
 
 
 def by_rank(
-    sums: Sums,
+    sums: Gradients,
     w: LowRankWeight,
-    tokens_y: Tensor,
-    tokens_x: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
     chunks: list[slice],
     clipped: list[Tensor],
 ) -> None:
@@ -147,17 +162,17 @@ def by_rank(
     """
     step = w.step()
     if sums.B is not None:
-        tokens_r = sum(tokens_x[:, c] @ w.A[:, c].to(tokens_x.dtype).T for c in chunks)
-        sums.B.add_((tokens_y.T @ tokens_r).to(sums.B.dtype).mul_(step), alpha=w.gamma)
+        tokens_r = sum(x[:, c] @ w.A[:, c].to(x.dtype).T for c in chunks)
+        sums.B.add_((grad_y.T @ tokens_r).to(sums.B.dtype).mul_(step), alpha=w.gamma)
     if sums.A is not None:
-        tokens_r = tokens_y @ (step * w.B).to(tokens_y.dtype)
+        tokens_r = grad_y @ (step * w.B).to(grad_y.dtype)
         for columns in chunks:
-            product = (tokens_r.T @ tokens_x[:, columns]).to(sums.A.dtype)
+            product = (tokens_r.T @ x[:, columns]).to(sums.A.dtype)
             sums.A[:, columns].add_(product, alpha=w.gamma)
     if any(map(len, clipped)):
         places = torch.cat(clipped).sort().values
         row, column = places // w.shape[1], places % w.shape[1]
-        excess = sampled_product(tokens_y, tokens_x, row, column).mul_(step[row, 0]).mul_(-w.gamma)
+        excess = sampled_product(grad_y, x, row, column).mul_(step[row, 0]).mul_(-w.gamma)
         if sums.B is not None:
             add_sparse_product(sums.B, excess, row, column, w.A.T)
         if sums.A is not None:
@@ -188,8 +203,18 @@ def weight_and_clipped(
     return weight, places
 
 
+def smallest_step(w: LowRankWeight) -> float:
+    """Steps below this one, as of a row of zeros, leave too little of their row in the output."""
+    return max(torch.finfo(w.dtype).tiny, 2**20 * torch.finfo(torch.float32).tiny)
+
+
+def least_share_of_bias(y: Tensor) -> float:
+    """Outputs below this share of their bias are drowned by it."""
+    return 2**10 * torch.finfo(y.dtype).eps
+
+
 def scale_gradient(
-    w: LowRankWeight, tokens_y: Tensor, tokens_x: Tensor, y: Tensor, bias: Tensor | None
+    w: LowRankWeight, grad_y: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Returns ``sum_n gy * y0 / s`` for one scale per row, (out, 1).
 
@@ -204,16 +229,14 @@ def scale_gradient(
         if bias is not None:
             y0 = y0 - bias
             largest = torch.maximum(largest, y0.abs().amax(0))
-        total += (y0 * tokens_y[tokens]).sum(0)
+        total += (y0 * grad_y[tokens]).sum(0)
     gradient = total.unsqueeze(1) / step
-    # Too little is left in y where it is near zero, as in a row of zeros, or drowned by the bias.
-    smallest = max(torch.finfo(w.dtype).tiny, 2**20 * torch.finfo(torch.float32).tiny)
-    lost = step.squeeze(1) < smallest
+    lost = step.squeeze(1) < smallest_step(w)
     if bias is not None:
-        lost |= largest < 2**10 * torch.finfo(y.dtype).eps * bias.abs()
-    for rows in lost.nonzero().squeeze(1).split(max(1, MAX_BLOCK_ELEMENTS // w.shape[1])):
+        lost |= largest < least_share_of_bias(y) * bias.abs()
+    for rows in lost.nonzero().squeeze(1).split(max(1, block_elements(x.device) // w.shape[1])):
         _, codes, _ = low_rank.tile(w, rows)
-        grad_weight = tokens_y[:, rows].T @ tokens_x
+        grad_weight = grad_y[:, rows].T @ x
         products = codes.mul_(grad_weight.to(codes.dtype))
         gradient[rows] = products.sum(1, keepdim=True).to(gradient.dtype)
     return gradient

@@ -1,10 +1,13 @@
-"""The integers of a weight with low-rank factors inside the rounding (LR-QAT, equation 6), and the dense weight they make.
+"""The integers of a weight with low-rank factors (LR-QAT, equation 6) and the dense weight they make.
 
     Z     = phi + gamma * B @ A            in units of the grid
     Q     = clip(round(Z), qmin, qmax)
     W_hat = s * (Q - zero_point)
 
-Forward, backward, merge and export all go through :func:`tile`: one function decides the integers.
+One function decides the integers on a device, in forward, backward, merge and export: `rounded`, or
+on a GPU the kernels' `rounded_tile`. Both compute Z in float32, but in another order, each within
+(r + 4) * 2^-24 * (|phi| + gamma * |B| @ |A|) of its exact value. So an integer can depend on the
+device only where Z lies within this bound of the middle between two integers.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from . import triton_ops
 from .blocks import row_blocks
 from .grid import effective_scale
 from .storage import WeightFormat
@@ -46,6 +51,23 @@ class LowRankWeight:
         scale = self.scale[slice(None) if rows is None else rows, groups or slice(None)]
         dtype = torch.promote_types(torch.float32, scale.dtype)
         return effective_scale(scale.to(dtype), self.format.scale_dtype)
+
+    @cached_property
+    def layer(self) -> triton_ops.Layer:
+        """This weight as the kernels take it."""
+        fmt = self.format
+        return triton_ops.Layer(
+            phi=self.phi,
+            zero_point=self.zero_point,
+            A=self.A,
+            B=self.B,
+            scale=self.scale,
+            gamma=self.gamma,
+            downcast=fmt.downcast,
+            bits=fmt.grid.bits,
+            scale_dtype=fmt.scale_dtype,
+            deployed=self.dtype,
+        )
 
 
 @contextmanager
@@ -79,22 +101,43 @@ def groups_of(w: LowRankWeight, columns: slice) -> slice:
     return slice(0, 1) if groups == 1 else slice(columns.start // size, columns.stop // size)
 
 
+def served(w: LowRankWeight, *dtypes: torch.dtype) -> bool:
+    """Whether Triton's kernels make this weight, with tensors of ``dtypes`` beside it."""
+    return triton_ops.serves(w.layer, *dtypes)
+
+
+def rounded(w: LowRankWeight, rows: slice | Tensor, columns: slice) -> Tensor:
+    """Returns round(Z) of some rows and columns, as a new tensor in float32 or wider.
+
+    A kernel gives it limited to one step beyond the grid. ``columns`` start at a multiple of 8.
+    """
+    if served(w):
+        fmt = w.format
+        settings = (w.gamma, fmt.downcast, fmt.grid.bits, fmt.grid.symmetric)
+        phi, B = w.phi[rows].contiguous(), w.B[rows]
+        return triton_ops.rounded(phi, w.A, B, *settings, columns.start, columns.stop).float()
+    dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
+    phi = w.format.decode(w.phi[rows], columns).to(dtype)
+    with _ieee_matmul(phi.device), torch.autocast(phi.device.type, enabled=False):
+        z = phi.addmm_(w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma)
+    return z.round_()
+
+
 def tile(
     w: LowRankWeight, rows: slice | Tensor, columns: slice | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of some rows and columns: round(Z) before the clip, Q - zero_point, and the step; each fresh, (rows, columns) or
-    broadcastable to it. ``columns`` start at a multiple of 8 and part none of several groups.
+    """Returns round(Z), Q - zero_point and the step of some rows and columns, as new tensors.
+
+    All in float32 or wider, (rows, columns) or broadcastable to it. ``columns`` start at a
+    multiple of 8 and part no group, where a row has several.
     """
     grid = w.format.grid
     columns = slice(0, w.format.in_features) if columns is None else columns
     groups, width = groups_of(w, columns), columns.stop - columns.start
-    dtype = torch.promote_types(torch.float32, torch.promote_types(w.A.dtype, w.scale.dtype))
-    phi = w.format.decode(w.phi[rows], columns).to(dtype)
-    with _ieee_matmul(phi.device), torch.autocast(phi.device.type, enabled=False):
-        rounded = phi.addmm_(w.B[rows].to(dtype), w.A[:, columns].to(dtype), alpha=w.gamma).round_()
+    integers = rounded(w, rows, columns)
     zero_point = None if w.zero_point is None else w.zero_point[rows, groups]
-    codes = grid.centered(rounded.clamp(grid.qmin, grid.qmax), zero_point)
-    return rounded, codes, grid.expand(w.step(rows, groups).to(dtype), width)
+    codes = grid.centered(integers.clamp(grid.qmin, grid.qmax), zero_point)
+    return integers, codes, grid.expand(w.step(rows, groups).to(integers.dtype), width)
 
 
 def deploy(codes: Tensor, step: Tensor, dtype: torch.dtype, to: Tensor) -> None:
@@ -103,13 +146,31 @@ def deploy(codes: Tensor, step: Tensor, dtype: torch.dtype, to: Tensor) -> None:
     to.copy_(codes if to.dtype == dtype else codes.to(dtype))
 
 
-def dense(w: LowRankWeight, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-    """W_hat rounded to the deployed dtype, handed over in ``dtype``: (out, in), or some of its rows."""
+def dense(
+    w: LowRankWeight,
+    dtype: torch.dtype,
+    rows: slice | None = None,
+    columns: slice | None = None,
+    *,
+    count: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """W_hat rounded to the deployed dtype, handed over in ``dtype``: (out, in), or a part of it.
+
+    Where Triton's kernels make the weight, ``count`` and ``places`` take the clipped weights, as in
+    `triton_ops.weight`.
+    """
     out, width = w.shape
     rows = slice(0, out) if rows is None else rows
-    weight = torch.empty(rows.stop - rows.start, width, dtype=dtype, device=w.phi.device)
-    for block in row_blocks(weight.shape[0], width, weight.device):
-        _, codes, step = tile(w, slice(rows.start + block.start, rows.start + block.stop))
+    columns = slice(0, width) if columns is None else columns
+    if served(w, dtype):
+        part = (rows.start, rows.stop, columns.start, columns.stop)
+        return triton_ops.weight(w.layer, dtype, *part, count, places)
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    weight = torch.empty(shape, dtype=dtype, device=w.phi.device)
+    for block in row_blocks(*weight.shape, weight.device):
+        some = slice(rows.start + block.start, rows.start + block.stop)
+        _, codes, step = tile(w, some, columns)
         deploy(codes, step, w.dtype, weight[block])
     return weight
 

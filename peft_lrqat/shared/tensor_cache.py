@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 
-Tensors = tuple[Tensor, ...]
+# Tensors, and plain numbers that belong to them.
+Tensors = tuple[Tensor | float, ...]
 
 
 class TensorCache:
@@ -76,4 +77,4 @@ class TensorCache:
 
 
 def _bytes(tensors: Tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))

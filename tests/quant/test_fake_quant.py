@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
+from formula import IN, OUT, make, plain
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,65 +17,11 @@ from peft_lrqat.quant import (
     WeightFormat,
     blocks,
     clipped,
-    effective_scale,
-    estimate_range,
     fake_quant_linear,
     inspect_rows,
     quantized_codes,
     quantized_weight,
 )
-
-
-OUT, IN, RANK = 10, 24, 3
-
-
-def make(
-    bits,
-    symmetric,
-    group_size,
-    downcast,
-    dtype=torch.float64,
-    spread=1.0,
-    scale_dtype="bfloat16",
-    out=OUT,
-    in_=IN,
-    pass_through=False,
-):
-    """A trained-looking weight: random factors that move about `spread` grid steps, scales off the
-    first ones.
-    """
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
-    fmt = WeightFormat(grid=grid, downcast=downcast, scale_dtype=scale_dtype, in_features=in_)
-    weight = torch.randn(out, in_)
-    scale, zero_point = estimate_range(weight, grid, estimator="lp", scale_dtype=scale_dtype, p=4.0)
-    phi = fmt.encode(weight / grid.expand(scale, in_) + grid.expand(zero_point.float(), in_))
-    return LowRankWeight(
-        format=fmt,
-        phi=phi,
-        zero_point=None if symmetric else zero_point,
-        A=torch.randn(RANK, in_, dtype=dtype).requires_grad_(),
-        B=(spread * torch.randn(out, RANK, dtype=dtype)).requires_grad_(),
-        scale=(scale * (1 + 0.1 * torch.rand_like(scale))).to(dtype).requires_grad_(),
-        gamma=0.7,
-        dtype=dtype,
-        pass_through=pass_through,
-    )
-
-
-def straight_through(rounded, smooth):
-    return smooth + (rounded - smooth).detach()
-
-
-def plain(x, w, bias=None):
-    """METHODS: the formula as anyone would write it, left to autograd."""
-    grid = w.format.grid
-    z = w.format.decode(w.phi).to(w.A.dtype) + w.gamma * (w.B @ w.A)
-    codes = straight_through(z.round(), z).clamp(grid.qmin, grid.qmax)
-    codes = straight_through(codes, z) if w.pass_through else codes
-    if w.zero_point is not None:
-        codes = codes - grid.expand(w.zero_point.to(z.dtype), z.shape[1])
-    step = straight_through(effective_scale(w.scale, w.format.scale_dtype), w.scale)
-    return linear(x, grid.expand(step, z.shape[1]) * codes, bias)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 30.0], ids=["untrained", "trained", "mostly clipped"])
