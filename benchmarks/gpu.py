@@ -1,9 +1,9 @@
 """LR-QAT on a GPU: right, counted, timed against LoRA and against the limit of the card.
 
     python benchmarks/gpu.py                    # everything, in less than 10 minutes
-    python benchmarks/gpu.py --only layers      # checks, kernels, layers, capture, model, generation
-    python benchmarks/gpu.py --count            # launches and waits as JSON; needs no GPU
-    python benchmarks/gpu.py --limits           # bytes and products on paper; needs no GPU
+    python benchmarks/gpu.py --only layers      # checks, kernels, layers, capture, model,
+    generation python benchmarks/gpu.py --count            # launches and waits as JSON; needs no
+    GPU python benchmarks/gpu.py --limits           # bytes and products on paper; needs no GPU
 
 Needs nothing but the packages that the plug-in itself needs, and no network; models have random
 weights in the shape of real ones. Weights are bfloat16, grids have 4 bits, factors rank 32. Times
@@ -241,7 +241,8 @@ def time_kernels(found: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     out, width = 4096, 4096
     print(
-        f"\nkernels, {out} x {width}\n{'':36} {'us':>8} {'by host':>8} {'GB/s':>8} {'of the copy':>12}"
+        f"\nkernels, {out} x {width}\n{'':36} {'us':>8} {'by host':>8} {'GB/s':>8} "
+        f"{'of the copy':>12}"
     )
     for variant, group_size in [
         (v, g) for v, g in LAYERS if v in ("LR-QAT, fixed8", "LR-QAT, int")

@@ -34,7 +34,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 
 
 class Launches(TorchDispatchMode):
-    """Counts what is dispatched for meta tensors; every value read from the device is ``number``."""
+    """Counts what is dispatched for meta tensors; each value read from the device is ``number``."""
 
     def __init__(self, number: int = 0) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""What a training step of one layer costs on paper: bytes, products, and the time they take at least.
+"""What a training step of one layer costs on paper: bytes, products, and the time they take at
+least.
 
     python benchmarks/limits.py          # a table for two cards
 

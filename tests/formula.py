@@ -1,4 +1,6 @@
-"""The formula of the fake-quantised linear layer as anyone would write it, and weights to try it on."""
+"""The formula of the fake-quantised linear layer as anyone would write it, and weights to try it
+on.
+"""
 
 import torch
 from torch.nn.functional import linear
@@ -21,7 +23,7 @@ def make(
     in_=IN,
     pass_through=False,
 ):
-    """A weight as after training: factors that move it by `spread` steps, scales that moved, too."""
+    """A weight as after training: factors that move it by `spread` steps, and moved scales."""
     grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
     fmt = WeightFormat(grid=grid, downcast=downcast, scale_dtype=scale_dtype, in_features=in_)
     weight = torch.randn(out, in_)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 
-# Weights that one thread works on at a time: half a megabyte of float32 stays in a core's own cache,
-# and a block is still long against the cost of starting an operation.
+# Weights that one thread works on at a time: half a megabyte of float32 stays in a core's own
+# cache, and a block is still long against the cost of starting an operation.
 BLOCK_ELEMENTS = 1 << 17
 # A block of many threads, which have a larger cache but take longer to start.
 MAX_BLOCK_ELEMENTS = 1 << 20

@@ -1,4 +1,6 @@
-"""Entries of ``gy.T @ x`` at a few places: what the gradient of the factors must leave out where weights are clipped."""
+"""Entries of ``gy.T @ x`` at a few places: what the gradient of the factors must leave out where
+weights are clipped.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-# Beyond this share of the weights, all of ``gy.T @ x`` is cheaper. A single entry costs as much as 10 of a whole bfloat16
-# product on a CPU without matrix units, and more where there are some.
+# Beyond this share of the weights, all of ``gy.T @ x`` is cheaper. A single entry costs as much as
+# 10 of a whole bfloat16 product on a CPU without matrix units, and more where there are some.
 MAX_SHARE = 0.02
 # And beyond this number in one layer, their indices would take too much memory.
 MAX_COUNT = 1 << 19
@@ -26,7 +28,9 @@ def find_clipped(rounded: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]
 
 
 def sampled_product(grad_y: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """``(grad_y.T @ x)[row, column]`` of (tokens, out), (tokens, in) and places (n,) sorted by row: (n,), float32 or wider."""
+    """``(grad_y.T @ x)[row, column]`` of (tokens, out), (tokens, in) and places (n,) sorted by row:
+    (n,), float32 or wider.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows, row = row.unique(return_inverse=True)
     columns, column = column.unique(return_inverse=True)
@@ -48,7 +52,9 @@ def sampled_product(grad_y: Tensor, x: Tensor, row: Tensor, column: Tensor) -> T
 def add_sparse_product(
     to: Tensor, values: Tensor, row: Tensor, column: Tensor, other: Tensor
 ) -> None:
-    """``to += S @ other``, S being ``values`` (n,) at the places (row, column); to (rows, r), other (columns, r)."""
+    """``to += S @ other``, S being ``values`` (n,) at the places (row, column); to (rows, r), other
+    (columns, r).
+    """
     part = max(1, PART_BYTES // (other.shape[1] * values.dtype.itemsize))
     for some, i, j in zip(values.split(part), row.split(part), column.split(part), strict=True):
         to.index_add_(0, i, (other[j].to(values.dtype) * some.unsqueeze(1)).to(to.dtype))

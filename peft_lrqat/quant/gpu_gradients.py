@@ -157,7 +157,7 @@ def _by_rank(
     needed: Needed,
     clipped: int,
 ) -> Gradients:
-    """All gradients without G, for one scale per row; ``clipped`` weights pass none to the factors."""
+    """All gradients without G, for one scale per row; ``clipped`` weights give the factors none."""
     scale_dtype = w.format.scale_dtype
     places = count = None
     if clipped:

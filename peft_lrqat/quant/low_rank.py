@@ -1,4 +1,5 @@
-"""The integers of a weight with low-rank factors (LR-QAT, equation 6) and the dense weight they make.
+"""The integers of a weight with low-rank factors (LR-QAT, equation 6) and the dense weight they
+make.
 
     Z     = phi + gamma * B @ A            in units of the grid
     Q     = clip(round(Z), qmin, qmax)
@@ -15,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from .storage import WeightFormat
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankWeight:
-    """One quantised weight, W_hat: the frozen storage of a layer and the tensors that one adapter trains."""
+    """One quantised weight, W_hat: the frozen storage of a layer and the tensors that one adapter
+    trains.
+    """
 
     format: WeightFormat
     phi: Tensor  # (out, row_elements), stored
@@ -52,7 +54,7 @@ class LowRankWeight:
         dtype = torch.promote_types(torch.float32, scale.dtype)
         return effective_scale(scale.to(dtype), self.format.scale_dtype)
 
-    @cached_property
+    @property
     def layer(self) -> triton_ops.Layer:
         """This weight as the kernels take it."""
         fmt = self.format
@@ -72,9 +74,11 @@ class LowRankWeight:
 
 @contextmanager
 def _ieee_matmul(device: torch.device) -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products: the integers must be the same in training, merge and export.
+    """No TF32 and no bfloat16 inside float32 products: the integers must be the same in training,
+    merge and export.
 
-    Inside a graph of ``torch.compile`` the setting of the process holds; it cannot be changed there.
+    Inside a graph of ``torch.compile`` the setting of the process holds; it cannot be changed
+    there.
     """
     if torch.compiler.is_compiling():
         yield
@@ -177,13 +181,15 @@ def dense(
 
 @torch.no_grad()
 def quantized_weight(weight: LowRankWeight) -> Tensor:
-    """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies with."""
+    """W_hat (out, in) in the deployed dtype: bit for bit what :func:`fake_quant_linear` multiplies
+    with.
+    """
     return dense(weight, weight.dtype)
 
 
 @torch.no_grad()
 def quantized_codes(weight: LowRankWeight) -> Tensor:
-    """The integers Q that ship, (out, in): int8 for a symmetric grid, uint8 for an asymmetric one."""
+    """The integers Q that ship, (out, in): int8 on a symmetric grid, uint8 on an asymmetric one."""
     grid = weight.format.grid
     dtype = torch.int8 if grid.symmetric else torch.uint8
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.phi.device)
@@ -194,7 +200,9 @@ def quantized_codes(weight: LowRankWeight) -> Tensor:
 
 @torch.no_grad()
 def inspect_rows(weight: LowRankWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For the rows with the given indices: the integers Q as in :func:`quantized_codes`, and which of them were clipped."""
+    """For the rows with the given indices: the integers Q as in :func:`quantized_codes`, and which
+    of them were clipped.
+    """
     grid = weight.format.grid
     rounded, _, _ = tile(weight, rows)
     clipped = (rounded < grid.qmin).logical_or_(rounded > grid.qmax)

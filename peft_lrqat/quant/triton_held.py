@@ -1,4 +1,4 @@
-"""Triton kernel that finds on the device whether a held weight is still the one its tensors make."""
+"""Triton kernel that finds on the device whether a held weight is still what its tensors make."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .grid import Grid
 
 
-# Triton's interpreter runs the kernels on the CPU, for tests; Triton reads this when it is imported.
+# Triton's interpreter runs the kernels on the CPU, for tests; Triton reads this when it is
+# imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What one program of 4 warps makes of a weight, 32 weights a thread, and how many of the r products
@@ -127,7 +128,7 @@ def serves_device(device: torch.device) -> bool:
 
 
 def serves(layer: Layer, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels can take this layer by its device and dtypes, and ``dtypes`` beside it."""
+    """Whether the kernels can take a layer by its device and dtypes, and ``dtypes`` beside it."""
     if not serves_device(layer.phi.device):
         return False
     own = (layer.A.dtype, layer.B.dtype, layer.scale.dtype, layer.deployed)
@@ -422,7 +423,7 @@ def rounded(
     first_column: int,
     last_column: int,
 ) -> Tensor:
-    """round(Z) of all rows of ``phi``, limited to one step beyond the grid; (rows, columns) int16."""
+    """round(Z) of all rows of ``phi``, limited to a step beyond the grid; (rows, columns) int16."""
     rows, columns = len(phi), last_column - first_column
     made = phi.new_empty(rows, columns, dtype=torch.int16)
 

@@ -30,7 +30,8 @@ def _woven(even, odd):
 
 @triton.jit
 def _unpacked(phi_ptr, row_mask, start, row_elements, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The packed values of a tile whose first one starts a byte; ``phi_ptr``: of each row, (rows, 1).
+    """The packed values of a tile whose first one starts a byte; ``phi_ptr``: of each row, (rows,
+    1).
 
     What lies behind the end of a row is 0.
     """
