@@ -42,7 +42,7 @@ def _section(config: LRQATConfig, subfolder: str | None) -> str:
         mixed = (
             f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
         )
-    first_range = config.range_estimator
+    first_range: str = config.range_estimator
     if config.range_estimator == "lp":
         first_range += f" (p = {config.range_p})"
     return f"""## LR-QAT adapter

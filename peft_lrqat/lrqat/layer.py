@@ -190,7 +190,7 @@ class LRQATLayer(BaseTunerLayer):
         # A graph would go on using memory that the cache no longer holds.
         if self.cache is None or capturing():
             return quantized_weight(w)
-        held = self.cache.get(self.name, adapter_name)
+        held: Any = self.cache.get(self.name, adapter_name)
         weight = None if held is None else held.current(w, fingerprint)
         if weight is not None:
             return weight

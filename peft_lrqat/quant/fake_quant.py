@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import gpu_gradients, low_rank
@@ -59,7 +59,7 @@ def _write_counter(y: Tensor) -> Tensor:
 class _FakeQuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         phi: Tensor,
         zero_point: Tensor | None,
@@ -102,7 +102,7 @@ class _FakeQuantLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, phi, zero_point, A, B, scale, y, bias = ctx.saved_tensors
         if ctx.activations is not None:
             # Made again: the layers that share an input still share one saved tensor.
@@ -128,7 +128,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         return grad_x, None, None, grad_A, grad_B, grad_scale, grad_bias, None, None
 
 
-def _needed(ctx: FunctionCtx) -> Needed:
+def _needed(ctx: Any) -> Needed:
     x, _, _, A, B, scale, *_ = ctx.needs_input_grad
     return Needed(x, A, B, scale)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 # Tensors, and plain numbers that belong to them.
-Tensors = tuple[Tensor | float, ...]
+Tensors = tuple[Any, ...]
 
 
 class TensorCache:

