@@ -140,6 +140,7 @@ def run_checks() -> bool:
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     workers = ["-n", str(min(12, os.cpu_count() or 1))]
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--noconftest"]
+    command += ["-o", "filterwarnings=ignore"]
     command += ["-p", "no:cacheprovider", *workers, str(root / "tests" / "quant" / "kernels.py")]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode == 0
 

@@ -107,7 +107,8 @@ def groups_of(w: LowRankWeight, columns: slice) -> slice:
 
 def served(w: LowRankWeight, *dtypes: torch.dtype) -> bool:
     """Whether Triton's kernels make this weight, with tensors of ``dtypes`` beside it."""
-    return triton_ops.serves(w.layer, *dtypes)
+    # The compiler makes kernels of its own, and cannot take these in (PyTorch 2.11, on a GPU).
+    return not torch.compiler.is_compiling() and triton_ops.serves(w.layer, *dtypes)
 
 
 def rounded(w: LowRankWeight, rows: slice | Tensor, columns: slice) -> Tensor:

@@ -122,9 +122,10 @@ def finish_rows_kernel(
     """The gradients of B, A and one scale per row from their products and sums."""
     blocks_of_rows = tl.cdiv(out, ROWS)
     if tl.program_id(0) >= blocks_of_rows:
-        at = (tl.program_id(0) - blocks_of_rows) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < elements_of_A
-        tl.store(grad_A_ptr + at, tl.load(grad_A_ptr + at, mask=mask) * gamma, mask=mask)
+        if grad_A_ptr is not None:
+            at = (tl.program_id(0) - blocks_of_rows) * BLOCK + tl.arange(0, BLOCK)
+            mask = at < elements_of_A
+            tl.store(grad_A_ptr + at, tl.load(grad_A_ptr + at, mask=mask) * gamma, mask=mask)
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < out
