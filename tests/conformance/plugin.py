@@ -144,7 +144,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def _set_defaults(cls: type, values: dict[str, Any]) -> None:
     """Other defaults for a dataclass: many tests make a config without arguments."""
-    init = cls.__init__
+    init = inspect.unwrap(cls.__init__)
     names = inspect.getfullargspec(init).args[-len(init.__defaults__) :]
     init.__defaults__ = tuple(
         values.get(name, old) for name, old in zip(names, init.__defaults__, strict=True)
