@@ -124,10 +124,13 @@ def _save_generation_config(generation: GenerationConfig, directory: Path) -> No
 
 def _warn_of_runtimes(format: Format, model: DeployedModel) -> None:
     """Names the runtimes that load the format, but not this model."""
+    runtimes = [runtime for runtime in RUNTIMES.values() if runtime.format is format]
+    if not runtimes:
+        return
     schemes = {name: (t.grid.bits, t.grid.group_size) for name, t in model.targets.items()}
     others = dict.fromkeys(model.plain_linears())
-    for runtime in RUNTIMES.values():
-        if runtime.format is format and (reason := runtime.why_not_fused({**others, **schemes})):
+    for runtime in runtimes:
+        if reason := runtime.why_not_fused({**others, **schemes}):
             logger.warning(reason)
 
 

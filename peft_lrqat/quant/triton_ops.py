@@ -44,7 +44,14 @@ TOKENS, MAX_PARTS = 32, 64
 # Launches that are remembered: enough for every shape of a model, and many lengths of its input.
 MAX_PLANS = 1 << 12
 
-_library = torch.library.Library("peft_lrqat", "DEF")
+# A package that is imported anew, after its modules were dropped, defines its operators anew: under
+# another name, as PyTorch keeps the first ones.
+NAMESPACE = next(
+    name
+    for name in ("peft_lrqat", *(f"peft_lrqat_{number}" for number in range(2, 100)))
+    if not hasattr(getattr(torch.ops, name), "weight")
+)
+_library = torch.library.Library(NAMESPACE, "DEF")
 # What each operator does, by its name.
 IMPLEMENTATIONS: dict[str, Callable] = {}
 
@@ -223,8 +230,8 @@ def _operator(schema: str, returns: Callable | None = None) -> Callable[[Callabl
         _library.impl(name, function, "CompositeExplicitAutograd")
         IMPLEMENTATIONS[name] = function
         fake = returns or (lambda *arguments: None)
-        torch.library.register_fake(f"peft_lrqat::{name}", fake, lib=_library)
-        operator = getattr(torch.ops.peft_lrqat, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:

@@ -168,7 +168,7 @@ def test_teacher_that_is_nan_is_named(make_trainer, stopped):
         in stopped(trainer)
     )
 
-    trainer = make_trainer(distillation_weight=0.5)
+    trainer = make_trainer(distillation_weight=0.5, overwrite_checkpoints=True)
     trainer.add_callback(
         AtStep(2, lambda model: put_out_nan("model.layers.0.mlp")(trainer.teacher))
     )
