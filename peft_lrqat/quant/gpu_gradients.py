@@ -67,15 +67,21 @@ def gradients(
     count: ClippedCount | None,
 ) -> Gradients:
     """As `gradients.gradients`; ``count`` is what the forward pass counted, if it did."""
-    grad_y, x, y = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (grad_y, x, y))
+    grad_y, x = _with_rows(grad_y), _with_rows(x)
+    y = None if y is None else _with_rows(y)
     by_rank = w.scale.shape[1] == 1 and (y is not None or not needed.scale)
     clipped = 0
     if by_rank and needed.factors and not w.pass_through:
-        clipped = None if count is None else count.read()
-        by_rank = clipped is not None and clipped <= MAX_SHARE * w.shape[0] * w.shape[1]
+        clipped = -1 if count is None else count.read()  # -1: not counted
+        by_rank = 0 <= clipped <= MAX_SHARE * w.shape[0] * w.shape[1]
     if by_rank or not (needed.factors or needed.scale):
         return _by_rank(w, grad_y, x, y, bias, needed, clipped)
     return _by_weight(w, grad_y, x, needed)
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """The tensor with rows of adjacent elements."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def _columns(w: LowRankWeight, x: Tensor) -> list[slice]:
@@ -186,7 +192,7 @@ def _by_rank(
             w.layer, *limits, sums, largest, bias, *tokens, grad_A, grad_B
         )
         grad_scale = found if needed.scale else None
-    if clipped:
+    if places is not None:
         _leave_out_clipped(w, grad_y, x, places, grad_A, grad_B)
     return Gradients(x=_joined(grad_x), A=grad_A, B=grad_B, scale=grad_scale)
 

@@ -97,10 +97,11 @@ def gradients(
             )
             weight = made if with_weight else weight
         if sums.x is not None:
+            assert weight is not None  # made by one of the two ways
             sums.x[:, columns] = grad_y @ weight
     if chunks_by_rank:
         by_rank(sums, w, grad_y, x, chunks_by_rank, clipped)
-    if needed.scale and y is not None:
+    if sums.scale is not None and y is not None:
         sums.scale.add_(scale_gradient(w, grad_y, x, y, bias))
     return sums
 
@@ -122,15 +123,17 @@ def by_weight(
     grid, groups = w.format.grid, low_rank.groups_of(w, columns)
     out, width = w.shape[0], columns.stop - columns.start
     weight = x.new_empty(out, width) if with_weight else None
+    of_scale = sums.scale if with_scale else None
     with_factors = sums.A is not None or sums.B is not None
-    chunk_gradient = grad_y.T @ x[:, columns] if with_factors or with_scale else None
+    with_gradient = with_factors or of_scale is not None
+    chunk_gradient = grad_y.T @ x[:, columns] if with_gradient else None
     for rows in row_blocks(out, width, x.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         if chunk_gradient is not None:
             gradient = chunk_gradient[rows].to(codes.dtype)
-        if with_scale:
+        if of_scale is not None:
             products = (codes * gradient).unflatten(1, (groups.stop - groups.start, -1))
-            sums.scale[rows, groups] += products.sum(-1)
+            of_scale[rows, groups] += products.sum(-1)
         if weight is not None:
             low_rank.deploy(codes, step, w.dtype, weight[rows])
         if not with_factors:
@@ -188,9 +191,10 @@ def weight_and_clipped(
     if there are more than ``most`` of them.
     """
     grid, (out, width) = w.format.grid, w.shape
-    weight = torch.empty(out, columns.stop - columns.start, dtype=dtype, device=w.phi.device)
+    shape = out, columns.stop - columns.start
+    weight = torch.empty(shape, dtype=dtype, device=w.phi.device)
     places: list[Tensor] | None = []
-    for rows in row_blocks(*weight.shape, weight.device):
+    for rows in row_blocks(*shape, weight.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         low_rank.deploy(codes, step, w.dtype, weight[rows])
         if w.pass_through or places is None:
@@ -224,7 +228,7 @@ def scale_gradient(
     dtype = torch.promote_types(y.dtype, step.dtype)
     total = torch.zeros(y.shape[1], dtype=dtype, device=y.device)
     largest = torch.zeros_like(total)
-    for tokens in row_blocks(*y.shape, y.device):
+    for tokens in row_blocks(y.shape[0], y.shape[1], y.device):
         y0 = y[tokens].to(total.dtype)
         if bias is not None:
             y0 = y0 - bias

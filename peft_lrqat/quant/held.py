@@ -31,8 +31,8 @@ class HeldWeight(NamedTuple):
         """Makes W_hat, to be held; on a GPU, `current` will write into its tensors."""
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            copies = (t.detach().clone() for t in (w.A, w.B, w.scale))
-            return HeldWeight(quantized_weight(w), *copies, w.gamma, fingerprint)
+            A, B, scale = (t.detach().clone() for t in (w.A, w.B, w.scale))
+            return HeldWeight(quantized_weight(w), A, B, scale, w.gamma, fingerprint)
 
     def current(self, w: LowRankWeight, fingerprint: int) -> Tensor | None:
         """W_hat of ``w``; None if the held one cannot serve, or no longer does."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +84,12 @@ def _ieee_matmul(device: torch.device) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    backend = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(
-        device.type
-    )
-    precision = backend.fp32_precision if backend is not None else "ieee"
-    if precision in ("ieee", "none"):
+    # PyTorch replaces these modules by objects, whose attributes no type checker sees.
+    backends: Any = torch.backends
+    products = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
+    backend = products.get(device.type)
+    precision = "none" if backend is None else backend.fp32_precision
+    if backend is None or precision in ("ieee", "none"):
         yield
         return
     backend.fp32_precision = "ieee"
@@ -95,7 +97,7 @@ def _ieee_matmul(device: torch.device) -> Iterator[None]:
         yield
     finally:
         # "none" follows the setting of all backends.
-        backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+        backend.fp32_precision = "none" if precision == backends.fp32_precision else precision
 
 
 def groups_of(w: LowRankWeight, columns: slice) -> slice:
@@ -173,7 +175,7 @@ def dense(
         return triton_ops.weight(w.layer, dtype, *part, count, places)
     shape = rows.stop - rows.start, columns.stop - columns.start
     weight = torch.empty(shape, dtype=dtype, device=w.phi.device)
-    for block in row_blocks(*weight.shape, weight.device):
+    for block in row_blocks(*shape, weight.device):
         some = slice(rows.start + block.start, rows.start + block.stop)
         _, codes, step = tile(w, some, columns)
         deploy(codes, step, w.dtype, weight[block])

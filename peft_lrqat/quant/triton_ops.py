@@ -180,13 +180,15 @@ def on(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
-def launch(key: tuple[Any, ...], plan: Callable[[], Plan], *tensors: Tensor | None) -> None:
+def launch(
+    key: tuple[Any, ...], plan: Callable[[], Plan], result: Tensor, *others: Tensor | None
+) -> None:
     """Launches what ``plan`` says, which must depend on nothing but ``key`` and the device.
 
-    ``key`` tells the dtypes of all ``tensors``, too. Triton looks a kernel up by all of its
+    ``key`` tells the dtypes of all tensors, too. Triton looks a kernel up by all of its
     arguments, which takes longer than a launch: for CUDA, it does so once for a key.
     """
-    device = tensors[0].device
+    device, tensors = result.device, (result, *others)
     with on(device):
         if device.type == "cuda" and torch.version.hip is None:
             # Kernels are compiled for pointers that are multiples of 16, or for some that are not.
@@ -463,7 +465,8 @@ def _empty_results(
     shape = (0, 0)
     if with_scale:
         span = layer.span(gradient.shape[1])
-        tiles, _, spans = _tiles(layer.constants(first_column, span), *gradient.shape, span)
+        rows, columns = gradient.shape
+        tiles, _, spans = _tiles(layer.constants(first_column, span), rows, columns, span)
         shape = layer.out_features, spans * tiles
     return weight, gradient.new_empty(shape, dtype=torch.float32)
 
@@ -626,9 +629,10 @@ def finish_rows(
     ``smallest_step``, or the ``largest`` output below ``bias_share`` times the bias.
     """
     grad_scale = _empty_scale(layer)
-    tokens, strides = 0, (0, 0)
-    if sums is not None:
+    tokens, strides, dtypes = 0, (0, 0), None
+    if grad_y is not None and x is not None:
         tokens, strides = len(x), (grad_y.stride(0), x.stride(0))
+        dtypes = grad_y.dtype, x.dtype
     elements_of_A = 0 if grad_A is None else grad_A.numel()
 
     def plan() -> Plan:
@@ -645,8 +649,8 @@ def finish_rows(
         return Plan("triton_gradients", "finish_rows_kernel", grid, numbers, constants)
 
     given = sums is not None, bias is None, grad_A is None, grad_B is None
-    dtypes = None if bias is None else bias.dtype, None if x is None else (grad_y.dtype, x.dtype)
-    key = "finish", layer.key, tokens, strides, smallest_step, bias_share, given, dtypes
+    dtype = None if bias is None else bias.dtype
+    key = "finish", layer.key, tokens, strides, smallest_step, bias_share, given, dtype, dtypes
     largest = None if bias is None else largest
     kept = (grad_scale, sums, largest, bias, grad_y, x, grad_A, grad_B)
     launch(key, plan, *kept, *layer.tensors)

@@ -167,15 +167,9 @@ def rounded_tile(
 def effective_step(scale_ptr, at, mask, SCALE: tl.constexpr):
     """`effective_scale` of the scales at some places, float32; SCALE: the dtype that ships."""
     step = tl.load(scale_ptr + at, mask=mask, other=1.0).to(tl.float32)
-    if SCALE == "float16":
-        smallest: tl.constexpr = 6.103515625e-05
-        largest: tl.constexpr = 65504.0
-    elif SCALE == "bfloat16":
-        smallest: tl.constexpr = 1.1754943508222875e-38
-        largest: tl.constexpr = 3.3895313892515355e38
-    else:
-        smallest: tl.constexpr = 1.1754943508222875e-38
-        largest: tl.constexpr = 3.4028234663852886e38
+    smallest: tl.constexpr = 6.103515625e-05 if SCALE == "float16" else 1.1754943508222875e-38
+    widest: tl.constexpr = 3.3895313892515355e38 if SCALE == "bfloat16" else 3.4028234663852886e38
+    largest: tl.constexpr = 65504.0 if SCALE == "float16" else widest
     step = tl.where(step < smallest, smallest, step)
     step = tl.where(step > largest, largest, step)
     if SCALE == "float16":

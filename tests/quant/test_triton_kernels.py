@@ -33,7 +33,7 @@ SHARES = {
 def test_laws_of_the_kernels_hold_in_the_interpreter(share):
     file = Path(__file__).with_name("kernels.py")
     # NumPy, in which the interpreter computes, warns of infinities that the tests ask for.
-    options = ["--noconftest", "-p", "no:cacheprovider", "-x", "-q", "-o", "filterwarnings=ignore"]
+    options = ["--noconftest", "-p", "no:cacheprovider", "-x", "-o", "filterwarnings=ignore"]
     done = run("-m", "pytest", *options, "-k", share, str(file), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
