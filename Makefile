@@ -53,7 +53,7 @@ test: lint unit docs conformance
 lint: $(BIN)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy peft_lrqat
+	$(BIN)/mypy peft_lrqat benchmarks tests
 
 # One thread a process: on small tensors a second one only waits.
 unit: $(BIN)/.test

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from test_imports import FLOOR_OF, SOURCES, imports, room_of  # noqa: E402
 
 
-def length(node: ast.AST) -> int:
-    return node.end_lineno - node.lineno + 1
+def length(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def main() -> None:

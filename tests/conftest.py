@@ -37,7 +37,7 @@ CONFIGS = {
     "opt": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=48, word_embed_proj_dim=32, **NO_SPECIAL
     ),
-    "t5": lambda: transformers.T5Config(
+    "t5": lambda: transformers.T5Config(  # type: ignore[call-arg]  # a setting of all configs
         vocab_size=96,
         d_model=32,
         d_ff=48,
@@ -47,7 +47,9 @@ CONFIGS = {
         decoder_start_token_id=0,
         dropout_rate=0.0,
     ),
-    "classifier": lambda: transformers.LlamaConfig(**GATED, **NO_SPECIAL, num_labels=3),
+    "classifier": lambda: transformers.LlamaConfig(  # type: ignore[call-arg]  # a setting of all configs
+        **GATED, **NO_SPECIAL, num_labels=3
+    ),
 }
 # Bits of the components of a packed pair of factors, a digit each.
 FACTOR_BITS = ["", "1", "2", "4321", "3311"]

@@ -411,7 +411,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         entries += [self._entry(path, blob) for path, blob in found.items()]
         if query.get("recursive", ["false"])[0].lower() != "true":
-            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(start)]
+            entries = [entry for entry in entries if "/" not in str(entry["path"])[len(start) :]]
         return 200, entries
 
     def paths_info(self, query, body, repo, revision):

@@ -6,13 +6,14 @@ The blocks of a page share one namespace and one directory, in which the names o
 """
 
 import contextlib
-import importlib
 import io
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_blocks_run(page, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     # Dataclasses of a page look their module up.
-    monkeypatch.setitem(importlib.sys.modules, "page", type(importlib)("page"))
+    monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
     for block in blocks(page):
         if block.runs:
             with contextlib.redirect_stdout(io.StringIO()):

@@ -99,7 +99,7 @@ def test_merged_layer_lets_the_gradient_through(make_peft, batch_for):
 
 
 def test_merging_says_once_what_saving_leaves_out(make_peft, caplog):
-    hooks.logger.warning_once.cache_clear()
+    hooks.logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # cached at run time
     with caplog.at_level("WARNING"):
         make_peft(activation_bits=8).merge_and_unload()
         make_peft(activation_bits=8).merge_and_unload()

@@ -46,11 +46,11 @@ def base(tmp_path_factory):
     """A random Llama, saved with a tokenizer of one token per byte."""
     directory = tmp_path_factory.mktemp("base")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
+    backend = Tokenizer(
         models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -178,7 +178,9 @@ def _tile_without_rounding(
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> None:
+def pytest_pycollect_makeitem(
+    collector: pytest.Module | pytest.Class, name: str, obj: object
+) -> None:
     """Called for every name in a test module or class, before its tests are made."""
     module = inspect.getmodule(collector.obj)
     cases = CASES.get(module.__name__.rpartition(".")[2], {})

@@ -1,6 +1,7 @@
 """The check of an export compares the whole model, as users load it, and finds what is wrong."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SIZES = {
 }
 LLAMA = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 64}
 BERT = transformers.BertConfig(**SIZES)
-MODELS = {
+MODELS: dict[str, tuple[Any, ...]] = {
     "bert-sequence": (transformers.BertForSequenceClassification, BERT, "SEQ_CLS", None),
     "bert-token": (transformers.BertForTokenClassification, BERT, "TOKEN_CLS", None),
     "bert-questions": (transformers.BertForQuestionAnswering, BERT, "QUESTION_ANS", None),

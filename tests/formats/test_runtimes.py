@@ -10,6 +10,7 @@ from peft_lrqat import LRQATConfig
 from peft_lrqat.demo import model_path
 from peft_lrqat.export import export_model
 from peft_lrqat.export.linears import lrqat_layers, target_of
+from peft_lrqat.formats.base import SafetensorsFormat
 from peft_lrqat.formats.runtimes import RUNTIMES
 from peft_lrqat.formats.sizes import stored_bits
 from peft_lrqat.formats.table import FORMATS
@@ -39,16 +40,17 @@ def test_stored_bytes_are_those_of_the_tensors(format, bits, group_size, symmetr
     from peft_lrqat.export.exporter import deployed_model
 
     model = make_model(bits=bits, group_size=group_size, symmetric=symmetric)
-    deployed = deployed_model(model, "default")
+    deployed, kind = deployed_model(model, "default"), FORMATS[format]
+    assert isinstance(kind, SafetensorsFormat)
     for target in list(deployed.targets.values())[:7]:
-        if FORMATS[format].why_not(target.grid, target.scale_dtype, target.in_features):
+        if kind.why_not(target.grid, target.scale_dtype, target.in_features):
             continue
         linear = deployed.quantize(target)
         if linear.zero_point is not None:
             linear.zero_point.clamp_(min=1)
-        tensors = dict(FORMATS[format].tensors_of(linear, None)).values()
+        tensors = dict(kind.tensors_of(linear, None)).values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        assert size == FORMATS[format].stored_bytes(target)
+        assert size == kind.stored_bytes(target)
 
 
 @pytest.mark.parametrize(

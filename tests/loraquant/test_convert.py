@@ -251,9 +251,9 @@ def test_files_in_any_dtype(dtype, lora, changed, tmp_path):
     ]
     assert len(files[0]) == len(files[1])
     # The digests differ by the report, which names the bytes before.
-    tensors = [load(data) for data in files]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    one, other = (load(data) for data in files)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert first.report["bytes_before"] * 4 == second.report["bytes_before"] * dtype.itemsize
 
 

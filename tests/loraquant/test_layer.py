@@ -161,7 +161,7 @@ def test_merging_changes_the_weight_and_not_the_output(use_dora, net, ids, make_
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @torch.no_grad()
 def test_two_adapters_are_summed_and_merged_as_loras(use_dora, net, ids, make_adapter):
-    models = [None, None]
+    models: list = [None, None]
     for adapter, bits in (("one", "4321"), ("two", "3311")):
         config, state, lora, twin = make_adapter(net, bits, TARGETS, use_dora=use_dora)
         for i, (kind, tensors) in enumerate(((config, state), (lora, twin))):

@@ -348,8 +348,9 @@ def test_matmul_precision_does_not_reach_the_integers():
     codes, setting = quantized_codes(w), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        inside = torch.backends.mkldnn.matmul.fp32_precision
+        backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # an object, not a module
+        inside = backend.fp32_precision
         assert torch.equal(quantized_codes(w), codes)
-        assert torch.backends.mkldnn.matmul.fp32_precision == inside
+        assert backend.fp32_precision == inside
     finally:
         torch.set_float32_matmul_precision(setting)

@@ -254,12 +254,10 @@ def test_each_group_is_clipped_by_its_own_norm():
 
 
 def test_factors_have_a_limit_of_their_own():
-    groups = [
-        {"name": name, "params": [nn.Parameter(torch.ones(4))]}
-        for name in ("A", "B", "scales", "other")
-    ]
-    for group in groups:
-        group["params"][0].grad = torch.ones(4)
+    params = {name: nn.Parameter(torch.ones(4)) for name in ("A", "B", "scales", "other")}
+    for parameter in params.values():
+        parameter.grad = torch.ones(4)
+    groups = [{"name": name, "params": [parameter]} for name, parameter in params.items()]
     norms = clip_by_group(groups, 1.0, 0.1)
     assert {name: float(norm) for name, norm in norms.items()} == {
         "A": 2,
@@ -267,7 +265,7 @@ def test_factors_have_a_limit_of_their_own():
         "scales": 2,
         "other": 2,
     }
-    after = {group["name"]: float(group["params"][0].grad.norm()) for group in groups}
+    after = {name: float(parameter.grad.norm()) for name, parameter in params.items()}
     assert after == pytest.approx({"A": 0.1, "B": 0.1, "scales": 1.0, "other": 1.0}, rel=1e-5)
 
 
@@ -426,7 +424,7 @@ def test_rates_of_other_number_types_are_taken_and_strings_are_not(make_peft):
 
 def test_both_rates_must_be_given(make_peft):
     with pytest.raises(TypeError, match="scale_lr"):
-        LRQATOptimizerFactory()(make_peft(), lr=1e-3)
+        LRQATOptimizerFactory()(make_peft(), lr=1e-3)  # type: ignore[call-arg]  # refused
     with pytest.raises(TypeError, match="momentum"):
         LRQATOptimizerFactory()(make_peft(), **RATES, momentum=0.9)
 

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from peft_lrqat.trainer import (
 from peft_lrqat.trainer.part import TrainerPart
 
 
-trl = pytest.importorskip("trl")
+trl: Any = pytest.importorskip("trl")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -46,8 +46,9 @@ def test_expanding_gives_the_very_values_that_were_packed(
 ):
     # The codes' own values() spreads a scale over a whole group, however long.
     group_size = min(group_size, 300)
+    rows, columns = shape
     components, format, tensors = packed(
-        make_components, bits, *shape, group_size, zero_points=zero_points
+        make_components, bits, rows, columns, group_size, zero_points=zero_points
     )
     assert format.bits == bits
     B, A = expand(format, tensors, torch.float32)
