@@ -80,10 +80,10 @@ conformance: $(BIN)/.test
 gpu: $(BIN)/.demo
 	$(BIN)/python benchmarks/gpu.py
 
-# Damaged adapters, many more than in the tests: 10,000 of each kind take about half an hour.
+# Damaged adapters and models, many more than in the tests.
 FUZZ_CASES ?= 10000
 fuzz: $(BIN)/.test
-	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/shared/test_integrity.py -k damage
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/shared -k damage
 
 clean:
 	rm -rf $(VENV) demo-output site .cache build *.egg-info

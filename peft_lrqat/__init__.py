@@ -22,8 +22,9 @@ from .lrqat.config import LRQATConfig
 from .lrqat.layer import LRQATLayer, LRQATLinear
 from .lrqat.model import LRQATModel
 from .lrqat.size import deployed_weight_bytes, target_weight_bytes
-from .registration import override_load_adapter, register
+from .registration import override_load_adapter, override_save_pretrained, register
 from .shared.adapter_files import sign_adapter
+from .shared.model_files import sign_model
 
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ __all__ = [
     "push_to_hub",
     "quantize_adapter",
     "sign_adapter",
+    "sign_model",
     "target_weight_bytes",
     "verify_export",
 ]
@@ -112,3 +114,4 @@ register("loraquant", LoRAQuantConfig, LoRAQuantModel, describe_loraquant)
 register_low_bit()
 override_push_to_hub()
 override_load_adapter()
+override_save_pretrained()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .activations import attention
-from .shared.adapter_files import check_adapter, read_config
+from .shared.adapter_files import check_adapter, read_config, sign_adapter
 from .shared.config import CARDS, AdapterConfig
 from .shared.integrity import is_signed
+from .shared.model_files import is_stored_base, sign_settings
+from .shared.saved import check_trained_is_saved
 from .shared.transaction import unchanged_on_failure
 
 
@@ -97,6 +100,16 @@ def override_load_adapter() -> None:
     setattr(PeftModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
 
 
+def override_save_pretrained() -> None:
+    """Lets PEFT and transformers save all that was trained, or say so, and sign what they save.
+
+    Models without an adapter or a base of this package are saved as before. Calling it again
+    changes nothing.
+    """
+    _override(PeftModel, "save_pretrained", _save_adapters)
+    _override(PreTrainedModel, "save_pretrained", _save_natively)
+
+
 def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
     inherited = getattr(owner, name)
     # functools.wraps hands the mark on, so that a method which somebody put around this one is
@@ -110,6 +123,39 @@ def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
 
     vars(call)["knows_peft_lrqat"] = True
     setattr(owner, name, call)
+
+
+def _save_adapters(
+    inherited: Callable[..., Any], self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if has_own_adapter(self):
+        given = signature(inherited).bind(self, save_directory, *args, **kwargs).arguments
+        embeddings = given.get("save_embedding_layers", "auto")
+        check_trained_is_saved(self, kwargs.get("state_dict"), embeddings)
+    return inherited(self, save_directory, *args, **kwargs)
+
+
+def _save_natively(
+    inherited: Callable[..., Any],
+    self: PreTrainedModel,
+    save_directory: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """transformers' own method, which writes one adapter where there are adapters."""
+    adapters = getattr(self, "peft_config", {}) if hasattr(self, "_hf_peft_config_loaded") else {}
+    own = any(config.peft_type in OWN_TYPES for config in adapters.values())
+    if own:
+        check_trained_is_saved(self, kwargs.get("state_dict"))
+    result = inherited(self, save_directory, *args, **kwargs)
+    main = args[0] if args else kwargs.get("is_main_process", True)
+    folder = Path(save_directory)
+    if main and own and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        # The configuration was written before the tensors, so nothing has signed them yet.
+        sign_adapter(folder)
+    elif main and not adapters and hasattr(self, "hf_quantizer") and is_stored_base(folder):
+        sign_settings(folder)
+    return result
 
 
 def _load_adapter(

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import logging
 
+from peft_lrqat.shared.saved import check_trained_is_saved
+
 from .part import TrainerPart
 from .rates import FACTORS, GROUPS, check_rates, setting_name
-from .saved import check_trained_is_saved
 
 
 logger = logging.get_logger(__name__)

@@ -132,6 +132,11 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         default_factory=dict,
         metadata={"help": "Digests of the other stored tensors, by name; filled in when saving."},
     )
+    settings_digest: Optional[str] = field(
+        default=None,
+        compare=False,
+        metadata={"help": "Digest of the stored config.json; filled in when saving."},
+    )
     format_version: int = field(
         default=FORMAT_VERSION,
         metadata={"help": "Version of the stored format; leave it to the library."},
@@ -179,5 +184,6 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         fields = {
             name: sorted(value) if isinstance(value, set) else value
             for name, value in asdict(self).items()
+            if name != "settings_digest"  # of the file that was read, not of the next one
         }
         return fields | {"library_version": __version__}

@@ -41,6 +41,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .._version import __version__
 from ..formats.shards import ShardWriter
+from ..shared.model_files import sign_settings
 from ..shared.staging import check_target, flush, whole_directory
 from .card import write_card
 from .config import LowBitConfig, StoredWeight
@@ -286,6 +287,7 @@ class _Job:
             _write_json(directory / SAFE_WEIGHTS_INDEX_NAME, weights)
         config = self._finished(modules, digests)
         self.model.config.save_pretrained(directory)
+        sign_settings(directory)
         _write_rest(directory, self.name, config, self.place)
         flush(directory)
         return config

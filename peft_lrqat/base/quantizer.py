@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from transformers.utils import logging
 
 from ..quant import unpack
 from ..quant.grid import SCALE_DTYPES
+from ..shared.model_files import CONFIG, check_model, check_settings
 from ..shared.pages import release_pages
 from ..shared.words import some
 from .config import FORMAT_VERSION, METHOD, LowBitConfig, StoredWeight
@@ -210,6 +212,21 @@ class LowBitQuantizer(HfQuantizer):
             return
         for name, stored in self.stored.items():
             self._put_empty(model, name, stored)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Raises ValueError for a ``config.json`` beside the weights that is not what was written.
+
+        Of a packed export, whose digests lie in the same place, all tensors are looked at, too.
+        """
+        files = list(map(Path, self.files))
+        folder = files[0].parent if files else None
+        if folder is None or not (folder / CONFIG).is_file():
+            return
+        if self.is_packed_export:
+            check_model(folder, files)
+        else:
+            check_settings(folder)
 
     def _put_empty(self, model: PreTrainedModel, name: str, stored: StoredWeight) -> None:
         try:

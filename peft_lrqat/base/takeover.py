@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..quant import WeightFormat
+from ..shared.model_files import check_signed
 from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
@@ -122,6 +123,7 @@ class Takeover:
 
     def __init__(self, model: PreTrainedModel, settings: dict[str, Any], files: list[str]) -> None:
         self.settings, self.layout = settings, find_layout(settings)
+        check_signed(files)
         self.formats: dict[str, WeightFormat] = {}  # of what was made
         self.errors: list[str] = []
         self.dtype, self.scale_dtypes = model.dtype, set[torch.dtype]()

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..quant.grid import Grid
+from ..shared.adapter_files import read_config
+from ..shared.model_files import split_settings
 from .linear import QuantizedLinear, Target
 from .shards import ShardWriter
 
@@ -197,8 +199,10 @@ class SafetensorsFormat(Format):
             4 * (len(name) + 220) if isinstance(value, Target) else len(name) + 200
             for name, value in tensors()
         )
+        write_config(directory, self.config_for(model.config), self.config_entry(model))
+        settings = split_settings(read_config(directory / CONFIG_NAME))
         weights = 0
-        with ShardWriter(directory, max_shard_size, 4096 + sum(entries)) as writer:
+        with ShardWriter(directory, max_shard_size, 4096 + sum(entries), settings) as writer:
             for name, value in tensors():
                 if isinstance(value, Tensor):
                     writer.write(name, value)
@@ -208,7 +212,6 @@ class SafetensorsFormat(Format):
                     writer.write(f"{name}.{kind}", tensor)
                 weights += writer.total - before
                 done(1)
-        write_config(directory, self.config_for(model.config), self.config_entry(model))
         return {"bytes of the quantised weights": weights, "bytes of all tensors": writer.total}
 
 

@@ -10,7 +10,9 @@ and a target's weight becomes:
     bits         in the configuration, by module, with the group size and the width ``in``
 
 The weight is ``scale * (codes - zero_point)`` in float32, rounded once to the model's dtype. All
-other tensors are stored as they are.
+other tensors are stored as they are. The metadata of each file have digests of its tensors and of
+``config.json``, as those of adapters; damage by chance is refused. Who changes a file on purpose
+calls `sign_model`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.packing import pack, packed_bytes, unpack
@@ -87,10 +89,13 @@ def load_quantized(
 
 
 def _load(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    config, modules = _read_config(path)
+    modules = _read_modules(path)
+    stored = StoredTensors(path)
+    config = AutoConfig.from_pretrained(path)
+    # The loaded model has plain weights, which transformers does not count as quantised.
+    del config.quantization_config
     if not isinstance(config.dtype, torch.dtype):
         raise ValueError(f"{path / CONFIG_NAME} must name the `dtype` of the weights")
-    stored = StoredTensors(path)
     weights = {}
     for name, fields in modules.items():
         kinds = ("codes", "scale", "zero_points")
@@ -114,7 +119,8 @@ def _describe(target: Target) -> dict[str, Any]:
     }
 
 
-def _read_config(path: Path) -> tuple[PretrainedConfig, dict[str, dict[str, Any]]]:
+def _read_modules(path: Path) -> dict[str, dict[str, Any]]:
+    """What the configuration says of each quantised weight."""
     try:
         written = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
         quantization = written["quantization_config"]
@@ -134,10 +140,9 @@ def _read_config(path: Path) -> tuple[PretrainedConfig, dict[str, dict[str, Any]
             f"{path} is of version {version!r} of the format, but this peft_lrqat reads"
             f" {FORMAT_VERSION}; run `pip install -U peft-lrqat`"
         )
-    config = AutoConfig.from_pretrained(path)
-    # The loaded model has plain weights, which transformers does not count as quantised.
-    del config.quantization_config
-    return config, modules
+    if not isinstance(modules, dict):
+        raise ValueError(f"`modules` in {path / CONFIG_NAME} must be an object, but is {modules!r}")
+    return modules
 
 
 def _weight(

@@ -7,10 +7,13 @@ import os
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import _TYPES  # names of dtypes in a file, as safetensors itself reads them
 from torch import Tensor
+
+from ..shared import integrity
 
 
 DTYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -26,14 +29,23 @@ class ShardWriter:
     Args:
         directory: where the files go.
         max_shard_size: bytes of tensors in a file; a single larger tensor has its own file.
-        header_bytes: room for the header of each file.
+        header_bytes: room for the header of each file, without digests.
+        settings: those that decide the result, and the others; with them, files have digests.
     """
 
-    def __init__(self, directory: Path, max_shard_size: int, header_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_shard_size: int,
+        header_bytes: int,
+        settings: tuple[dict[str, Any], dict[str, Any]] | None = None,
+    ) -> None:
         self.directory, self.max_shard_size = directory, max_shard_size
+        self.settings = settings
         self.header_bytes = header_bytes + -header_bytes % 8
         self.total = 0
         self._shards: list[tuple[Path, dict[str, dict[str, object]]]] = []
+        self._digests: dict[str, str] = {}  # of the tensors in the current file
         self._file: BufferedWriter | None = None
         self._offset = 0
 
@@ -57,16 +69,21 @@ class ShardWriter:
         file = self._file
         if file is None or (self._offset and self._offset + size > self.max_shard_size):
             file = self._next()
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         self._shards[-1][1][name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": dtype,
+            "shape": shape,
             "data_offsets": [self._offset, self._offset + size],
         }
         data = tensor.detach().to("cpu").contiguous()
+        parts: list[Any] = []
         if data.numel():
             # An axis of one element may have any stride, which a view of bytes refuses.
             flat = data.as_strided((data.numel(),), (1,))
-            file.write(flat.view(torch.uint8).numpy().data)
+            parts = [flat.view(torch.uint8).numpy().data]
+            file.write(parts[0])
+        if self.settings is not None:
+            self._digests[name] = integrity.tensor_digest(name, dtype, shape, parts)
         self._offset += size
         self.total += size
 
@@ -82,8 +99,13 @@ class ShardWriter:
     def _close(self) -> None:
         if self._file is None:
             return
-        entries = {"__metadata__": {"format": "pt"}, **self._shards[-1][1]}
-        header = json.dumps(entries, separators=(",", ":")).encode()
+        tensors = self._shards[-1][1]
+        metadata = {"format": "pt"}
+        if self.settings is not None:
+            digests = [self._digests[name] for name in integrity.ordered(tensors)]
+            metadata |= integrity.entry(digests, *self.settings)
+            self._digests = {}
+        header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
         if len(header) > self.header_bytes:
             raise AssertionError(
                 f"the header takes {len(header)} bytes, but {self.header_bytes} were left for it"

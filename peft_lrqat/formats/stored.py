@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ..shared.model_files import check_model
 from .base import CONFIG_NAME
 
 
@@ -19,7 +20,10 @@ WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
 class StoredTensors:
-    """The tensors in the safetensors files of a directory, each read when it is taken."""
+    """The tensors in the safetensors files of a directory, each read when it is taken.
+
+    ValueError unless the files are whole and, with ``config.json``, those that were written.
+    """
 
     def __init__(self, path: Path) -> None:
         names = [WEIGHTS_NAME]
@@ -30,6 +34,7 @@ class StoredTensors:
             files = [safe_open(path / name, framework="pt") for name in names]
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {path} are not whole ({error})") from error
+        check_model(path, [path / name for name in names])
         self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no dict)
 
     def take(self, name: str) -> Tensor | None:

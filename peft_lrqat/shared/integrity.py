@@ -112,15 +112,39 @@ def check_file(
     ``way`` says how to sign it. A file without a signature, and settings that were changed but do
     not decide the result, get a warning.
     """
+    check_files([path], settings, others, way=way)
+
+
+def check_files(
+    paths: Iterable[Path], settings: Mapping[str, Any], others: Mapping[str, Any], *, way: str
+) -> None:
+    """`check_file` for the files of one model, which share their settings and the warnings."""
+    unsigned, changed = [], []
+    for path in paths:
+        signature = _checked_signature(path, settings, way)
+        if signature is None:
+            unsigned.append(path)
+        elif signature["others"] != settings_digest(others):
+            changed.append(path)
+    if unsigned:
+        logger.warning(
+            f"{unsigned[0]} has no digests, as files of peft_lrqat 0.1 have none, so damage would "
+            f"go unnoticed; save it again, or {way}"
+        )
+    if changed:
+        logger.warning(
+            f"settings beside {changed[0]} were changed after it was saved; they do not decide "
+            f"the result. To accept them, {way}"
+        )
+
+
+def _checked_signature(path: Path, settings: Mapping[str, Any], way: str) -> dict[str, Any] | None:
+    """The signature of a file whose tensors and settings are those that were signed."""
     header, start = _header(path)
     signature = _signature(header, path)
     if signature is None:
-        logger.warning(
-            f"{path} has no digests, as files of peft_lrqat 0.1 have none, so damage would go "
-            f"unnoticed; save it again, or {way}"
-        )
-        return
-    found = dict(zip(_ordered(header), _digests(path, header, start), strict=True))
+        return None
+    found = dict(zip(ordered(header), _digests(path, header, start), strict=True))
     expected = signature["tensors"]
     if len(expected) != SIZE * len(found):
         raise ValueError(
@@ -143,11 +167,7 @@ def check_file(
             f"the settings beside {path} are not those that it was saved with. Restore them, or, "
             f"if you changed them on purpose, {way}"
         )
-    if signature["others"] != settings_digest(others):
-        logger.warning(
-            f"settings beside {path} were changed after it was saved; they do not decide the "
-            f"result. To accept them, {way}"
-        )
+    return signature
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -183,8 +203,8 @@ def _signature(header: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     return signature
 
 
-def _ordered(header: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in the order of their data."""
+def ordered(header: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors in a file's header, in the order of their data."""
     names = [name for name in header if name != "__metadata__"]
     return sorted(names, key=lambda name: (*header[name]["data_offsets"], name))
 
@@ -192,7 +212,7 @@ def _ordered(header: Mapping[str, Any]) -> list[str]:
 def _digests(path: Path, header: Mapping[str, Any], start: int) -> list[str]:
     digests = []
     with open(path, "rb") as file:
-        for name in _ordered(header):
+        for name in ordered(header):
             described = header[name]
             first, last = described["data_offsets"]
             file.seek(start + first)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: what killed processes leave stays
+    fcntl = None
+
+# In the hidden name of a directory that is being written.
+MARK = ".lrqat-"
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
@@ -52,12 +64,13 @@ def directory_bytes(directory: str | os.PathLike[str]) -> int:
 def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory beside ``target`` that takes its place when everything in it is on the disk.
 
-    After an exception nothing of it is left.
+    After an exception nothing of it is left. A killed process leaves it, under a hidden name, until
+    the next call for the same target.
     """
     target = Path(target).resolve()  # what a link points to gets the content, and the link stays
     target.parent.mkdir(parents=True, exist_ok=True)
-    directory = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    directory.mkdir()
+    _remove_abandoned(target)
+    directory, lock = _staging(target)
     try:
         yield directory
         flush(directory)
@@ -70,3 +83,52 @@ def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _staging(target: Path) -> tuple[Path, int | None]:
+    """A new directory, and the open file that locks it for as long as its process lives.
+
+    None: directories cannot be locked here.
+    """
+    while True:
+        directory = target.with_name(f".{target.name}{MARK}{secrets.token_hex(4)}")
+        directory.mkdir()
+        try:
+            return directory, _lock(directory)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for abandoned before it was locked
+        except OSError:
+            return directory, None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what killed processes left of the same target: nobody holds its lock any more."""
+    for directory in target.parent.glob(f".{glob.escape(target.name)}{MARK}{'[0-9a-f]' * 8}"):
+        try:
+            lock = _lock(directory)
+        except OSError:
+            continue  # it is being written, or was just moved into place
+        if lock is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """The open file that locks a directory.
+
+    None where directories cannot be opened; BlockingIOError if another process has locked it.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(directory)):
+            raise FileNotFoundError(f"{directory} is another directory now")
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock

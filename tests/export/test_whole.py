@@ -2,80 +2,23 @@
 
 import os
 import resource
-import signal
-import sys
 
 import pytest
+from killing import check_whole_or_not_there
 
 from peft_lrqat.export import export_model, load_quantized
 from peft_lrqat.shared.staging import check_target
 
 
-def killed_at(number, write, target):
-    """A fork that SIGKILL ends before its change ``number``; the changes of a whole run.
-
-    A change is a file or folder that is created, renamed or removed.
-    """
-    kinds = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-    counted = target.parent.with_name("counted")
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            return None
-        assert status == 0
-        return int(counted.read_text())
-    seen = 0
-
-    def count(event, args):
-        nonlocal seen
-        opens = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wx+")
-        if (event in kinds or opens) and target.name in str(args[0]):
-            seen += 1
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        sys.addaudithook(count)
-        write()
-        counted.write_text(str(seen))
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
 def test_killed_at_every_write(make_model, tokenizer, tmp_path):
     model = make_model(bits=4, target_modules=["q_proj"])
     target = tmp_path / "place" / "target"
-    target.parent.mkdir()
 
     def write():
-        export_model(
-            model,
-            target,
-            format="packed",
-            tokenizer=tokenizer,
-            max_shard_size="60KB",
-            progress=False,
-        )
+        options = {"tokenizer": tokenizer, "max_shard_size": "60KB", "progress": False}
+        export_model(model, target, format="packed", **options)
 
-    write()  # what is imported once
-    expected = {path.name: path.read_bytes() for path in target.iterdir()}
-    assert len(expected) > 8
-    number, changes = 0, None
-    while changes is None:
-        number += 1
-        for path in target.parent.iterdir():
-            os.system(f"rm -r {path}")
-        changes = killed_at(number, write, target)
-        if target.exists():
-            assert {path.name: path.read_bytes() for path in target.iterdir()} == expected
-            load_quantized(target)
-        else:
-            assert changes is None
-    assert changes == number - 1
-    assert number > 10
+    check_whole_or_not_there(write, target, lambda: load_quantized(target))
 
 
 def test_two_processes_write_the_same_target(make_model, tmp_path):

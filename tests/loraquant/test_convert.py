@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import StandInHub, run_client
+from killing import check_whole_or_not_there
 from peft import (
     LoraConfig,
     PeftModel,
@@ -27,6 +28,7 @@ from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_a
 from peft_lrqat.quant.factors import groups, paper, residual
 from peft_lrqat.quant.factors.allocation import relative_errors
 from peft_lrqat.quant.factors.storage import expand
+from peft_lrqat.shared import adapter_files
 from peft_lrqat.shared.card import BEGIN
 
 
@@ -584,6 +586,22 @@ def test_what_a_crash_leaves(make_lora, tmp_path):
             "disk full": [3, 0, 0, 0],
             "nothing": [0, 1, 0, 1],
         }
+
+
+@pytest.mark.parametrize("function", [quantize, dequantize_adapter])
+def test_killed_at_every_write(function, make_lora, tmp_path):
+    make_lora(target_modules=["v_proj"]).save_pretrained(tmp_path / "lora")
+    quantize(tmp_path / "lora", tmp_path / "packed")
+    source = tmp_path / ("lora" if function is quantize else "packed")
+    target = tmp_path / "place" / "target"
+    check_whole_or_not_there(
+        lambda: function(source, target), target, lambda: check_adapter(target), least=5
+    )
+
+
+def check_adapter(folder):
+    """Whole, and with the digests that it was saved with."""
+    adapter_files.check_adapter(folder / CONFIG, folder / WEIGHTS)
 
 
 # What is refused

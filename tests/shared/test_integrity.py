@@ -1,11 +1,11 @@
 """Digests of saved adapters: they are checked by every loader, and show damage and edits."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
+from damage import CASES, damaged
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,8 +16,6 @@ from peft_lrqat.shared import integrity
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# `make fuzz` tries many more.
-CASES = int(os.environ.get("FUZZ_CASES", "60"))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +118,21 @@ def test_a_base_under_another_name_is_a_word_and_no_refusal(saved, make_base, ca
     assert "were changed after it was saved; they do not decide the result" in caplog.text
 
 
+def test_an_adapter_that_transformers_saves_is_signed(make_base, make_config, disturb, tmp_path):
+    """Over an earlier adapter in the same folder, too, whose digests are of other tensors."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = make_base()
+        model.add_adapter(make_config(target_modules=["q_proj"]))
+        disturb(model)
+        model.save_pretrained(tmp_path)
+        assert len(signature(tmp_path)["tensors"]) == 8 * len(load_file(tmp_path / WEIGHTS))
+        make_base().load_adapter(str(tmp_path))
+    rewrite(tmp_path, flip)
+    with pytest.raises(ValueError, match="the file is damaged"):
+        make_base().load_adapter(str(tmp_path))
+
+
 def test_files_without_digests_load_with_a_notice(saved, make_base, caplog):
     save_file(load_file(saved / WEIGHTS), saved / WEIGHTS, metadata={"format": "pt"})
     PeftModel.from_pretrained(make_base(), saved)
@@ -151,25 +164,6 @@ def test_digests_cover_names_dtypes_and_shapes():
     assert {len(digest) for digest in digests} == {integrity.SIZE}
     parts = [b"1234", b"5678"]
     assert integrity.tensor_digest("a", "F32", [2], parts) in digests
-
-
-def damaged(data, generator):
-    """One to eight bytes flipped, cut or put in."""
-
-    def random(most):
-        return int(torch.randint(most, (), generator=generator))
-
-    changed = bytearray(data)
-    kind, count = random(3), 1 + random(8)
-    for _ in range(count if kind == 0 else 1):
-        place = random(len(changed))
-        if kind == 0:
-            changed[place] ^= 1 << random(8)
-        elif kind == 1:
-            del changed[place : place + count]
-        else:
-            changed[place:place] = bytes(random(256) for _ in range(count))
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])

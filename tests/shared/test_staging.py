@@ -1,5 +1,8 @@
 """Directories that are there as a whole or not at all."""
 
+import os
+import signal
+
 import pytest
 
 from peft_lrqat.shared.staging import check_target, flush, whole_directory
@@ -57,3 +60,55 @@ def test_what_came_in_between_is_kept(tmp_path):
         (tmp_path / "target").write_text("theirs")
     assert (tmp_path / "target").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def killed_while_writing(target):
+    """What a killed process leaves beside ``target``."""
+    child = os.fork()
+    if child == 0:
+        with whole_directory(target) as directory:
+            (directory / "file").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path):
+    target = tmp_path / "a[0-9]target"
+    killed_while_writing(target)
+    (left,) = tmp_path.iterdir()
+    killed_while_writing(tmp_path / "other")
+    (tmp_path / f"{left.name}-mine").mkdir()
+    (tmp_path / f".{target.name}-01234567").mkdir()
+    others = set(tmp_path.iterdir()) - {left}
+    write(target)
+    assert set(tmp_path.iterdir()) == others | {target}
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    target = tmp_path / "target"
+    with whole_directory(target) as theirs:
+        (theirs / "file").write_text("theirs")
+        child = os.fork()
+        if child == 0:
+            try:
+                write(target)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert (theirs / "file").read_text() == "theirs"
+        assert (target / "file").read_text() == "whole"
+        (target / "file").unlink()
+    assert (target / "file").read_text() == "theirs"
+
+
+def test_where_directories_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch):
+    killed_while_writing(tmp_path / "target")
+    (left,) = tmp_path.iterdir()
+
+    def refuse(*args):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write(tmp_path / "target")
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "target"}

@@ -5,8 +5,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from peft_lrqat.shared.saved import check_trained_is_saved, unsaved_parameters
 from peft_lrqat.trainer import LRQATOptimizerFactory
-from peft_lrqat.trainer.saved import check_trained_is_saved, unsaved_parameters
 
 
 def unfreeze(model, part):
@@ -52,6 +52,37 @@ def test_an_unmodified_trainer_with_the_factory_refuses_them_too(make_peft, lrqa
     )
     with pytest.raises(ValueError, match="and 2 more are trained, but neither"):
         trainer.train()
+
+
+def test_saving_refuses_them_before_anything_is_written(make_peft, tmp_path):
+    """Also outside of a trainer."""
+    model = make_peft()
+    unfreeze(model, "input_layernorm")
+    with pytest.raises(ValueError, match=r"neither a .*`modules_to_save=\['input_layernorm'\]`"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_embeddings_that_are_saved_on_request_are_not_lost(make_peft, tmp_path):
+    model = make_peft()
+    unfreeze(model, "embed_tokens")
+    with pytest.raises(ValueError, match="embed_tokens"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    model.save_pretrained(tmp_path, True, None, True)
+
+
+def test_a_model_that_transformers_holds_refuses_them_too(make_base, make_config, tmp_path):
+    model = make_base()
+    model.add_adapter(make_config())
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"`model.norm.weight` are trained"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_to_save_are_resumed_and_loaded(
