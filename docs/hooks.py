@@ -14,7 +14,7 @@ FILLED_IN = ("filled in", "leave it to the library")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the table of fields in the place of each ``<!-- fields: package.Config -->``."""
+    """Replaces each ``<!-- fields: package.Config -->``."""
     return FIELDS.sub(lambda found: field_table(found["module"], found["name"]), markdown)
 
 

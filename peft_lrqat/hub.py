@@ -129,12 +129,12 @@ def push_folder_to_hub(
 def override_push_to_hub() -> None:
     """Makes ``PeftModel.push_to_hub`` publish adapters of this package by `push_to_hub`.
 
-    Models with other adapters only are published as before.
+    Models with only other adapters are published as before.
 
     The inherited method saves the adapter with its card and then writes a card of its own over it.
     """
     inherited = PeftModel.push_to_hub
-    # functools.wraps hands the mark on, so that a method which somebody put around this one is left
+    # functools.wraps hands the mark on, so that a method that somebody put around this one is left
     # in place, too.
     if getattr(inherited, "knows_peft_lrqat", False):
         return
@@ -230,7 +230,7 @@ def _warn_of_local_base(bases: Iterable[str | None]) -> None:
     for base in set(bases):
         if not is_hub_id(base):
             logger.warning(
-                "the base model of this adapter is no repository of the Hub "
+                "the base model of this adapter is not a repository on the Hub "
                 f"(`base_model_name_or_path` is {base!r}): whoever "
                 "loads the adapter must give `PeftModel.from_pretrained` a base model with the "
                 "same weights. Publish the base "

@@ -112,7 +112,7 @@ def override_save_pretrained() -> None:
 
 def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
     inherited = getattr(owner, name)
-    # functools.wraps hands the mark on, so that a method which somebody put around this one is
+    # functools.wraps hands the mark on, so that a method that somebody put around this one is
     # left in place, too.
     if getattr(inherited, "knows_peft_lrqat", False):
         return
@@ -226,7 +226,7 @@ def _check_files(source: str | None, place: dict[str, Any]) -> bool:
     try:
         written = read_config(config_path)
     except ValueError:
-        # Whose it is, only the weights can say.
+        # Only the weights can say whose it is.
         weights_path = _find(source, SAFETENSORS_WEIGHTS_NAME, place)
         if weights_path is not None and is_signed(weights_path):
             raise
@@ -261,5 +261,5 @@ def _find(source: object, name: str, place: dict[str, Any]) -> Path | None:
     options = {key: place[key] for key in known if key in place}
     try:
         return Path(hf_hub_download(str(source), name, subfolder=subfolder, **options))
-    except (OSError, ValueError):  # not there, or not to be reached
+    except (OSError, ValueError):  # missing or unreachable
         return None

@@ -184,7 +184,7 @@ class WholeCheckpoints(TrainerPart):
             way_out = f"Resume from {last}" if last else "There is no checkpoint before it: restart"
             raise RuntimeError(
                 f"{name} could not be written to {run_dir} ({type(error).__name__}: {error}); "
-                f"nothing of it is left. {way_out} once the cause is fixed (is the disk full?)"
+                f"no part of it is left. {way_out} once the cause is fixed (is the disk full?)"
             ) from error
         finally:
             self._staging = None
@@ -297,7 +297,7 @@ def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
     """Keeps ``limit`` checkpoints: ``checkpoint``, the ``best`` one, and the last written others.
 
     ``checkpoint`` was just written. Works like transformers' `rotate_checkpoints`, but renames each
-    checkpoint before deleting it, so that no half of one is ever there.
+    checkpoint before deleting it, so that half of one is never there.
     """
     if not limit or limit < 0:
         return
@@ -310,7 +310,7 @@ def delete_older(checkpoint: Path, limit: int | None, best: str | None) -> None:
 
 
 def _delete(checkpoints: Iterable[Path]) -> None:
-    """Deletes checkpoints; each is renamed before, so that no half of one is ever there."""
+    """Deletes checkpoints; each is renamed before, so that half of one is never there."""
     for path in checkpoints:
         logger.info(f"Deleting checkpoint [{path}]")
         staging = path.with_name(STAGING)

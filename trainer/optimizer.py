@@ -175,7 +175,7 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 def clip_by_group(
     groups: Iterable[dict[str, Any]], max_norm: float, factor_max_norm: float | None = None
 ) -> dict[str, Tensor]:
-    """Clips each group's gradients by themselves; returns the norms before clipping, by group name.
+    """Clips the gradients group by group; returns the norms before clipping, by group name.
 
     Groups ``A`` and ``B`` are clipped to ``factor_max_norm``, all others to ``max_norm``. A single
     norm over all groups would be that of the scales, some tens of times that of A and B: the scales

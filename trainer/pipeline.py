@@ -98,7 +98,7 @@ def _embeddings_of(adapter: str, model: PreTrainedModel, **where: str | None) ->
     if file is None or not ends:
         return None
     with safe_open(file, framework="pt") as stored:
-        for key in stored.keys():  # noqa: SIM118 (no dict)
+        for key in stored.keys():  # noqa: SIM118 (not a dict)
             if key.endswith(ends[0]):
                 return stored.get_slice(key).get_shape()[0]
     return None

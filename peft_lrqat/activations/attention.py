@@ -64,13 +64,13 @@ class KeyValueGrids:
         return self.merged
 
     def with_adapter(self, name: str, grid: Grid, projection: Projection) -> KeyValueGrids:
-        """The same, and an adapter that ``projection`` has."""
+        """These grids, and that of another adapter, which ``projection`` has."""
         known = any(other is projection for other in self.projections)
         projections = self.projections if known else (*self.projections, projection)
         return replace(self, by_adapter={**self.by_adapter, name: grid}, projections=projections)
 
     def without_adapter(self, name: str) -> KeyValueGrids:
-        """The same, and one adapter less."""
+        """These grids without that of one adapter."""
         return replace(
             self, by_adapter={n: grid for n, grid in self.by_adapter.items() if n != name}
         )
@@ -226,7 +226,7 @@ def _wrapped_names(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[s
 def _implementation(name: str, attention: nn.Module) -> Callable[..., Any]:
     """The function that the model's own file calls by this name.
 
-    The file may have a version of its own; of eager attention, it always has.
+    The file may define its own version; for eager attention it always does.
     """
     for kind in type(attention).__mro__:
         file = vars(sys.modules[kind.__module__])

@@ -34,7 +34,7 @@ def round_inputs(linear: nn.Module, grid: Grid) -> None:
 
 
 def say_what_is_not_saved() -> None:
-    """Warns, once, that a merged model's files hold weights alone."""
+    """Warns, once, that a merged model's files hold only its weights."""
     logger.warning_once(
         "the merged model goes on rounding its activations as in training, in this process: "
         "`save_pretrained` writes its weights alone, and what is loaded from there computes with "

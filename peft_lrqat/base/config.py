@@ -15,7 +15,7 @@ from .settings import WeightSettings, check_bits, check_group_size
 
 
 METHOD = "lrqat"
-# Raised when a release before would read the files wrongly.
+# Raised when an earlier release would read the files wrongly.
 FORMAT_VERSION = 2
 
 

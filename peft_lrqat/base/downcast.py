@@ -1,4 +1,4 @@
-"""The frozen, downcast weight of one linear layer, in the place of the original module."""
+"""The frozen, downcast weight of one linear layer, in place of the original module."""
 
 from __future__ import annotations
 

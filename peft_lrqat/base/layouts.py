@@ -3,7 +3,7 @@
 Each describes one linear layer's tensors, and the weight that its own loader computes from them:
 
 GPTQ v1      qweight (in * bits / 32, out) int32: codes of a column, little-endian, dense
-             qzeros (groups, out * bits / 32) int32: zero points less one, along the outputs
+             qzeros (groups, out * bits / 32) int32: zero points minus one, along the outputs
              scales (groups, out), g_idx (in,): the group of each input
 GPTQ v2      the same, with the zero points as they are
 AWQ gemm     qweight (in, out / 8) int32: 4-bit codes of a row; a word holds the outputs
@@ -65,7 +65,7 @@ class Layout:
         shape: tuple[int, int],
         settings: Mapping[str, Any],
     ) -> TakenWeight:
-        """The weight of one module; ValueError that says what does not fit."""
+        """Returns the weight of one module; a ValueError says what does not fit."""
         missing = [n for n in self.parts if n not in tensors and n not in self.optional]
         if missing:
             raise ValueError(f"the files have no {' and no '.join(missing)} for it")

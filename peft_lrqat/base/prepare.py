@@ -191,7 +191,7 @@ class _Job:
         ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118, it is no dict
+                for key in opened.keys():  # noqa: SIM118, it is not a dict
                     module, _, kind = key.rpartition(".")
                     part = kind if kind in kinds else ""
                     name = self._name_of(f"{module}.weight" if part else key)
@@ -348,7 +348,7 @@ class _Job:
     def _write_shard(
         self, directory: Path, file: str, names: list[str], bar: tqdm
     ) -> dict[str, Any]:
-        """Writes one file; returns what is to be recorded of it."""
+        """Writes one file; returns what to record about it."""
         working = directory.parent / "writing"
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir()
@@ -432,7 +432,7 @@ def _start(partial: Path, identity: dict[str, Any]) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     if any(path.name != _temporary(plan).name for path in partial.iterdir()):
         raise ValueError(
-            f"{partial} exists, but this command has not made it; rename it, or give another "
+            f"{partial} exists, but this command did not make it; rename it, or give another "
             "output directory"
         )
     _write_json(plan, identity)
@@ -464,7 +464,7 @@ def _checkpoint_files(name: str, place: dict[str, Any]) -> list[str]:
     if file is None:
         raise OSError(
             f"{name} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}; a low-bit base "
-            "is made of safetensors files alone"
+            "is made from safetensors files only"
         )
     return [file]
 
@@ -473,7 +473,7 @@ def _first_dtype(files: list[str]) -> torch.dtype:
     """The dtype of the first floating-point tensor."""
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118, it is no dict
+            for key in opened.keys():  # noqa: SIM118, it is not a dict
                 tensor = opened.get_slice(key)[:0] if opened.get_slice(key).get_shape() else None
                 if tensor is not None and tensor.is_floating_point():
                     return tensor.dtype

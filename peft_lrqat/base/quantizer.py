@@ -41,7 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, nn.Linear | Conv1D]:
     """The modules that ``config`` names, by name; ValueError where it names none, or a tied one.
 
-    'all-linear' leaves the output layer alone, like PEFT's; so do tied weights.
+    'all-linear' leaves out the output layer, as PEFT's does, and tied weights.
     """
     linears = {
         name: module
@@ -353,7 +353,7 @@ class LowBitQuantizer(HfQuantizer):
             )
 
     def _different_tensors(self, pool: ThreadPoolExecutor) -> list[str]:
-        """Names of tensors in the files, other than the targets', whose digest is another one."""
+        """Names of tensors in the files, other than the targets', whose digest differs."""
         wrong, expected = [], dict(self.quantization_config.digests)
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
@@ -372,7 +372,7 @@ class LowBitQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
-        """Fills the digests of all tensors that are no target's into the configuration."""
+        """Writes the digests of all tensors that belong to no target into the configuration."""
         layers = {n for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
         parts = ("phi", "scale0", "zero_point")
         targets = {f"{name}.{part}" for name in layers for part in parts}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-# What says nothing of the values.
+# What reveals nothing about the values.
 _DESCRIPTIONS = {
     getattr(Tensor, name).__get__
     for name in (

@@ -195,7 +195,7 @@ class Takeover:
         return made
 
     def finish(self, config: LowBitConfig) -> None:
-        """Raises ValueError unless all went over; fills ``config`` with what most layers have."""
+        """Fills ``config`` with what most layers have; ValueError unless all were taken over."""
         if self.errors:
             more = f" (and {len(self.errors) - 1} more)" if len(self.errors) > 1 else ""
             raise ValueError(f"{self.layout.name} cannot be taken over: {self.errors[0]}{more}")
@@ -241,7 +241,7 @@ class _TakeOver(ConversionOps):
         self.hf_quantizer = takeover
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _TakeOver:
-        return self  # transformers copies a converter for each module; the record is one
+        return self  # transformers copies a converter for each module; the record is shared
 
     def convert(
         self,

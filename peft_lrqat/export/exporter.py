@@ -195,8 +195,8 @@ def _check(
     if not layers:
         raise ValueError(
             "only a PeftModel with an LR-QAT adapter can be exported, but this is a"
-            f" {type(model).__name__} without one; a model that was merged and unloaded has no"
-            " integers any more"
+            f" {type(model).__name__} without one; a model that was merged and unloaded"
+            " no longer has integers"
         )
     active = [name for name in model.active_adapters if name in model.peft_config]
     adapter_name = adapter_name or next(iter(active), "")

@@ -16,7 +16,7 @@ from ..quant.grid import SCALE_DTYPES
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
-    """The model of transformers inside."""
+    """The model of transformers inside PEFT's."""
     return cast(PreTrainedModel, model.get_base_model())
 
 

@@ -30,7 +30,7 @@ class Verification:
 
     loader: str
     layers: int
-    different_layers: tuple[str, ...]  # targets whose weight is not, bit for bit, what was trained
+    different_layers: tuple[str, ...]  # targets whose weight differs in a bit from what was trained
     different_tensors: tuple[str, ...]  # likewise among all other tensors
     keys: tuple[str, ...]  # tensors that are missing, unexpected, or newly made by the loader
     logits_difference: float | None  # largest, on one row of tokens; None where nothing was run
@@ -112,7 +112,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _computed_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are no part of the saved model, by name."""
+    """The buffers that are not part of the saved model, by name."""
     return {
         f"{name}.{kind}" if name else kind: buffer
         for name, module in model.named_modules()

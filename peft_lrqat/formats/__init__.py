@@ -1,1 +1,1 @@
-"""File formats, each an object in a file of its own, and the runtimes that load them."""
+"""File formats, each an object in its own file, and the runtimes that load them."""

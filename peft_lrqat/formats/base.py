@@ -51,7 +51,7 @@ class Loaded:
 
 
 class Format(ABC):
-    """A file format. A new one is a subclass in a file of its own and a row in ``table.py``.
+    """A file format. A new one is a subclass in its own file and a row in ``table.py``.
 
     The class attributes say what the format holds without changing a weight.
     """

@@ -142,7 +142,7 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
                 done(int(entry.is_target))
         finally:
             writer.close()
-        # For transformers: the file says nothing of generation, and not all of a configuration.
+        # For transformers: the file lacks the generation config and parts of the config.
         write_config(directory, self.config_for(config), None)
         size = (directory / FILE).stat().st_size
         return {"bytes of the quantised weights": weights, "bytes of the file": size}

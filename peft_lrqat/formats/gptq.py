@@ -1,4 +1,4 @@
-"""The GPTQ layout, version 1: integers packed along the inputs, zero points stored less one."""
+"""The GPTQ layout, version 1: integers packed along the inputs, zero points stored minus one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
         if zero_point is None:
             zero_point = codes.new_full(linear.scale.shape, -grid.qmin)
         if not zero_point.all():
-            # Stored less one it would be -1, which some readers take for the highest integer and
+            # Stored minus one it would be -1, which some readers take for the highest integer and
             # some for 0.
             raise ValueError(
                 f"{int((zero_point == 0).sum())} groups of `{linear.name}` have the zero point 0,"

@@ -35,10 +35,10 @@ class StoredTensors:
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {path} are not whole ({error})") from error
         check_model(path, [path / name for name in names])
-        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no dict)
+        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (not a dict)
 
     def take(self, name: str) -> Tensor | None:
-        """A tensor, once; None if there is none of that name."""
+        """A tensor, once; None if there is none with that name."""
         file = self._where.pop(name, None)
         return None if file is None else file.get_tensor(name)
 

@@ -31,7 +31,7 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
         save_file(dict(tensors), directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     except SafetensorError as error:  # for example, if the disk is full
         raise OSError(
-            f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); nothing of it is left"
+            f"{SAFETENSORS_WEIGHTS_NAME} could not be written ({error}); no part of it is left"
         ) from error
 
 

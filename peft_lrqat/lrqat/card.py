@@ -13,7 +13,7 @@ def describe_adapter(
     """Creates or updates ``README.md`` in ``save_directory``: what this adapter is, how to install
     and load it.
 
-    ``subfolder`` says where the adapter lies, seen from there; None: beside the card.
+    ``subfolder`` says where the adapter lies, relative to the card; None: beside the card.
     """
     tags = {"lr-qat", f"{config.bits}-bit", *scheme_tags(config)}
     write_section(save_directory, _section(config, subfolder), tags, config.base_model_name_or_path)

@@ -285,7 +285,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             runtime: ``transformers``, ``vllm`` or ``llama.cpp``.
             bits: bits per weight.
             model: the base model, to choose a group size that divides the widths of its layers.
-            fields: fields of the class, which go before the preset's.
+            fields: fields of the class, which override the preset's.
 
         Raises:
             ValueError: the runtime does not run these settings.

@@ -250,7 +250,7 @@ class LRQATLayer(BaseTunerLayer):
             raise ValueError(
                 f"adapter `{adapter_name}` was trained on another base model, or on this one in "
                 "another dtype: its integers cannot be rebuilt from these weights. Load the base "
-                "model named in its card; to go on all the same, set `verify_base=False` in its "
+                "model named in its card; to go on anyway, set `verify_base=False` in its "
                 "config"
             )
         self._verified[adapter_name] = self.base_layer.generation

@@ -43,7 +43,7 @@ def check(
             f"this is not the base model that the adapter was trained on: {len(foreign)} of "
             f"{len(layers)} layers have other frozen weights, the first is `{foreign[0]}`. The "
             f"adapter needs `{config.base_model_name_or_path}` in {config.base_dtype} or wider. "
-            "To load it all the same: `config = PeftConfig.from_pretrained(...)`, "
+            "To load it anyway: `config = PeftConfig.from_pretrained(...)`, "
             "`config.verify_base = False`, and give `config=config` to `PeftModel.from_pretrained`"
         )
 

@@ -190,8 +190,8 @@ def _check_same_recipe(name: str, layer: LRQATLinear, config: LRQATConfig) -> No
     if wanted != present:
         raise ValueError(
             f"`{name}` already holds a weight in {_in_words(*present)}, which its adapters share, "
-            f"but this adapter asks for {_in_words(*wanted)}; use the same settings, or load the "
-            "base model once more for it"
+            f"but this adapter asks for {_in_words(*wanted)}; use the same settings, or load "
+            "another copy of the base model for it"
         )
 
 
@@ -216,7 +216,7 @@ def _base_dtype(module: nn.Module) -> torch.dtype:
 def _check_patterns(config: LRQATConfig, targets: Mapping[str, nn.Module]) -> None:
     """Raises ValueError for a key of a pattern that fits no target.
 
-    Such a slip would train at other bits without a word.
+    Such a slip would silently train at other bits.
     """
     for field in ("bits_pattern", "group_size_pattern"):
         for key in getattr(config, field):

@@ -1,4 +1,4 @@
-"""Quantises activations dynamically (LR-QAT, section 4.3): each token has a range of its own.
+"""Quantises activations dynamically (LR-QAT, section 4.3): each token has its own range.
 
     step  = (max - min) / (qmax - qmin)
     z     = round(-min / step)

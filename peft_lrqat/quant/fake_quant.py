@@ -86,7 +86,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         tokens = x if activations is None else quantized_tokens(x, activations)
         y = _multiply(tokens, w, bias, None if clipped is None else clipped.on_device)
         if not torch.compiler.is_compiling() and y._is_view():
-            # As `linear` gives where there are batches and a bias; a caller may write into y.
+            # As `linear` returns it where there are batches and a bias; a caller may write into y.
             y = y.data
         if clipped is not None:
             clipped.send()

@@ -1,4 +1,4 @@
-"""The gradients of a fake-quantised linear layer on a GPU: few launches and no wait but one.
+"""The gradients of a fake-quantised linear layer on a GPU: few launches and a single wait.
 
 The formulas and the two ways are those of `gradients`; here the kernels of `triton_ops` work on
 whole weights between a few products. Which way the factors take depends on the number of clipped
@@ -18,8 +18,8 @@ from .gradients import Gradients, Needed, least_share_of_bias, smallest_step
 from .low_rank import LowRankWeight
 
 
-# Beyond this share of the weights, all of ``gy.T @ x`` is cheaper. One entry by itself costs some
-# 300 times its part of a product by matrix units.
+# Beyond this share of the weights, all of ``gy.T @ x`` is cheaper. A single entry costs some 300
+# times its part of a product by matrix units.
 MAX_SHARE = 1 / 1024
 
 

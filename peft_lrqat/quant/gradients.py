@@ -40,7 +40,7 @@ class Needed(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """All gradients but that of the bias; None for what needs none."""
+    """All gradients but that of the bias; None where none is needed."""
 
     x: Tensor | None  # (tokens, in), in the dtype of x
     A: Tensor | None  # (r, in), float32 or wider, as are the next two
@@ -187,7 +187,7 @@ def weight_and_clipped(
 ) -> tuple[Tensor, list[Tensor] | None]:
     """Returns ``columns`` of W_hat in ``dtype`` and the places of their clipped weights.
 
-    The places ``row * in + column`` come in parts, only of weights that pass no gradient on; None
+    The places ``row * in + column`` come in parts, only of weights that pass on no gradient; None
     if there are more than ``most`` of them.
     """
     grid, (out, width) = w.format.grid, w.shape
@@ -208,7 +208,7 @@ def weight_and_clipped(
 
 
 def smallest_step(w: LowRankWeight) -> float:
-    """Steps below this one, as of a row of zeros, leave too little of their row in the output."""
+    """Steps below this one, such as those of zeros, leave too little of their row in the output."""
     return max(torch.finfo(w.dtype).tiny, 2**20 * torch.finfo(torch.float32).tiny)
 
 

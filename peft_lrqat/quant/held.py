@@ -1,8 +1,8 @@
-"""W_hat kept from one call to the next, with what it was made from.
+"""Keeps W_hat from one call to the next, with what it was made from.
 
 A version counter would miss what is written through `.data`, as averages of weights are; so the
 values themselves are compared. On a GPU this happens without the host: a kernel compares and
-updates the copies, and the kernel that makes W_hat returns at once where nothing had changed.
+updates the copies, and the kernel that makes W_hat returns at once where nothing changed.
 """
 
 from __future__ import annotations

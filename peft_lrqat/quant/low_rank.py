@@ -41,9 +41,7 @@ class LowRankWeight:
     scale: Tensor  # (out, groups), before its straight-through rounding to the format's scale dtype
     gamma: float  # lora_alpha / r
     dtype: torch.dtype  # of the deployed weight: W_hat is rounded to it once
-    pass_through: bool = (
-        False  # clipped weights, too, hand their gradient on to Z; of no effect on any value
-    )
+    pass_through: bool = False  # clipped weights pass their gradient on to Z, too; changes no value
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +99,7 @@ def _ieee_matmul(device: torch.device) -> Iterator[None]:
 
 
 def groups_of(w: LowRankWeight, columns: slice) -> slice:
-    """The groups that ``columns``, which part none of several, lie in."""
+    """The groups that ``columns`` lie in; with several groups, ``columns`` split none."""
     groups = w.scale.shape[1]
     size = w.shape[1] // groups
     return slice(0, 1) if groups == 1 else slice(columns.start // size, columns.stop // size)
@@ -109,7 +107,7 @@ def groups_of(w: LowRankWeight, columns: slice) -> slice:
 
 def served(w: LowRankWeight, *dtypes: torch.dtype) -> bool:
     """Whether Triton's kernels make this weight, with tensors of ``dtypes`` beside it."""
-    # The compiler makes kernels of its own, and cannot take these in (PyTorch 2.11, on a GPU).
+    # The compiler makes its own kernels, and cannot include these (PyTorch 2.11, on a GPU).
     return not torch.compiler.is_compiling() and triton_ops.serves(w.layer, *dtypes)
 
 
@@ -136,7 +134,7 @@ def tile(
     """Returns round(Z), Q - zero_point and the step of some rows and columns, as new tensors.
 
     All in float32 or wider, (rows, columns) or broadcastable to it. ``columns`` start at a
-    multiple of 8 and part no group, where a row has several.
+    multiple of 8 and split no group, where a row has several.
     """
     grid = w.format.grid
     columns = slice(0, w.format.in_features) if columns is None else columns
@@ -148,7 +146,7 @@ def tile(
 
 
 def deploy(codes: Tensor, step: Tensor, dtype: torch.dtype, to: Tensor) -> None:
-    """Writes the product, rounded to ``dtype``, into ``to``; spoils ``codes``."""
+    """Writes the product, rounded to ``dtype``, into ``to``; overwrites ``codes``."""
     codes.mul_(step)
     to.copy_(codes if to.dtype == dtype else codes.to(dtype))
 

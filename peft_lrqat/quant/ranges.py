@@ -4,7 +4,7 @@ The weight alone decides. The result must be the same on every machine, because 
 rebuilds its frozen weights from it. Each candidate is therefore computed elementwise in float32, by
 exactly rounded operations. Errors are summed in float64, whose rounding is far smaller than the
 distance between any two candidates. A candidate wins only if it is strictly better than the ones
-before it. If two orders of summing differ all the same, the fingerprint shows it when the adapter
+before it. If two orders of summing still differ, the fingerprint shows it when the adapter
 is loaded.
 """
 

@@ -153,7 +153,7 @@ def finish_rows_kernel(
     tl.store(grad_scale_ptr + row, total / step, mask=row_mask & (lost == 0))
     if tl.max(lost.to(tl.int32)) == 0:
         return
-    # Too little of these rows is left in the output: their rows of G are made.
+    # Too little of these rows is left in the output: so their rows of G are made.
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -245,7 +245,7 @@ def add_sparse_product_kernel(
 ):
     """total += S @ factor, where S holds the values at (key, other). One program per entry.
 
-    The first entry of a key adds all entries of this key up; the programs of the others end.
+    The first entry of a key adds up all entries of this key; the programs of the others end.
     """
     first = tl.program_id(0)
     key = tl.load(places_ptr + first) // others

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _renew(live_ptr, held_ptr, elements, BLOCK: tl.constexpr):
-    """Whether any element of this program's share has other bits; takes it over where it has."""
+    """Whether any element of this program's share has other bits; copies those that have."""
     changed = tl.zeros((BLOCK,), tl.int32)
     for start in range(tl.program_id(0) * BLOCK, elements, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
 """The layer's Triton kernels as operators of PyTorch: each operator is one launch.
 
-Compilers, fake tensors and counters see such a launch as they see a product of matrices. Triton
+Compilers, fake tensors and counters see such a launch as they see a matrix product. Triton
 comes with PyTorch on GPUs. `serves` says whether the kernels can take a layer; where they cannot,
 PyTorch's own operators compute the same (`low_rank`, `gradients`).
 """
@@ -45,7 +45,7 @@ TOKENS, MAX_PARTS = 32, 64
 MAX_PLANS = 1 << 12
 
 # A package that is imported anew, after its modules were dropped, defines its operators anew: under
-# another name, as PyTorch keeps the first ones.
+# another name, because PyTorch keeps the first ones.
 NAMESPACE = next(
     name
     for name in ("peft_lrqat", *(f"peft_lrqat_{number}" for number in range(2, 100)))
@@ -96,7 +96,7 @@ class Layer:
 
     @functools.cached_property
     def key(self) -> int:
-        """All that launches for this layer depend on, but for the memory of its tensors."""
+        """All that launches for this layer depend on, except the memory of its tensors."""
         dtypes = self.phi.dtype, self.A.dtype, self.B.dtype, self.scale.dtype
         shapes = self.phi.shape, self.A.shape, self.scale.shape, self.zero_point is None
         settings = self.gamma, self.downcast, self.bits, self.scale_dtype, self.deployed
@@ -104,7 +104,7 @@ class Layer:
         return _interned((*dtypes, *shapes, *settings))
 
     def span(self, columns: int) -> int:
-        """How many of some columns, which part none of several groups, lie in one group."""
+        """How many of some columns, which split no group, lie in one group."""
         return min(self.in_features // self.groups, columns)
 
     def constants(self, first_column: int, span: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def serves_device(device: torch.device) -> bool:
 
 
 def serves(layer: Layer, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels can take a layer by its device and dtypes, and ``dtypes`` beside it."""
+    """Whether the kernels can take a layer with its device and dtypes, together with ``dtypes``."""
     if not serves_device(layer.phi.device):
         return False
     own = (layer.A.dtype, layer.B.dtype, layer.scale.dtype, layer.deployed)
@@ -151,7 +151,7 @@ def capturing() -> bool:
 
 
 class Plan(NamedTuple):
-    """A launch, but for its tensors, which are a kernel's first arguments."""
+    """A launch without its tensors, which are a kernel's first arguments."""
 
     file: str
     kernel: str
@@ -223,7 +223,7 @@ def _launch_planned(
 def _operator(schema: str, returns: Callable | None = None) -> Callable[[Callable], Callable]:
     """Defines an operator by what it does and, for fake tensors, what it ``returns``, if anything.
 
-    What comes out passes the dispatcher by unless a compiler or a mode looks on.
+    The result bypasses the dispatcher unless a compiler or a mode is watching.
     """
     name = schema.partition("(")[0]
 
@@ -399,7 +399,7 @@ def renew_weight(layer: Layer, weight: Tensor, changed: Tensor) -> None:
 def renew_tensors(
     A: Tensor, B: Tensor, scale: Tensor, held_A: Tensor, held_B: Tensor, held_scale: Tensor
 ) -> Tensor:
-    """Copies what differs, bit by bit, into the held tensors; says which programs found some."""
+    """Copies what differs, bit by bit, into the held tensors; says which programs found any."""
     changed = A.new_empty(RENEW_PROGRAMS, dtype=torch.int32)
     sizes = A.numel(), B.numel(), scale.numel()
 

@@ -2,7 +2,7 @@
 
 One program makes one tile, which lies in one block of rows and in one group of columns: each row
 of it has one step and one zero point. All kernels get their integers from `rounded_tile`, which
-adds B @ A up in IEEE float32.
+adds up B @ A in IEEE float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _unpacked(phi_ptr, row_mask, start, row_elements, BITS: tl.constexpr, COLUMN
     """The packed values of a tile whose first one starts a byte; ``phi_ptr``: of each row, (rows,
     1).
 
-    What lies behind the end of a row is 0.
+    What lies beyond the end of a row is 0.
     """
     field: tl.constexpr = (1 << BITS) - 1
     if BITS == 8:
@@ -92,7 +92,7 @@ def _decoded(
     ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """phi of a tile as `WeightFormat.decode` gives it, float32. Behind ``end``: within the grid."""
+    """phi of a tile as `WeightFormat.decode` gives it, float32. Beyond ``end``: within the grid."""
     phi_ptr += row.to(tl.int64)[:, None] * row_elements
     column = start + tl.arange(0, COLUMNS)
     mask = row_mask[:, None] & (column < end)[None, :]

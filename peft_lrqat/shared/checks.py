@@ -45,7 +45,7 @@ def check_choice(name: str, value: object, known: Iterable[object]) -> None:
 
 
 def check_names(name: str, value: object, *, one_string: bool) -> None:
-    """A list of module names or None; with ``one_string``, also one string."""
+    """A list of module names or None; with ``one_string``, a single string as well."""
     if value is None or (one_string and isinstance(value, str)):
         return
     # A string in place of a list would be read letter by letter.

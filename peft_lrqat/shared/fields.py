@@ -1,4 +1,4 @@
-"""Keyword arguments of a config: misspelt names are answered, those of LoRA understood."""
+"""Keyword arguments of a config: suggests the closest name, and understands those of LoRA."""
 
 from __future__ import annotations
 

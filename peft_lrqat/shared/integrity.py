@@ -31,7 +31,7 @@ from .._version import __version__
 
 logger = logging.get_logger(__name__)
 ENTRY, VERSION, SIZE = "peft_lrqat", 1, 8
-PART_BYTES = 1 << 24  # what is read at a time
+PART_BYTES = 1 << 24  # read at a time
 
 
 def tensor_digest(name: str, dtype: str, shape: Iterable[int], data: Iterable[bytes]) -> str:

@@ -64,7 +64,7 @@ def directory_bytes(directory: str | os.PathLike[str]) -> int:
 def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory beside ``target`` that takes its place when everything in it is on the disk.
 
-    After an exception nothing of it is left. A killed process leaves it, under a hidden name, until
+    After an exception no part of it is left. A killed process leaves it, under a hidden name, until
     the next call for the same target.
     """
     target = Path(target).resolve()  # what a link points to gets the content, and the link stays

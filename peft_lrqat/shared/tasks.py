@@ -34,7 +34,7 @@ def class_of(config: PeftConfig) -> Any:
     found = getattr(import_module("transformers"), name, None)
     if found is None:
         raise ValueError(
-            f"the adapter was trained on a {name}, which is no class of transformers; load the"
+            f"the adapter was trained on a {name}, which is not a class of transformers; load the"
             " model in Python and use `export_model` there, or give the adapter a `task_type`, one"
             f" of {', '.join(task.value for task in AUTO_CLASSES)}"
         )

@@ -61,7 +61,7 @@ class TensorCache:
                 self.bytes -= _bytes(tensors)
 
     def set_limit(self, limit: int) -> None:
-        """Another limit; starts empty."""
+        """Sets another limit; the cache starts empty."""
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
             raise ValueError(f"the limit must be a number of bytes, 0 or more, but is {limit!r}")
         with self._alone():
@@ -69,7 +69,7 @@ class TensorCache:
             self._held.clear()
 
     def _alone(self) -> AbstractContextManager:
-        """A lock, but not where torch.compile traces, which knows none."""
+        """A lock, except where torch.compile traces, which does not know locks."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def __reduce__(self) -> tuple[type[TensorCache], tuple[int]]:

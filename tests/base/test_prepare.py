@@ -284,7 +284,7 @@ def test_a_changed_checkpoint_does_not_go_on(plain, tmp_path):
 def test_a_directory_of_somebody_else_stays(plain, tmp_path):
     (tmp_path / "made.partial").mkdir()
     (tmp_path / "made.partial" / "mine").write_text("mine")
-    with pytest.raises(ValueError, match="this command has not made it"):
+    with pytest.raises(ValueError, match="this command did not make it"):
         prepare_low_bit(plain(), tmp_path / "made", LowBitConfig(bits=4))
     assert (tmp_path / "made.partial" / "mine").read_text() == "mine"
 

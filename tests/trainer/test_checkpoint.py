@@ -589,7 +589,7 @@ def test_full_disk(make_parts, make_trainer, name, uninterrupted, tmp_path):
     message = answer.read_text()
     assert f"checkpoint-3 could not be written to {folder}" in message
     assert (
-        f"nothing of it is left. Resume from {folder / 'checkpoint-2'} once the cause is fixed"
+        f"no part of it is left. Resume from {folder / 'checkpoint-2'} once the cause is fixed"
         in message
     )
     assert names_in(folder) == ["checkpoint-1", "checkpoint-2"]

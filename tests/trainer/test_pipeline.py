@@ -124,7 +124,7 @@ def test_a_class_that_transformers_does_not_have(tmp_path):
     config.auto_mapping = {"base_model_class": "MyModel", "parent_library": "mine"}
     config.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"] is not None
-    with pytest.raises(ValueError, match="was trained on a MyModel, which is no class of"):
+    with pytest.raises(ValueError, match="was trained on a MyModel, which is not a class of"):
         load_model("base", "auto", PeftConfig.from_pretrained(str(tmp_path)))
 
 

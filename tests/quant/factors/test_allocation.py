@@ -65,7 +65,7 @@ def test_within_the_budget_and_in_order(values, share):
 def test_hardly_any_other_allocation_is_better(budget):
     """Compares with all 5^4 allocations of up to 4 bits.
 
-    Another may be better only by using what is left when no step fits any more.
+    Another may be better only by using what is left when no step fits any longer.
     """
     layers = [layer([8.0, 3.0]), layer([4.0, 2.0], rows=128)]
     bits = allocate(layers, budget, **OPTIONS)
