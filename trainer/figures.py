@@ -13,7 +13,9 @@ from transformers.utils import logging
 from peft_lrqat.lrqat.layer import LRQATLayer
 from peft_lrqat.lrqat.size import deployed_weight_bytes
 from peft_lrqat.quant import inspect_rows
+from peft_lrqat.shared.words import some
 
+from .idle import idle_layers
 from .rates import setting_name
 
 
@@ -39,12 +41,15 @@ class LRQATCallback(TrainerCallback):
     spaced rows. Nothing is computed between two logs; one byte is kept for each weight that is
     looked at. Parameters that FSDP2 shards are left out, because no process sees enough of them.
 
+    After the first step, layers that no gradient reached are named in a warning.
+
     `LRQATTrainer` has one. For any other trainer: ``LRQATCallback.attach(trainer)``.
     """
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
         self._codes: dict[str, Tensor] = {}
+        self._looked_for_idle = False
 
     @classmethod
     def attach(cls, trainer: Trainer) -> LRQATCallback:
@@ -60,7 +65,7 @@ class LRQATCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._rates, self._codes = {}, {}
+        self._rates, self._codes, self._looked_for_idle = {}, {}, False
         if state.is_world_process_zero:
             self.measure(kwargs["model"])
 
@@ -74,6 +79,9 @@ class LRQATCallback(TrainerCallback):
             for group in groups
             if "name" in group
         }
+        if state.is_world_process_zero and not self._looked_for_idle:
+            self._looked_for_idle = True
+            _warn_of_idle_layers(kwargs["model"])
 
     def on_log(
         self,
@@ -129,6 +137,15 @@ class LRQATCallback(TrainerCallback):
             "scale_change": scale_change / scales,
             "bits_per_weight": 8 * deployed_weight_bytes(model) / weights,
         }
+
+
+def _warn_of_idle_layers(model: nn.Module) -> None:
+    if idle := idle_layers(model):
+        logger.warning(
+            f"no gradient reached {some(idle)} in the first step: the model neither called them "
+            "nor read their weights, or did not use the result. Nothing is trained there; name "
+            "them in `exclude_modules`, unless they are experts that no token was sent to"
+        )
 
 
 def _sampled_rows(layer: LRQATLayer) -> Tensor:
