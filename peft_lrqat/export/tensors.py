@@ -44,7 +44,8 @@ def is_parted(model: PeftModel, adapter_name: str) -> bool:
     transformers must then tie nothing, and the files need a tensor under every name.
     """
     base = cast(PreTrainedModel, model.get_base_model())
-    if not base.config.get_text_config().tie_word_embeddings:
+    # Vision models have no such field.
+    if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return False
     modules = [module for _, module in plain_modules(base, adapter_name)]
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]

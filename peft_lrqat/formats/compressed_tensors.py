@@ -153,6 +153,13 @@ model = {auto_class}.from_pretrained(
         loader = f"transformers ({self.name})"
         try:
             return from_pretrained(path, model_class, dtype, loader, **options)
+        except AttributeError:
+            if options:
+                raise
+            # The code of Falcon and Mamba initialises weights that packed layers do not have yet.
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+            loader += ", dequantize=True"
+            return from_pretrained(path, model_class, dtype, loader, **options)
         except RuntimeError:
             if options:
                 raise

@@ -97,9 +97,12 @@ class LRQATModel(BaseTuner):
         if all_linear and frozen:
             peft_config.target_modules = cast(Any, set(frozen))
         _maybe_include_all_linear_layers(peft_config, model)
-        if all_linear and peft_config.task_type in TASKS_WITH_HEADS:
-            names = set(peft_config.target_modules or ()) - HEADS
-            peft_config.target_modules = cast(Any, names)
+        if all_linear:
+            heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()
+            # PEFT trains in full what ends so, such as DistilBERT's `pre_classifier`.
+            saved = tuple(peft_config.modules_to_save or ())
+            names = [n for n in peft_config.target_modules or () if not n.endswith(saved)]
+            peft_config.target_modules = cast(Any, set(names) - heads)
         frozen = {
             name: layer
             for name, layer in frozen.items()

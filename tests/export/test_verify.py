@@ -9,7 +9,7 @@ import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LRQATConfig, sign_model
 from peft_lrqat.export import export_model, verify_export
 
 
@@ -21,8 +21,18 @@ SIZES = {
     "num_attention_heads": 2,
 }
 LLAMA = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+TOKENS = {"vocab_size": 64, "decoder_start_token_id": 0}
+HEADS = {"vocab_size": 64, "num_attention_heads": 2}
 BERT = transformers.BertConfig(**SIZES)
+DISTIL = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2}
+VIT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
 MODELS: dict[str, tuple[Any, ...]] = {
+    "distilbert-sequence": (  # its `pre_classifier` is trained in full, too
+        transformers.DistilBertForSequenceClassification,
+        transformers.DistilBertConfig(**DISTIL),
+        "SEQ_CLS",
+        None,
+    ),
     "bert-sequence": (transformers.BertForSequenceClassification, BERT, "SEQ_CLS", None),
     "bert-token": (transformers.BertForTokenClassification, BERT, "TOKEN_CLS", None),
     "bert-questions": (transformers.BertForQuestionAnswering, BERT, "QUESTION_ANS", None),
@@ -84,6 +94,51 @@ def test_trained_heads_ship_in_every_format(name, format, tmp_path):
         assert torch.equal(logits[0], expected[0])
 
 
+# Their code reads or initialises the weights of layers that are still packed.
+READERS = {
+    "t5": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, **TOKENS),
+        "SEQ_2_SEQ_LM",
+        None,
+    ),
+    "falcon": (
+        transformers.FalconForCausalLM,
+        transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, **HEADS),
+        "CAUSAL_LM",
+        None,
+    ),
+    "mamba": (
+        transformers.MambaForCausalLM,
+        transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, vocab_size=64),
+        "CAUSAL_LM",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "packed"])
+@pytest.mark.parametrize("name", READERS)
+def test_models_that_touch_weights_while_they_load(name, format, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, name, READERS[name])
+    model = make(name)
+    export_model(model, tmp_path / "out", format=format, progress=False)
+    assert verify_export(model, tmp_path / "out", format=format).exact
+
+
+def test_a_vision_model_with_a_trained_head(tmp_path):
+    """Its config does not say whether embeddings are tied."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(intermediate_size=64, patch_size=8, num_labels=3, **VIT)
+    fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    base = transformers.ViTForImageClassification(config)
+    model = get_peft_model(base, LRQATConfig(bits=4, init_weights=False, **fields)).eval()
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight += 1
+    export_model(model, tmp_path / "out", format="packed", progress=False)
+    assert verify_export(model, tmp_path / "out", format="packed").exact
+
+
 def edit(path, change):
     state = load_file(path / "model.safetensors")
     change(state)
@@ -139,6 +194,7 @@ def test_another_activation_function_is_found_by_the_logits(format, tmp_path):
     model = make("llama-head")
     export_model(model, tmp_path / "out", format=format, progress=False)
     other_config(hidden_act="relu")(tmp_path / "out")
+    sign_model(tmp_path / "out")  # the digest of the settings would be enough
     found = verify_export(model, tmp_path / "out", format=format)
     assert found.different_layers == found.different_tensors == found.keys == ()
     assert not found.logits_agree
