@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..quant.grid import Grid
 from ..shared.adapter_files import read_config
-from ..shared.model_files import split_settings
+from ..shared.model_files import check_model, split_settings
 from .linear import QuantizedLinear, Target
 from .shards import ShardWriter
 
@@ -213,6 +213,14 @@ class SafetensorsFormat(Format):
                 weights += writer.total - before
                 done(1)
         return {"bytes of the quantised weights": weights, "bytes of all tensors": writer.total}
+
+    def problems(self, path: Path) -> list[str]:
+        """Damage that the digests show; runtimes do not look at them."""
+        try:
+            check_model(path, sorted(path.glob("*.safetensors")))
+        except ValueError as error:
+            return [str(error)]
+        return []
 
 
 def from_pretrained(

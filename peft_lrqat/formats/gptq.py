@@ -87,7 +87,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
 
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
         """The plain model, by the layout's definition: no reader is installed with this package."""
-        stored = StoredTensors(path)
+        stored = StoredTensors(path, checked=False)
         config = AutoConfig.from_pretrained(path)
         del config.quantization_config
         weights = {}
