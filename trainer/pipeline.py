@@ -152,10 +152,7 @@ def _wasteful_formats(model: PeftModel) -> str:
     found = []
     for format in FORMATS.values():
         # Plain weights are not meant to be small, and what a format cannot hold has no size.
-        if format.is_small and all(
-            format.why_not(t.grid, t.scale_dtype, t.in_features, t.is_conv1d) is None
-            for t in targets
-        ):
+        if format.is_small and all(format.why_not_target(t) is None for t in targets):
             bits = stored_bits(targets, format)
             if bits.wasteful:
                 found.append(bits.remark(format))

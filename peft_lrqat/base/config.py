@@ -15,8 +15,10 @@ from .settings import WeightSettings, check_bits, check_group_size
 
 
 METHOD = "lrqat"
-# Raised when an earlier release would read the files wrongly.
-FORMAT_VERSION = 2
+# Raised when a release before would read the files wrongly.
+FORMAT_VERSION = 3
+# Of a base without embeddings, which releases before version 3 read, too.
+PLAIN_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class StoredWeight:
     base_dtype: str = "bfloat16"  # of the weight that the integers were made from
     first_range: str = "given"  # how the first scales were found, in words
     transposed: bool = False  # whether the module is transformers' Conv1D
+    embedding: bool = False  # whether the module is an embedding, of (tokens, width)
     fingerprint: Optional[int] = None  # of integers, scales and zero points; None: not known yet
 
     @property
@@ -66,13 +69,17 @@ class StoredWeight:
             check_choice("base_dtype", made.base_dtype, SCALE_DTYPES)
             check_flag("symmetric", made.symmetric)
             check_flag("transposed", made.transposed)
+            check_flag("embedding", made.embedding)
             made.format.grid.num_groups(shape[1])
         except (ValueError, TypeError) as error:
             raise ValueError(f"`modules` of the quantization config: `{name}`: {error}") from None
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"shape": list(self.shape)}
+        fields = asdict(self) | {"shape": list(self.shape)}
+        if not self.embedding:
+            del fields["embedding"]  # unknown to releases before version 3
+        return fields
 
 
 @dataclass
@@ -138,7 +145,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         metadata={"help": "Digest of the stored config.json; filled in when saving."},
     )
     format_version: int = field(
-        default=FORMAT_VERSION,
+        default=PLAIN_VERSION,
         metadata={"help": "Version of the stored format; leave it to the library."},
     )
     library_version: Optional[str] = field(
@@ -174,6 +181,12 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         """Whether the checkpoint is that of another method, whose integers are to be taken over."""
         return self.source is not None and not self.modules
 
+    def take_modules(self, weights: dict[str, StoredWeight]) -> None:
+        """Sets what is stored, and the version that its readers need."""
+        self.modules = {name: weight.to_dict() for name, weight in weights.items()}
+        embeds = any(weight.embedding for weight in weights.values())
+        self.format_version = FORMAT_VERSION if embeds else PLAIN_VERSION
+
     def stored_weights(self) -> dict[str, StoredWeight]:
         """What is stored, by module, checked."""
         items = check_items("modules", self.modules, "dicts")
@@ -186,4 +199,6 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
             for name, value in asdict(self).items()
             if name != "settings_digest"  # of the file that was read, not of the next one
         }
+        if fields["embedding_bits"] is None:
+            del fields["embedding_bits"]  # unknown to releases before version 3
         return fields | {"library_version": __version__}

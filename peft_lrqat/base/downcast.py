@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, cast, overload
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -90,13 +90,13 @@ class DowncastLinear(nn.Module):
     @skip_init_on_device
     def from_linear(
         cls,
-        linear: nn.Linear | Conv1D,
+        linear: nn.Linear | Conv1D | nn.Embedding,
         format: WeightFormat,
         *,
         estimator: str,
         p: float,
         base_dtype: torch.dtype,
-    ) -> DowncastLinear:
+    ) -> Self:
         """The layer that stands for ``linear``; the two share the bias.
 
         Args:
@@ -113,7 +113,7 @@ class DowncastLinear(nn.Module):
             in_features,
             out_features,
             format,
-            bias=linear.bias,
+            bias=getattr(linear, "bias", None),
             dtype=weight.dtype,
             base_dtype=base_dtype if narrower else weight.dtype,
             first_range=range_name(estimator, p),
@@ -141,6 +141,35 @@ class DowncastLinear(nn.Module):
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.data = zero_point
         self._hold()
+
+    @torch.no_grad()
+    def resize(self, rows: int) -> None:
+        """Cuts rows off the end, or adds rows that are the mean of all rows, on the grid."""
+        more = rows - self.out_features
+        found = {name: t for name in self.FROZEN if (t := self.frozen(name)) is not None}
+        if more > 0:
+            mean = self.stored_weight().float().mean(0, keepdim=True).to(self.dtype)
+            row = DowncastLinear(
+                self.in_features,
+                1,
+                self.format,
+                bias=None,
+                dtype=self.dtype,
+                base_dtype=self.base_dtype,
+                first_range=self.range,
+                device=mean.device,
+            )
+            row._quantize(mean, "minmax", 2.0)
+            new = {name: cast(Tensor, row.frozen(name)).expand(more, -1) for name in found}
+            found = {name: torch.cat([tensor, new[name]]) for name, tensor in found.items()}
+        else:
+            found = {name: tensor[:rows].clone() for name, tensor in found.items()}
+        if self.bias is not None:
+            self.bias.data = nn.functional.pad(self.bias.data[:rows], (0, max(0, more)))
+        self.out_features = rows
+        self.fill(found["phi"], found["scale0"], found.get("zero_point"))
+        self._known_fingerprint = None
+        self.generation += 1
 
     def _hold(self) -> None:
         """Takes the parameters as they are for the frozen weight."""
@@ -226,13 +255,13 @@ class DowncastLinear(nn.Module):
         """``scale0 * (phi - zero_point)``, (out, in) in ``dtype``: what is left of the base's
         weight.
         """
-        grid = self.format.grid
-        phi, scale = self.frozen("phi"), self.frozen("scale0")
-        zero_point = self.frozen("zero_point")
-        weight = torch.empty(
-            self.out_features, self.in_features, dtype=self.dtype, device=phi.device
-        )
-        for rows in row_blocks(self.out_features, self.in_features, weight.device):
+        return self._dense(*map(self.frozen, self.FROZEN))
+
+    def _dense(self, phi: Any, scale: Any, zero_point: Tensor | None) -> Tensor:
+        """The rows of the weight that are stored in these tensors, in ``dtype``."""
+        grid, height = self.format.grid, len(phi)
+        weight = torch.empty(height, self.in_features, dtype=self.dtype, device=phi.device)
+        for rows in row_blocks(height, self.in_features, weight.device):
             offset = None if zero_point is None else zero_point[rows]
             units = self.format.decode(phi[rows])
             weight[rows] = grid.values(units, scale[rows], offset).to(self.dtype)
@@ -257,7 +286,7 @@ class DowncastLinear(nn.Module):
         weight = self.stored_weight() if self.merged_weight is None else self.merged_weight
         return weight.T if self.is_conv1d else weight
 
-    def to_plain(self, weight: Tensor) -> nn.Linear | Conv1D:
+    def to_plain(self, weight: Tensor) -> nn.Linear | Conv1D | nn.Embedding:
         """A module of the original kind with ``weight`` (out, in) and this layer's bias."""
         if self.is_conv1d:
             plain: Any = Conv1D(0, 0)
@@ -271,6 +300,10 @@ class DowncastLinear(nn.Module):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``."""
         weight = self.stored_weight() if self.merged_weight is None else self.merged_weight
         if torch.is_autocast_enabled(x.device.type):
             return nn.functional.linear(x, weight, self.bias)

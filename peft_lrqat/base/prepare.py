@@ -46,7 +46,8 @@ from ..shared.staging import check_target, flush, whole_directory
 from .card import write_card
 from .config import LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
-from .quantizer import describe, digest, downcast, find_targets
+from .embedding import Plain, find_ends, width_of
+from .quantizer import check_tied_copy, describe, digest, downcast, find_targets
 from .takeover import PLACE, Takeover, load_low_bit, low_bit_settings
 
 
@@ -221,8 +222,9 @@ class _Job:
             }
         targets = find_targets(self.model, self.made_by)
         for name, module in targets.items():
-            width = module.nx if isinstance(module, Conv1D) else module.in_features
-            self.made_by.weight_format(name, width)
+            self.made_by.weight_format(name, width_of(module))
+        if self.made_by.embedding_bits is not None:
+            check_tied_copy(self.files, find_ends(self.model))
         return set(targets)
 
     def _why_not(self, unknown: list[str]) -> str | None:
@@ -394,7 +396,7 @@ class _Job:
         else:
             ((file, key),) = self.parts[name].values()
             weight = _read(file, key).to(self.tensors[name].dtype)
-            linear = cast("nn.Linear", self.model.get_submodule(module))
+            linear = cast(Plain, self.model.get_submodule(module))
             layer = downcast(linear, module, weight, self.made_by)
             linear.weight = nn.Parameter(self.tensors[name], requires_grad=False)
         if layer is None:
@@ -411,7 +413,7 @@ class _Job:
             self.takeover.formats = {n: weight.format for n, weight in stored.items()}
             self.takeover.finish(config)
         order = [n for n, _ in self.model.named_modules() if n in modules]
-        config.modules = {name: modules[name] for name in order}
+        config.take_modules({name: StoredWeight.from_dict(name, modules[name]) for name in order})
         config.digests, config.made_from = digests, self.name
         self.model.config.quantization_config = config
         self.model.config.dtype = self.model.dtype

@@ -29,8 +29,18 @@ from ..quant.grid import SCALE_DTYPES
 from ..shared.model_files import CONFIG, check_model, check_settings
 from ..shared.pages import release_pages
 from ..shared.words import some
-from .config import FORMAT_VERSION, METHOD, LowBitConfig, StoredWeight
+from .config import METHOD, LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
+from .embedding import (
+    DowncastEmbedding,
+    Ends,
+    Plain,
+    find_ends,
+    layer_class,
+    let_resize,
+    tie_head,
+    width_of,
+)
 from .takeover import Takeover, put
 
 
@@ -38,11 +48,23 @@ logger = logging.get_logger(__name__)
 DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
-def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, nn.Linear | Conv1D]:
+def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Plain]:
     """The modules that ``config`` names, by name; ValueError where it names none, or a tied one.
 
-    'all-linear' leaves out the output layer, as PEFT's does, and tied weights.
+    'all-linear' leaves the output layer alone, like PEFT's; so do tied weights. With
+    ``embedding_bits``, the embedding and an output layer of its own are among them, and their bits
+    are written into ``config.bits_pattern``.
     """
+    targets: dict[str, Plain] = dict(_linear_targets(model, config))
+    if config.embedding_bits is not None:
+        ends = find_ends(model)
+        config.set_embedding_bits(ends.weights)
+        for name in ends.weights:
+            targets[name] = cast(Plain, model.get_submodule(name))
+    return targets
+
+
+def _linear_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, nn.Linear | Conv1D]:
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -63,11 +85,12 @@ def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, nn.L
             name: m for name, m in linears.items() if check_target_module_exists(config, name)
         }
         for name, module in chosen.items():
-            if id(module.weight) in tied:
+            if id(module.weight) in tied and config.embedding_bits is None:
                 raise ValueError(
                     f"the weight of `{name}` is tied to another module's, which would be left "
-                    "behind; leave it out of `target_modules`"
+                    "behind; leave it out of `target_modules`, or set `embedding_bits`"
                 )
+        chosen = {n: m for n, m in chosen.items() if id(m.weight) not in tied}
     if not chosen:
         raise ValueError(
             f"`target_modules`={config.target_modules!r} names no Linear or Conv1D of this "
@@ -142,20 +165,38 @@ class _UnpackZeroPoints(ConversionOps):
 
 
 def downcast(
-    linear: nn.Linear | Conv1D, name: str, weight: Tensor, config: LowBitConfig
+    linear: Plain, name: str, weight: Tensor, config: LowBitConfig
 ) -> DowncastLinear | None:
     """What stands for ``linear`` once its ``weight`` is there; None if that is not finite."""
     if not torch.stack(torch.aminmax(weight)).isfinite().all():
         return None
     linear.weight = nn.Parameter(weight, requires_grad=False)
     width = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
-    return DowncastLinear.from_linear(
+    return layer_class(linear).from_linear(
         linear,
         config.weight_format(name, width),
         estimator=config.range_estimator,
         p=config.range_p,
         base_dtype=weight.dtype,
     )
+
+
+def check_tied_copy(files: list[str], ends: Ends) -> None:
+    """Raises ValueError where the files hold another weight for the tied output layer."""
+    if not ends.tied:
+        return
+    names = (f"{ends.embedding}.weight", f"{ends.head}.weight")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in names:
+                if name in opened.keys():  # noqa: SIM118, it is no dict
+                    found[name] = opened.get_tensor(name)
+    if len(found) == 2 and not torch.equal(*found.values()):
+        raise ValueError(
+            f"the config ties `{names[1]}` to `{names[0]}`, but the checkpoint holds another "
+            "weight for each; set `tie_word_embeddings=false` in its config.json"
+        )
 
 
 class LowBitQuantizer(HfQuantizer):
@@ -200,14 +241,21 @@ class LowBitQuantizer(HfQuantizer):
         if not self.pre_quantized:
             targets = find_targets(model, self.quantization_config)
             for name, module in targets.items():
-                width = module.nx if isinstance(module, Conv1D) else module.in_features
-                self.quantization_config.weight_format(name, width)
+                self.quantization_config.weight_format(name, width_of(module))
             self._targets = set(targets)
+            if self.quantization_config.embedding_bits is not None:
+                self._tie(model)
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         if self.quantization_config.takes_over:
             source = self.quantization_config.source or {}
             self._takeover = Takeover(model, source, self.files)
+            if any(
+                model.get_submodule(name) is model.get_input_embeddings()
+                for name, _ in model.named_modules()
+                if name in self._takeover.found
+            ):
+                self._tie(model)
             self.quantization_config.made_from = model.config._name_or_path or None
             return
         for name, stored in self.stored.items():
@@ -227,6 +275,16 @@ class LowBitQuantizer(HfQuantizer):
             check_model(folder, files)
         else:
             check_settings(folder)
+        if any(stored.embedding for stored in self.stored.values()):
+            self._tie(model)
+
+    def _tie(self, model: PreTrainedModel) -> None:
+        """The tied output layer computes with the integers of the embedding."""
+        let_resize(model)
+        ends = find_ends(model)
+        check_tied_copy(self.files, ends)
+        if ends.tied:
+            tie_head(model, ends)
 
     def _put_empty(self, model: PreTrainedModel, name: str, stored: StoredWeight) -> None:
         try:
@@ -236,8 +294,9 @@ class LowBitQuantizer(HfQuantizer):
                 f"the low-bit base has a weight for `{name}`, but {type(model).__name__} has no "
                 "such module; its config.json belongs to another architecture or release"
             ) from None
-        transposed = isinstance(linear, Conv1D)
-        if not isinstance(linear, nn.Linear | Conv1D) or transposed != stored.transposed:
+        transposed, embeds = isinstance(linear, Conv1D), isinstance(linear, nn.Embedding)
+        kinds = (transposed, embeds)
+        if not isinstance(linear, Plain) or kinds != (stored.transposed, stored.embedding):
             raise ValueError(
                 f"`{name}` is a {type(linear).__name__} in {type(model).__name__}, but the low-bit "
                 "base holds the weight of another kind of module for it"
@@ -248,17 +307,19 @@ class LowBitQuantizer(HfQuantizer):
                 f"`{name}` has shape {shape} in {type(model).__name__}, but {stored.shape} in the "
                 "low-bit base; its config.json was changed"
             )
-        made = DowncastLinear(
+        made = layer_class(linear)(
             stored.shape[1],
             stored.shape[0],
             stored.format,
-            bias=linear.bias,
+            bias=getattr(linear, "bias", None),
             dtype=linear.weight.dtype,
             base_dtype=SCALE_DTYPES[stored.base_dtype],
             first_range=stored.first_range,
             is_conv1d=transposed,
             device="meta",
         )
+        if isinstance(made, DowncastEmbedding):
+            made.padding_idx = linear.padding_idx
         model.set_submodule(name, made)
 
     # While loading
@@ -275,7 +336,7 @@ class LowBitQuantizer(HfQuantizer):
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Puts the downcast layer of ``weight`` in place of the plain module ``name``."""
-        linear = cast("nn.Linear | Conv1D", model.get_submodule(name))
+        linear = cast(Plain, model.get_submodule(name))
         made = downcast(linear, name, weight, self.quantization_config)
         if made is None:
             # An exception here would end as a conversion that "encountered some issues".
@@ -309,6 +370,8 @@ class LowBitQuantizer(HfQuantizer):
             self._takeover.finish(self.quantization_config)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
         for name, layer in layers.items():
+            if isinstance(layer, DowncastEmbedding):
+                layer.place_mark()
             for kind in ("phi", "scale0", "zero_point"):
                 tensor = getattr(layer, kind)
                 if tensor is None:
@@ -329,8 +392,7 @@ class LowBitQuantizer(HfQuantizer):
         ours = set(map(id, self._conversions))
         conversions: Any = model._weight_conversions
         vars(model)["_weight_conversions"] = [c for c in conversions if id(c) not in ours]
-        self.quantization_config.format_version = FORMAT_VERSION
-        self.quantization_config.modules = {n: describe(m).to_dict() for n, m in layers.items()}
+        self.quantization_config.take_modules({n: describe(m) for n, m in layers.items()})
         model.config.quantization_config = self.quantization_config
 
     def _verify(self, layers: dict[str, DowncastLinear]) -> None:
@@ -384,11 +446,13 @@ class LowBitQuantizer(HfQuantizer):
             for name, tensor in state.items()
             if name not in targets and name not in tied
         }
-        config.modules = {
-            name: describe(module).to_dict()
-            for name, module in model.named_modules()
-            if isinstance(module, DowncastLinear)
-        }
+        config.take_modules(
+            {
+                name: describe(module)
+                for name, module in model.named_modules()
+                if isinstance(module, DowncastLinear)
+            }
+        )
         return None, {}
 
     @property
@@ -414,6 +478,7 @@ def describe(layer: DowncastLinear) -> StoredWeight:
         base_dtype=DTYPE_NAMES[layer.base_dtype],
         first_range=layer.range,
         transposed=layer.is_conv1d,
+        embedding=isinstance(layer, DowncastEmbedding),
         fingerprint=layer.fingerprint,
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Optional, Self
 
 from peft.utils.other import get_pattern_key
 
@@ -89,6 +91,15 @@ class WeightSettings:
         },
     )
 
+    embedding_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Bits of the input embedding and of the output layer, 4 to 8; where these are "
+            "tied, one set of integers and scales serves both. Grouped like other weights. "
+            "Default None: they stay as they are."
+        },
+    )
+
     def check_weight_settings(self) -> None:
         """Raises ValueError for a field with a value that is not allowed."""
         check_choice("downcast", self.downcast, DOWNCASTS)
@@ -97,6 +108,8 @@ class WeightSettings:
         check_flag("symmetric", self.symmetric)
         check_bits("bits", self.bits)
         check_group_size("group_size", self.group_size)
+        if self.embedding_bits is not None:
+            check_bits("embedding_bits", self.embedding_bits, or_none=True, least=4)
         for name, check in (("bits_pattern", check_bits), ("group_size_pattern", check_group_size)):
             for key, value in check_items(name, getattr(self, name), "integers"):
                 check(f"{name}[{key!r}]", value)
@@ -104,6 +117,14 @@ class WeightSettings:
         p = self.range_p
         if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 8:
             raise ValueError(f"`range_p` must be 1 to 8, but is {p!r}")
+
+    def set_embedding_bits(self, names: Iterable[str]) -> None:
+        """Gives these modules ``embedding_bits``, unless ``bits_pattern`` names them."""
+        assert self.embedding_bits is not None
+        for name in names:
+            if get_pattern_key(self.bits_pattern, name) not in self.bits_pattern:
+                own = {re.escape(name): self.embedding_bits}
+                self.bits_pattern = {**self.bits_pattern, **own}
 
     def weight_grid(self, module_name: str) -> Grid:
         """The grid of one target."""
@@ -126,10 +147,10 @@ class WeightSettings:
             raise ValueError(f"`{module_name}`: {error}") from error
 
 
-def check_bits(name: str, value: object, *, or_none: bool = False) -> None:
-    """An integer from 2 to 8."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
-        allowed = f"an integer from 2 to 8{', or None' if or_none else ''}"
+def check_bits(name: str, value: object, *, or_none: bool = False, least: int = 2) -> None:
+    """An integer from ``least`` to 8."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 8:
+        allowed = f"an integer from {least} to 8{', or None' if or_none else ''}"
         raise ValueError(f"`{name}` must be {allowed}, but is {value!r}")
 
 

@@ -22,6 +22,7 @@ from ..shared.model_files import check_signed
 from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
+from .embedding import DowncastEmbedding, Plain, layer_class
 from .layouts import SCALE_NAMES, find_layout
 
 
@@ -174,22 +175,24 @@ class Takeover:
 
     def _layer(self, linear: nn.Module, tensors: dict[str, Tensor]) -> DowncastLinear:
         transposed = isinstance(linear, Conv1D)
-        if not isinstance(linear, nn.Linear | Conv1D):
+        if not isinstance(linear, Plain):
             raise ValueError(f"it is a {type(linear).__name__}, not a linear layer")
         rows, columns = linear.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
         taken = self.layout.take(tensors, shape, self.settings)
-        made = DowncastLinear(
+        made = layer_class(linear)(
             shape[1],
             shape[0],
             taken.format,
-            bias=linear.bias,
+            bias=getattr(linear, "bias", None),
             dtype=linear.weight.dtype,
             base_dtype=linear.weight.dtype,
             first_range=f"taken over from {self.layout.name}",
             is_conv1d=transposed,
             device=taken.phi.device,
         )
+        if isinstance(made, DowncastEmbedding):
+            made.padding_idx = linear.padding_idx
         made.fill(taken.phi, taken.scale.float(), taken.zero_point)
         self.scale_dtypes.add(taken.scale.dtype)
         return made

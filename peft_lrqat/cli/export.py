@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat.export import export_model, verify_export
@@ -15,9 +16,10 @@ from peft_lrqat.formats.linear import linear_names
 from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.lrqat.low_bit import is_low_bit
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import check_target, directory_bytes
-from peft_lrqat.trainer.pipeline import load_adapter
+from peft_lrqat.trainer.pipeline import load_adapter, load_model
 from peft_lrqat.trainer.tokenizers import (
     has_tokenizer,
     load_generation_config,
@@ -32,7 +34,13 @@ from .parser import Parser, print_table
 class ExportArguments(ModelOptions, JsonOptions):
     """Which model is exported, and how."""
 
-    adapter: str = field(metadata={"help": "LR-QAT adapter: a directory or a name on the Hub"})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "LR-QAT adapter: a directory or a name on the Hub. Without it, --model is a "
+            "low-bit base, whose own integers are exported"
+        },
+    )
     output: str = field(
         metadata={"help": "new directory for the model; one with files in it is refused"}
     )
@@ -59,6 +67,13 @@ class ExportArguments(ModelOptions, JsonOptions):
         metadata={
             "help": "for an adapter with activation_bits or kv_cache_bits. write: they are part of "
             "the export, or it is refused; ignore: the export holds the weights alone"
+        },
+    )
+    embeddings: Literal["low-bit", "plain"] = field(
+        default="low-bit",
+        metadata={
+            "help": "for a model with embedding_bits. plain: its embedding and output layer are "
+            "written as 16-bit weights of the same values, for formats that hold no low-bit ones"
         },
     )
     verify: bool = field(
@@ -91,28 +106,30 @@ def run_export(argv: Sequence[str]) -> int:
     """`lrqat export`."""
     parser = Parser(
         "export",
-        "--adapter ADAPTER --output DIRECTORY [options]",
+        "(--adapter ADAPTER | --model BASE) --output DIRECTORY [options]",
         [ExportArguments],
         "Writes a trained LR-QAT model in a format that a runtime loads: the integers and scales\n"
         "of training, every weight unchanged. Tokenizer, chat template and generation config come\n"
         "from the adapter's folder if they are there, otherwise from the base model.",
         "  lrqat export --adapter lrqat-4bit --output model-ct --verify\n"
-        "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf",
+        "  lrqat export --adapter lrqat-4bit --output model-gguf --format gguf\n"
+        "  lrqat export --model model-4bit --output model-packed --format packed",
     )
     (args,) = parser.parse(argv)
     with parser.user_errors():
         check_target(args.output)
-        model: Any = load_adapter(args.adapter, args.model, args.dtype)
-        base = model.get_base_model()
+        model: Any = _load(args)
+        base = model.get_base_model() if args.adapter else model
+        folder = args.adapter or base.config.name_or_path
         tokenizer = None
         places: dict[str, str] = {}
-        if has_tokenizer(args.adapter) or has_tokenizer(base.config.name_or_path):
-            tokenizer, places = load_tokenizer(args.adapter, base.config.name_or_path)
+        if has_tokenizer(folder) or has_tokenizer(base.config.name_or_path):
+            tokenizer, places = load_tokenizer(folder, base.config.name_or_path)
         if base.can_generate():
             places["generation config"] = base.config.name_or_path
-            if (generation := load_generation_config(args.adapter)) is not None:
+            if (generation := load_generation_config(folder)) is not None:
                 base.generation_config = generation
-                places["generation config"] = args.adapter
+                places["generation config"] = folder
         for what, place in places.items():
             print(f"{what} from {place}", file=sys.stderr)
         export_model(
@@ -123,6 +140,7 @@ def run_export(argv: Sequence[str]) -> int:
             max_shard_size=args.max_shard_size,
             container_bits=args.container_bits,
             activations=args.activations,
+            embeddings=args.embeddings,
         )
     if not args.verify:
         size = directory_bytes(args.output)
@@ -151,6 +169,21 @@ def run_export(argv: Sequence[str]) -> int:
         "every weight is what was trained" if found.exact else "the export is NOT what was trained"
     )
     return 0 if found.exact else 1
+
+
+def _load(args: ExportArguments) -> PreTrainedModel | PeftModel:
+    """The adapter on its base model, or a low-bit base alone."""
+    if args.adapter is not None:
+        return load_adapter(args.adapter, args.model, args.dtype)
+    if args.model is None:
+        raise ValueError("give --adapter, or --model with a low-bit base")
+    model = load_model(args.model, args.dtype)
+    if not is_low_bit(model):
+        raise ValueError(
+            f"{args.model} is no low-bit base, so there are no integers to export; give --adapter, "
+            "or make a base with `lrqat prepare`"
+        )
+    return model.eval()
 
 
 def run_recipe(argv: Sequence[str]) -> int:

@@ -21,11 +21,12 @@ def write_card(
     sizes: StoredBits,
     loader: str,
     activations: str = "write",
+    trained: bool = True,
 ) -> None:
     """Writes ``README.md`` for the model that was exported into ``directory``.
 
     ``sizes``: bits per weight, trained and stored; ``loader``: the class of transformers that loads
-    the model.
+    the model; ``trained``: False for a low-bit base alone.
     """
     place, _, base = base_in_words(config.base_model_name_or_path)
     tags = {"peft_lrqat", "lr-qat", f"{config.bits}-bit", *format.tags}
@@ -44,9 +45,9 @@ def write_card(
         if config.group_size == -1
         else f"one scale per {config.group_size} weights"
     )
-    mixed = ""
+    mixed = "" if config.embedding_bits is None else f"; embeddings: {config.embedding_bits} bits"
     if config.bits_pattern or config.group_size_pattern:
-        mixed = (
+        mixed += (
             f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
         )
     waste = _waste(sizes) if format.is_small else ""
@@ -54,10 +55,7 @@ def write_card(
 {data.to_yaml()}
 ---
 
-# A {config.bits}-bit model trained with LR-QAT
-
-Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat` as
-`{format.name}`. The files hold the integers and scales of training: the export changed no weight.
+{_heading(config, format, trained)}
 
 ```py
 {format.code(loader, config.symmetric)}
@@ -70,6 +68,19 @@ Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat
 {table("measure", {name: f"{value:,}" for name, value in figures.items()})}
 {training_text(config.training_record)}"""
     ModelCard(text).save(directory / "README.md")
+
+
+def _heading(config: LRQATConfig, format: Format, trained: bool) -> str:
+    if not trained:
+        return f"""# A {config.bits}-bit model
+
+A low-bit base of `peft_lrqat`, exported as `{format.name}`. The files hold its integers and
+scales: the export changed no weight."""
+    return f"""# A {config.bits}-bit model trained with LR-QAT
+
+Low-rank quantisation-aware training (arXiv 2406.06385), exported by `peft_lrqat` as
+`{format.name}`. The files hold the integers and scales of training: the export changed no
+weight."""
 
 
 def _waste(sizes: StoredBits) -> str:

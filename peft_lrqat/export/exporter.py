@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -22,13 +22,25 @@ from ..formats.linear import QuantizedLinear, Target, widened
 from ..formats.runtimes import RUNTIMES
 from ..formats.sizes import stored_bits
 from ..formats.table import format_named
-from ..lrqat.layer import LRQATLayer
+from ..lrqat.low_bit import is_low_bit
 from ..shared.checks import check_choice
 from ..shared.staging import check_target, whole_directory
 from ..shared.tasks import class_name
 from .card import write_card
 from .layout import CheckpointLayout
-from .linears import base_of, config_of, lrqat_layers, quantized_linear, target_of
+from .linears import (
+    NO_ADAPTER,
+    Layer,
+    Model,
+    base_of,
+    config_of,
+    frozen_of,
+    has_factors,
+    low_bit_layers,
+    lrqat_layers,
+    quantized_linear,
+    target_of,
+)
 from .tensors import is_parted, model_tensors, plain_linears, plain_modules
 
 
@@ -36,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 
 def export_model(
-    model: PeftModel,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     format: str = "compressed-tensors",
@@ -45,6 +57,7 @@ def export_model(
     max_shard_size: int | str = "5GB",
     container_bits: int | None = None,
     activations: Literal["write", "ignore"] = "write",
+    embeddings: Literal["low-bit", "plain"] = "low-bit",
     progress: bool = True,
 ) -> Path:
     """Writes the deployed model, integers and scales, into the directory ``path``; returns it.
@@ -54,8 +67,9 @@ def export_model(
     hold without changing a weight is refused before anything is written.
 
     Args:
-        model: a `PeftModel` with an LR-QAT adapter, merged or not; it does not change. An untrained
-            adapter ships round-to-nearest.
+        model: a `PeftModel` with an LR-QAT adapter, merged or not, or a low-bit base alone; it does
+            not change. An untrained adapter ships round-to-nearest. Layers of a low-bit base
+            that the adapter does not cover ship the integers of the base.
         path: a directory that does not exist, or is empty.
         format: ``compressed-tensors``, ``gguf``, ``gptq``, ``packed`` or ``dequantized``.
         tokenizer: saved with the model; a GGUF file holds one and needs it.
@@ -66,6 +80,9 @@ def export_model(
         activations: what becomes of ``activation_bits`` and ``kv_cache_bits``. ``write``: they are
             part of the export, or it is refused. ``ignore``: the export holds the weights alone,
             for a runtime that computes with 16-bit activations or rounds them its own way.
+        embeddings: how the embedding and output layer of ``embedding_bits`` are written. ``plain``:
+            as the weights that they compute with, in the dtype of the model; for formats that
+            hold no low-bit embeddings.
         progress: whether a bar on stderr shows how far it is.
 
     Raises:
@@ -74,11 +91,13 @@ def export_model(
     """
     check_target(path)
     writer = format_named(format)
-    layers, adapter_name = _check(model, writer, adapter_name, container_bits, activations)
+    check_choice("embeddings", embeddings, ("low-bit", "plain"))
+    plain = _ends(model) if embeddings == "plain" else ()
+    layers, adapter_name = _check(model, writer, adapter_name, container_bits, activations, plain)
     shard_size = convert_file_size_to_int(max_shard_size)
     config = config_of(model, adapter_name)
     deployed = replace(
-        deployed_model(model, adapter_name, container_bits),
+        deployed_model(model, adapter_name, container_bits, plain),
         activations=config.activation_grid if activations == "write" else None,
         tokenizer=tokenizer,
     )
@@ -98,7 +117,8 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
         loader = type(base).__name__ if config.task_type is None else class_name(config)
-        write_card(directory, config, writer, figures, sizes, loader, activations)
+        trained = isinstance(model, PeftModel)
+        write_card(directory, config, writer, figures, sizes, loader, activations, trained)
     return Path(path)
 
 
@@ -108,6 +128,7 @@ def is_untrained(model: PeftModel, adapter_name: str) -> bool:
         not layer.lrqat_B[adapter_name].any()
         and bool((layer.lrqat_scale[adapter_name].float() == layer.base_layer.scale0.float()).all())
         for layer in lrqat_layers(model).values()
+        if adapter_name in layer.lrqat_A
     )
 
 
@@ -135,19 +156,31 @@ def _warn_of_runtimes(format: Format, model: DeployedModel) -> None:
 
 
 def deployed_model(
-    model: PeftModel, adapter_name: str, container_bits: int | None = None
+    model: Model,
+    adapter_name: str,
+    container_bits: int | None = None,
+    plain: Collection[str] = (),
 ) -> DeployedModel:
-    """``model`` under an adapter as formats see it, its integers stored at ``container_bits``."""
-    layers = lrqat_layers(model)
+    """``model`` under an adapter as formats see it, its integers stored at ``container_bits``.
+
+    The layers named in ``plain`` are plain weights.
+    """
+    layers = low_bit_layers(model)
     targets = {
         name: replace(target, grid=widened(target.grid, container_bits))
         for name, layer in layers.items()
+        if name not in plain
         for target in [target_of(name, layer)]
     }
 
     def tensors() -> Iterator[tuple[str, Tensor | Target]]:
         for name, value in model_tensors(model, adapter_name):
-            yield name, targets[name] if isinstance(value, LRQATLayer) else value
+            if isinstance(value, Tensor):
+                yield name, value
+            elif name in plain:
+                yield f"{name}.weight", quantized_linear(name, value, adapter_name).weight
+            else:
+                yield name, targets[name]
 
     def quantize(target: Target) -> QuantizedLinear:
         linear = quantized_linear(target.name, layers[target.name], adapter_name)
@@ -164,13 +197,11 @@ def deployed_model(
         tensors=tensors,
         checkpoint_tensors=lambda: layout().tensors(),
         quantize=quantize,
-        plain_linears=lambda: _plain_linears(model, adapter_name, layout()),
+        plain_linears=lambda: (*plain, *_plain_linears(model, adapter_name, layout())),
     )
 
 
-def _plain_linears(
-    model: PeftModel, adapter_name: str, layout: CheckpointLayout
-) -> tuple[str, ...]:
+def _plain_linears(model: Model, adapter_name: str, layout: CheckpointLayout) -> tuple[str, ...]:
     """The linear layers that stay, by their names in memory and in checkpoints.
 
     A runtime sees each expert and each router as a linear layer, whatever they are in memory.
@@ -183,30 +214,41 @@ def _plain_linears(
 
 
 def _check(
-    model: PeftModel,
+    model: Model,
     format: Format,
     adapter_name: str | None,
     container_bits: int | None,
     activations: str,
-) -> tuple[dict[str, LRQATLayer], str]:
+    plain: Collection[str],
+) -> tuple[dict[str, Layer], str]:
     """The target layers and the adapter's name; ValueError for what can be refused at once."""
     check_choice("activations", activations, ("write", "ignore"))
-    layers = lrqat_layers(model) if isinstance(model, PeftModel) else {}
+    holds = isinstance(model, PeftModel) or is_low_bit(model)
+    layers = low_bit_layers(model) if holds else {}
+    layers = {name: layer for name, layer in layers.items() if name not in plain}
     if not layers:
         raise ValueError(
-            "only a PeftModel with an LR-QAT adapter can be exported, but this is a"
-            f" {type(model).__name__} without one; a model that was merged and unloaded"
-            " no longer has integers"
+            "only a PeftModel with an LR-QAT adapter, or a low-bit base, can be exported, but this"
+            f" is a {type(model).__name__} without either; a model that was merged and unloaded no"
+            " longer has integers"
         )
-    active = [name for name in model.active_adapters if name in model.peft_config]
-    adapter_name = adapter_name or next(iter(active), "")
-    missing = [name for name, layer in layers.items() if adapter_name not in layer.lrqat_A]
-    if missing:
+    adapter_name = _adapter_to_export(model, adapter_name)
+    frozen = [name for name, layer in layers.items() if not has_factors(layer, adapter_name)]
+    if len(frozen) == len(layers) and adapter_name != NO_ADAPTER:
         raise ValueError(
-            f"the adapter {adapter_name!r} has no factors for {len(missing)} of the model's low-bit"
-            f" layers, such as `{missing[0]}`; give `adapter_name`, one of"
-            f" {sorted(model.peft_config)} that covers them all"
+            f"the adapter {adapter_name!r} has no factors for any of the model's low-bit layers;"
+            f" give `adapter_name`, one of {sorted(cast(PeftModel, model).peft_config)} that is an"
+            " LR-QAT adapter"
         )
+    for name in frozen:
+        kind = frozen_of(layers[name]).format.downcast
+        if kind != "int":
+            raise ValueError(
+                f"the adapter {adapter_name!r} has no factors for {len(frozen)} of the model's"
+                f" low-bit layers, such as `{name}`, which compute with unrounded weights there"
+                f" (downcast={kind!r}); give `adapter_name` of one that covers them all, or start"
+                " from a base with downcast='int'"
+            )
     if container_bits is not None and not format.takes_container_bits:
         raise ValueError(
             f"`container_bits` is not for {format.name}, whose blocks are chosen by the integers"
@@ -214,25 +256,51 @@ def _check(
         )
     config = config_of(model, adapter_name)
     for name, layer in layers.items():
-        base = layer.base_layer
-        grid = widened(base.format.grid, container_bits)
-        reason = format.why_not(grid, base.format.scale_dtype, layer.in_features, base.is_conv1d)
+        target = target_of(name, layer)
+        grid = widened(target.grid, container_bits)
+        reason = format.why_not_target(replace(target, grid=grid))
         if reason is not None:
             raise ValueError(f"`{name}`: {reason}")
         if activations == "write":
             reason = format.why_not_activations(grid, config.activation_grid, config.kv_cache_grid)
+            if reason is None and config.activation_grid is not None:
+                plain_input = name in frozen or target.is_embedding
+                reason = "its input is not rounded, but that of other layers is"
+                reason = reason if plain_input else None
             if reason is not None:
                 raise ValueError(
                     f"`{name}`: {reason}. To export the weights alone, use activations='ignore'"
                 )
-    if is_untrained(model, adapter_name):
+    if adapter_name != NO_ADAPTER and is_untrained(cast(PeftModel, model), adapter_name):
         logger.warning(
             f"the adapter `{adapter_name}` is untrained: what is exported equals round-to-nearest"
         )
     return layers, adapter_name
 
 
-def _config(model: PeftModel, adapter_name: str) -> PretrainedConfig:
+def _ends(model: Model) -> tuple[str, ...]:
+    """The names of the low-bit embedding and output layer; none if the embedding is plain."""
+    base = base_of(model)
+    found = low_bit_layers(model)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if not isinstance(ends[0], Layer):
+        return ()
+    return tuple(name for name, layer in found.items() if any(layer is end for end in ends))
+
+
+def _adapter_to_export(model: Model, adapter_name: str | None) -> str:
+    """The name of the adapter; ValueError for one that the model does not have."""
+    known = sorted(model.peft_config) if isinstance(model, PeftModel) else []
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(
+            f"`adapter_name` is {adapter_name!r}, but the model has {known or 'no adapter'}"
+        )
+    if adapter_name is not None or not isinstance(model, PeftModel):
+        return adapter_name or NO_ADAPTER
+    return next((name for name in model.active_adapters if name in known), known[0])
+
+
+def _config(model: Model, adapter_name: str) -> PretrainedConfig:
     """The config of the deployed model."""
     base = base_of(model)
     config = copy.deepcopy(base.config)

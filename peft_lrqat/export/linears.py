@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..base.downcast import DowncastLinear
+from ..base.embedding import DowncastEmbedding
 from ..formats.linear import QuantizedLinear, Target
 from ..lrqat.config import LRQATConfig
 from ..lrqat.layer import LRQATLayer
@@ -15,14 +17,28 @@ from ..quant import quantized_codes, quantized_weight
 from ..quant.grid import SCALE_DTYPES
 
 
-def base_of(model: PeftModel) -> PreTrainedModel:
+# The adapter's name where a low-bit base has none.
+NO_ADAPTER = ""
+Layer = LRQATLayer | DowncastLinear
+Model = PeftModel | PreTrainedModel
+
+
+def base_of(model: Model) -> PreTrainedModel:
     """The model of transformers inside PEFT's."""
-    return cast(PreTrainedModel, model.get_base_model())
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, inside)
 
 
-def config_of(model: PeftModel, adapter_name: str) -> LRQATConfig:
-    """The config of an LR-QAT adapter."""
-    return cast(LRQATConfig, model.peft_config[adapter_name])
+def config_of(model: Model, adapter_name: str) -> LRQATConfig:
+    """The config of an LR-QAT adapter; for a low-bit base without one, what describes it."""
+    if isinstance(model, PeftModel):
+        return cast(LRQATConfig, model.peft_config[adapter_name])
+    made = model.config.quantization_config
+    fields = ("bits", "group_size", "symmetric", "downcast", "scale_dtype")
+    patterns = {name: dict(getattr(made, name)) for name in ("bits_pattern", "group_size_pattern")}
+    config = LRQATConfig(**{name: getattr(made, name) for name in fields}, **patterns)
+    config.base_model_name_or_path = made.made_from
+    return config
 
 
 def lrqat_layers(model: PeftModel) -> dict[str, LRQATLayer]:
@@ -31,9 +47,27 @@ def lrqat_layers(model: PeftModel) -> dict[str, LRQATLayer]:
     return {name: layer for name, layer in layers if isinstance(layer, LRQATLayer)}
 
 
-def target_of(name: str, layer: LRQATLayer) -> Target:
+def low_bit_layers(model: Model) -> dict[str, Layer]:
+    """All layers that hold integers by their names in the base model, with adapters or without."""
+    modules = base_of(model).named_modules()
+    found = {name: layer for name, layer in modules if isinstance(layer, Layer)}
+    inside = {f"{name}.base_layer" for name in found}
+    return {name: layer for name, layer in found.items() if name not in inside}
+
+
+def has_factors(layer: Layer, adapter_name: str) -> bool:
+    """Whether an adapter decides the integers of a layer; otherwise they are the frozen ones."""
+    return isinstance(layer, LRQATLayer) and adapter_name in layer.lrqat_A
+
+
+def frozen_of(layer: Layer) -> DowncastLinear:
+    """The frozen layer."""
+    return layer.base_layer if isinstance(layer, LRQATLayer) else layer
+
+
+def target_of(name: str, layer: Layer) -> Target:
     """What is known of a layer before its integers are computed."""
-    base = layer.base_layer
+    base = frozen_of(layer)
     return Target(
         name=name,
         grid=base.format.grid,
@@ -41,13 +75,16 @@ def target_of(name: str, layer: LRQATLayer) -> Target:
         out_features=layer.out_features,
         in_features=layer.in_features,
         is_conv1d=base.is_conv1d,
+        is_embedding=isinstance(base, DowncastEmbedding),
         dtype=base.dtype,
     )
 
 
 @torch.no_grad()
-def quantized_linear(name: str, layer: LRQATLayer, adapter_name: str) -> QuantizedLinear:
+def quantized_linear(name: str, layer: Layer, adapter_name: str) -> QuantizedLinear:
     """What one layer ships under one adapter."""
+    if not isinstance(layer, LRQATLayer) or not has_factors(layer, adapter_name):
+        return _frozen_linear(name, frozen_of(layer))
     weight = layer.low_rank_weight(adapter_name)
     format = weight.format
     return QuantizedLinear(
@@ -58,4 +95,19 @@ def quantized_linear(name: str, layer: LRQATLayer, adapter_name: str) -> Quantiz
         zero_point=weight.zero_point,
         weight=quantized_weight(weight),
         is_conv1d=layer.base_layer.is_conv1d,
+    )
+
+
+def _frozen_linear(name: str, base: DowncastLinear) -> QuantizedLinear:
+    """The integers that ``base`` holds, whose downcast is ``int``."""
+    format, zero_point = base.format, base.frozen("zero_point")
+    codes = format.decode(base.frozen("phi"))
+    return QuantizedLinear(
+        name=name,
+        grid=format.grid,
+        codes=codes.to(torch.int8 if format.grid.symmetric else torch.uint8),
+        scale=base.frozen("scale0").to(SCALE_DTYPES[format.scale_dtype]),
+        zero_point=zero_point,
+        weight=base.stored_weight(),
+        is_conv1d=base.is_conv1d,
     )

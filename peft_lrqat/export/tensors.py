@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
-from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ..base.downcast import DowncastLinear
+from ..base.embedding import TiedHead
 from ..lrqat.layer import LRQATLayer
+from .linears import Layer, Model, base_of, frozen_of
 
 
-def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Tensor | LRQATLayer]]:
+def model_tensors(model: Model, adapter_name: str) -> Iterator[tuple[str, Tensor | Layer]]:
     """The names and tensors of the deployed model, one after another.
 
     The weight of a target comes as its layer under the module's name. Everything else comes as
@@ -23,11 +23,11 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
     """
     parted = is_parted(model, adapter_name)
     seen: set[int] = set()
-    for plain, module in plain_modules(model.get_base_model(), adapter_name):
-        if isinstance(module, LRQATLayer):
+    for plain, module in plain_modules(base_of(model), adapter_name):
+        if isinstance(module, LRQATLayer | DowncastLinear):
             yield plain, module
-            if module.base_layer.bias is not None:
-                yield f"{plain}.bias", module.base_layer.bias.detach()
+            if (bias := frozen_of(module).bias) is not None:
+                yield f"{plain}.bias", bias.detach()
             continue
         not_saved = module._non_persistent_buffers_set
         buffers = {name: b for name, b in module._buffers.items() if name not in not_saved}
@@ -38,16 +38,18 @@ def model_tensors(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Te
             yield f"{plain}.{kind}" if plain else kind, tensor.detach()
 
 
-def is_parted(model: PeftModel, adapter_name: str) -> bool:
+def is_parted(model: Model, adapter_name: str) -> bool:
     """Whether training a copy of the head, or of the embeddings, parted what the config ties.
 
     transformers must then tie nothing, and the files need a tensor under every name.
     """
-    base = cast(PreTrainedModel, model.get_base_model())
+    base = base_of(model)
     # Vision models have no such field.
     if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return False
     modules = [module for _, module in plain_modules(base, adapter_name)]
+    if any(isinstance(module, TiedHead) for module in modules):
+        return False
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     if ends[0] is None or ends[1] is None:
         return False
@@ -59,10 +61,10 @@ def is_parted(model: PeftModel, adapter_name: str) -> bool:
     return weights[0] != weights[1]
 
 
-def plain_linears(model: PeftModel, adapter_name: str) -> list[str]:
+def plain_linears(model: Model, adapter_name: str) -> list[str]:
     """The names of the linear layers that are not quantised."""
-    modules = plain_modules(model.get_base_model(), adapter_name)
-    return [name for name, module in modules if isinstance(module, nn.Linear)]
+    modules = plain_modules(base_of(model), adapter_name)
+    return [name for name, module in modules if isinstance(module, nn.Linear | TiedHead)]
 
 
 def plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:

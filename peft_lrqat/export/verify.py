@@ -21,7 +21,7 @@ from ..formats.table import format_named
 from ..lrqat.model import LRQATModel
 from ..shared.staging import directory_bytes
 from .exporter import deployed_model
-from .linears import base_of, config_of
+from .linears import NO_ADAPTER, Model, base_of, config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Verification:
 
 @torch.no_grad()
 def verify_export(
-    model: PeftModel,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     format: str,
@@ -60,7 +60,9 @@ def verify_export(
     read by this package, by the definition of its layout.
     """
     path = Path(path)
-    adapter_name = adapter_name or model.active_adapters[0]
+    if isinstance(model, PeftModel):
+        adapter_name = adapter_name or model.active_adapters[0]
+    adapter_name = adapter_name or NO_ADAPTER
     base = base_of(model)
     reader = format_named(format)
     loaded = reader.load(path, type(base), base.dtype)
@@ -125,7 +127,7 @@ def _out_first(model: nn.Module, name: str) -> Tensor:
     """The weight of a linear layer, (out, in)."""
     module = model.get_submodule(name)
     weight = model.get_parameter(f"{name}.weight").detach().cpu()
-    return weight if isinstance(module, nn.Linear) else weight.T
+    return weight if isinstance(module, nn.Linear | nn.Embedding) else weight.T
 
 
 def _wrong_keys(loaded: Loaded) -> list[str]:
@@ -144,7 +146,7 @@ def _wrong_keys(loaded: Loaded) -> list[str]:
 
 
 def _compare_outputs(
-    model: PeftModel, loaded: PreTrainedModel, adapter_name: str
+    model: Model, loaded: PreTrainedModel, adapter_name: str
 ) -> tuple[float | None, bool]:
     """The largest difference of a logit, and whether another order of summation explains it."""
     inputs = _example(loaded)
@@ -189,10 +191,10 @@ def _outputs(output: ModelOutput) -> Tensor:
 
 
 @contextmanager
-def _running(model: PeftModel, adapter_name: str) -> Iterator[None]:
+def _running(model: Model, adapter_name: str) -> Iterator[None]:
     """``model`` in eval mode with one adapter active; afterwards as it was."""
     training = {module for module in model.modules() if module.training}
-    active = list(model.active_adapters)
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else [adapter_name]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.eval()
     if active != [adapter_name]:

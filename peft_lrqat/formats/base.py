@@ -62,6 +62,7 @@ class Format(ABC):
     group_multiple: ClassVar[int] = 1  # it divides group sizes, and the width of a weight
     scale_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     holds_conv1d: ClassVar[bool] = False
+    holds_embeddings: ClassVar[bool] = False
     is_small: ClassVar[bool] = True  # the point of its files
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
     library_name: ClassVar[str] = "transformers"  # in the metadata of the card
@@ -100,6 +101,17 @@ class Format(ABC):
                     f" {size}"
                 )
         return None
+
+    def why_not_target(self, target: Target) -> str | None:
+        """The same for one weight of a model."""
+        if target.is_embedding and not self.holds_embeddings:
+            return (
+                f"{self.name} holds no low-bit embeddings, as its runtimes read them in 16 bits;"
+                " export them as plain weights with embeddings='plain', or use format='packed' or"
+                " 'gguf'"
+            )
+        shape = target.in_features, target.is_conv1d
+        return self.why_not(target.grid, target.scale_dtype, *shape)
 
     def why_not_activations(
         self, grid: Grid, activations: Grid | None, kv_cache: Grid | None, name: str | None = None

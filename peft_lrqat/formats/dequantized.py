@@ -15,7 +15,7 @@ class Dequantized(SafetensorsFormat):
     """The weights that the model computes with."""
 
     name = "dequantized"
-    holds_conv1d = True
+    holds_conv1d = holds_embeddings = True
     is_small = False
     snippet = """from transformers import {auto_class}
 

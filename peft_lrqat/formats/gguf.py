@@ -57,6 +57,7 @@ class Gguf(Format):
     group_multiple = 32
     scale_dtypes = ("bfloat16", "float16")
     takes_container_bits = False
+    holds_embeddings = True
     library_name = "gguf"
     tags = ("gguf",)
     snippet = f"""# llama.cpp: llama-cli -m {FILE}; or, with plain weights in memory:

@@ -22,6 +22,7 @@ class Target:
     out_features: int
     in_features: int
     is_conv1d: bool = False  # transformers' Conv1D, whose weight is (in, out)
+    is_embedding: bool = False  # an embedding, to which the output layer may be tied
     dtype: torch.dtype = torch.bfloat16  # of the weight that the model computes with
 
     @property

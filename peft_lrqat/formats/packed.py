@@ -41,7 +41,7 @@ class Packed(SafetensorsFormat):
     """For `load_quantized`."""
 
     name = "packed"
-    holds_conv1d = True
+    holds_conv1d = holds_embeddings = True
     tags = ("packed",)
     checkpoint_names = False
     snippet = """from peft_lrqat.export import load_quantized
@@ -112,7 +112,8 @@ def _load(
 
 def _describe(target: Target) -> dict[str, Any]:
     """What the configuration says of a weight."""
-    return {
+    embedding = {"embedding": True} if target.is_embedding else {}
+    return embedding | {
         "bits": target.grid.bits,
         "symmetric": target.grid.symmetric,
         "group_size": target.grid.group_size,

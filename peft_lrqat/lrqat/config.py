@@ -101,6 +101,13 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             "'layers' or 'h'."
         },
     )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the embedding and the output layer of embedding_bits like other "
+            "targets. False, the default: their integers and scales are frozen."
+        },
+    )
     activation_bits: Optional[int] = field(
         default=None,
         metadata={
@@ -208,7 +215,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             ("base_dtype", (*SCALE_DTYPES, None)),
         ):
             check_choice(name, getattr(self, name), known)
-        for name in ("activation_symmetric", "init_weights", "verify_base"):
+        for name in ("activation_symmetric", "init_weights", "train_embeddings", "verify_base"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -333,6 +333,14 @@ class LRQATLinear(nn.Module, LRQATLayer):
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.project(x, *args, **kwargs)
+
+    def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x`` through the frozen or merged weight alone."""
+        return self.base_layer(x, *args, **kwargs)
+
+    def project(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x @ W_hat.T + bias``."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapter_name = self.adapter_that_runs()
@@ -342,8 +350,9 @@ class LRQATLinear(nn.Module, LRQATLayer):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.dtype
         if self.merged or adapter_name is None:
             if grid is None:
-                return base(x, *args, **kwargs)
-            y = base(fake_quantize_tokens(x.to(dtype), grid), *args, **kwargs)
+                return self._base_product(x, *args, **kwargs)
+            tokens = fake_quantize_tokens(x.to(dtype), grid)
+            y = self._base_product(tokens, *args, **kwargs)
             return y if autocast else y.to(x.dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         if self._infers():
@@ -418,7 +427,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Linear | Conv1D | DowncastLinear:
+    ) -> nn.Linear | Conv1D | nn.Embedding | DowncastLinear:
         """The plain module with weight s * Q; without ``merge``, the layer of the low-bit base."""
         if not merge:
             self.base_layer.merged_weight = None
@@ -431,7 +440,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         )
         grid = self.activations[self.merged_adapters[0]] if self.merged else None
         if grid is not None:
-            round_inputs(plain, grid)
+            round_inputs(cast(nn.Linear | Conv1D, plain), grid)
         return plain
 
     def _merged_weight(self, adapter_name: str, safe_merge: bool) -> Tensor:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..base.config import LowBitConfig
 from ..base.downcast import DowncastLinear
+from ..base.embedding import (
+    DowncastEmbedding,
+    Ends,
+    TiedHead,
+    check_embedding,
+    find_ends,
+    layer_class,
+    let_resize,
+    tie_head,
+)
+from ..quant.grid import SCALE_DTYPES
 from .config import LRQATConfig
 from .layer import LRQATLinear
 
@@ -66,6 +78,89 @@ def take_grids(config: LRQATConfig, layers: Mapping[str, DowncastLinear]) -> Non
     if known := FIRST_RANGE.fullmatch(first_range):
         config.range_estimator = "lp" if known["estimator"] == "lp" else "minmax"
         config.range_p = float(known["p"] or config.range_p)
+
+
+def frozen_layer(module: nn.Module) -> DowncastLinear | None:
+    """The frozen layer that ``module`` is, or that its adapters stand on."""
+    if isinstance(module, LRQATLinear):
+        return module.base_layer
+    return module if isinstance(module, DowncastLinear) else None
+
+
+def take_embeddings(config: LRQATConfig, model: nn.Module) -> Ends | None:
+    """The ends of ``model`` whose weights are low-bit, or are to become so; None if they stay.
+
+    Sets ``embedding_bits`` to what is there already. Raises ValueError for settings that disagree
+    with it, and for a model that `embedding_bits` cannot serve.
+    """
+    there = None
+    if isinstance(model, PreTrainedModel):
+        there = frozen_layer(model.get_input_embeddings())
+    if isinstance(there, DowncastEmbedding):
+        bits = there.format.grid.bits
+        if "embedding_bits" in config.given_fields and config.embedding_bits != bits:
+            raise ValueError(
+                f"`embedding_bits` is {config.embedding_bits}, but the embeddings of this model "
+                f"hold {bits} bits already; leave it out, or load the base model anew"
+            )
+        config.embedding_bits = bits
+    if config.embedding_bits is None:
+        if config.train_embeddings:
+            raise ValueError(
+                "`train_embeddings` needs `embedding_bits`, such as 8; a plain embedding is "
+                "trained by `modules_to_save`"
+            )
+        return None
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError("`embedding_bits` is for models of transformers; leave it out")
+    if there is None and is_low_bit(model):
+        raise ValueError(
+            f"`embedding_bits` is {config.embedding_bits}, but the embeddings of this low-bit base "
+            "are plain; make a base with `embedding_bits`, or leave it out"
+        )
+    ends = find_ends(model)
+    if there is None:
+        config.set_embedding_bits(ends.weights)
+    for name in ends.weights:
+        module = model.get_submodule(name)
+        layer = frozen_layer(module)
+        if layer is not None:
+            _check_given(config, name, layer)
+            continue
+        check_embedding(name, module)
+        config.weight_format(name, module.weight.shape[1])
+    return ends
+
+
+def put_embeddings(config: LRQATConfig, model: PreTrainedModel, ends: Ends) -> None:
+    """Makes the plain ends of ``model`` low-bit."""
+    for name in ends.weights:
+        module = model.get_submodule(name)
+        if frozen_layer(module) is not None:
+            continue
+        made = layer_class(module).from_linear(
+            module,
+            config.weight_format(name, module.weight.shape[1]),
+            estimator=config.range_estimator,
+            p=config.range_p,
+            base_dtype=SCALE_DTYPES[config.base_dtype_of(name) or "float32"],
+        )
+        model.set_submodule(name, made)
+    let_resize(model)
+    if ends.tied and not isinstance(model.get_output_embeddings(), TiedHead):
+        tie_head(model, ends)
+
+
+def check_saved_modules(config: LRQATConfig, names: Iterable[str]) -> None:
+    """Raises ValueError where ``modules_to_save`` names a module without a plain weight."""
+    for name in names:
+        for asked in config.modules_to_save or ():
+            if f".{name}".endswith(f".{asked}"):
+                raise ValueError(
+                    f"`modules_to_save` names `{asked}`, but `{name}` holds low-bit integers, "
+                    "which are not trained in full; leave it out, and train its scales and "
+                    "factors instead: `train_embeddings=True` or `target_modules`"
+                )
 
 
 def _value(layer: DowncastLinear, field: str) -> object:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..activations import attention
 from ..base.downcast import DowncastLinear
+from ..base.embedding import DowncastEmbedding, Ends, TiedHead, untie_head
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
+from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
-from .low_bit import is_low_bit, low_bit_layers, take_grids
+from .low_bit import (
+    check_saved_modules,
+    is_low_bit,
+    low_bit_layers,
+    put_embeddings,
+    take_embeddings,
+    take_grids,
+)
 from .packed_factors import unpack_factors
 from .targets import (
     DTYPE_NAMES,
@@ -63,7 +75,7 @@ class LRQATModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Adds an adapter as PEFT does; shows the progress if it takes long."""
-        if is_low_bit(model):
+        if is_low_bit(model) or self.peft_config[adapter_name].embedding_bits is not None:
             # The grids of this base must not be taken for the user's word on another model.
             self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         try:
@@ -94,8 +106,11 @@ class LRQATModel(BaseTuner):
         """Looks at every target before any is replaced: a refusal leaves the model as it was."""
         all_linear = peft_config.target_modules == "all-linear"
         frozen = low_bit_layers(model)
+        ends = take_embeddings(peft_config, model)
+        weights = () if ends is None else ends.weights
+        check_saved_modules(peft_config, {*frozen, *weights, *_tied_names(ends)})
         if all_linear and frozen:
-            peft_config.target_modules = cast(Any, set(frozen))
+            peft_config.target_modules = cast(Any, set(frozen) - set(weights))
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear:
             heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()
@@ -103,6 +118,8 @@ class LRQATModel(BaseTuner):
             saved = tuple(peft_config.modules_to_save or ())
             names = [n for n in peft_config.target_modules or () if not n.endswith(saved)]
             peft_config.target_modules = cast(Any, set(names) - heads)
+        if ends is not None:
+            self._take_targets(peft_config, ends)
         frozen = {
             name: layer
             for name, layer in frozen.items()
@@ -110,23 +127,50 @@ class LRQATModel(BaseTuner):
         }
         if frozen:
             take_grids(peft_config, frozen)
+        tied = _tied_names(ends)
         self._plan = plan(
             model,
             peft_config,
             # PEFT's answer is a bool, or what a regular expression found.
-            lambda name: bool(self._check_target_module_exists(peft_config, name)),
+            lambda name: (
+                name not in tied and bool(self._check_target_module_exists(peft_config, name))
+            ),
+            weights,
         )
         # The user's own config, which may serve for several models: what is found in this one must
         # not be taken for the user's word at the next.
         peft_config.base_dtype_found = bool(self._plan.targets) and peft_config.base_dtype_is_open
         peft_config.base_dtype = self._plan.base_dtype
         peft_config.base_dtype_pattern = dict(self._plan.base_dtype_pattern)
+        if ends is not None:
+            put_embeddings(peft_config, cast(PreTrainedModel, model), ends)
         self._progress = logging.tqdm(
             total=self._plan.weights,
             desc="quantising",
             unit_scale=True,
             disable=self._plan.weights < SHOWN_WEIGHTS,
         )
+
+    def _take_targets(self, config: LRQATConfig, ends: Ends) -> None:
+        """Adds the ends to the targets if they are to be trained."""
+        asked = {
+            name
+            for name in (ends.embedding, ends.head)
+            if name is not None and self._check_target_module_exists(config, name)
+        }
+        missing = set(ends.weights) - asked
+        if config.train_embeddings and missing:
+            names: Any = config.target_modules
+            if isinstance(names, str):
+                names = "|".join([f"(?:{names})", *map(re.escape, sorted(missing))])
+            else:
+                names = {*(names or ()), *missing}
+            config.target_modules = names
+        elif ends.tied and ends.embedding not in asked and ends.head in asked:
+            raise ValueError(
+                f"`{ends.head}` computes with the integers of `{ends.embedding}`, to which it is "
+                f"tied; name that in `target_modules`, or set `train_embeddings=True`"
+            )
 
     def _create_and_replace(
         self,
@@ -138,6 +182,8 @@ class LRQATModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if isinstance(target, TiedHead):
+            return  # it computes with what stands in the place of the embedding
         if self._plan is None or current_key not in self._plan.targets:
             # A state dict, and not the config, named it.
             check_target(current_key, target, peft_config)
@@ -145,10 +191,11 @@ class LRQATModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         format = peft_config.weight_format(current_key, in_features(target))
+        kind = LRQATEmbedding if isinstance(target, DowncastEmbedding) else LRQATLinear
         base_dtype = SCALE_DTYPES[
             peft_config.base_dtype_of(current_key) or DTYPE_NAMES[cast(Tensor, target.weight).dtype]
         ]
-        module = LRQATLinear(
+        module = kind(
             cast(Any, target),
             adapter_name,
             format,
@@ -173,9 +220,21 @@ class LRQATModel(BaseTuner):
         super().delete_adapter(adapter_name)
         attention.delete_adapter(self.model, adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        low_bit = is_low_bit(self.model)
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        low_bit, config = is_low_bit(self.model), getattr(self.model, "config", None)
+        tied = getattr(config, "tie_word_embeddings", None)
+        shared = any(isinstance(module, TiedHead) for module in self.model.modules())
+        with warnings.catch_warnings():
+            if shared:
+                # PEFT compares the places of the two weights, which are made when it asks.
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if shared:
+            config.tie_word_embeddings = tied  # PEFT does not see that they share integers
+        if merge:
+            _embeddings_follow(model)
         if low_bit and not any(isinstance(m, DowncastLinear) for m in model.modules()):
             model.hf_quantizer.remove_quantization_config(model)
         attention.merge(model)
@@ -207,6 +266,14 @@ class LRQATModel(BaseTuner):
             "Load the base model again, or use merge_and_unload() for the quantised model"
         )
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: LRQATConfig) -> None:
+        if peft_config.embedding_bits is None:  # otherwise the two share their integers
+            super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        if not any(isinstance(module, TiedHead) for module in self.model.modules()):
+            super()._check_merge_allowed()
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LRQATConfig, adapter_name: str, state_dict: dict[str, Tensor]
@@ -224,3 +291,21 @@ class LRQATModel(BaseTuner):
         loading.check(model, config, adapter_name, state_dict)
         cast(Any, model).peft_config[adapter_name] = config
         return state_dict
+
+
+def _tied_names(ends: Ends | None) -> set[str]:
+    return {ends.head} if ends is not None and ends.tied and ends.head is not None else set()
+
+
+def _embeddings_follow(model: nn.Module) -> None:
+    """Makes the embeddings of a merged model plain, if all of its other layers are."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(not any(layer is end for end in ends) for layer in layers.values()):
+        return
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to_plain(layer.stored_weight()))
+    if not isinstance(model.get_input_embeddings(), DowncastLinear):
+        untie_head(model)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..base.downcast import DowncastLinear
 from ..quant.grid import SCALE_DTYPES
 from ..quant.packing import packed_bytes
-from .layer import LRQATLayer
 
 
 def target_weight_bytes(model: nn.Module) -> int:
-    """Resident bytes of the downcast weights of all LR-QAT layers: phi, first scales and zero
+    """Resident bytes of the downcast weights of all low-bit layers: phi, first scales and zero
     points.
     """
     tensors = [
         tensor
         for layer in model.modules()
-        if isinstance(layer, LRQATLayer)
-        for tensor in (layer.base_layer.phi, layer.base_layer.scale0, layer.base_layer.zero_point)
+        if isinstance(layer, DowncastLinear)
+        for tensor in (layer.phi, layer.scale0, layer.zero_point)
         if tensor is not None
     ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -29,13 +29,9 @@ def deployed_weight_bytes(model: nn.Module) -> int:
     """
     total = 0
     for layer in model.modules():
-        if isinstance(layer, LRQATLayer):
-            format = layer.base_layer.format
-            rows, groups, bits = (
-                layer.out_features,
-                layer.base_layer.scale0.shape[1],
-                format.grid.bits,
-            )
+        if isinstance(layer, DowncastLinear):
+            format = layer.format
+            rows, groups, bits = layer.out_features, layer.scale0.shape[1], format.grid.bits
             total += rows * packed_bytes(format.in_features, bits)
             total += rows * groups * SCALE_DTYPES[format.scale_dtype].itemsize
             total += 0 if format.grid.symmetric else rows * packed_bytes(groups, bits)

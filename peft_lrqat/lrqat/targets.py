@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,13 +44,19 @@ class Plan:
     weights: int  # that are yet to be quantised
 
 
-def plan(model: nn.Module, config: LRQATConfig, is_target: Callable[[str], bool]) -> Plan:
+def plan(
+    model: nn.Module,
+    config: LRQATConfig,
+    is_target: Callable[[str], bool],
+    embeddings: tuple[str, ...] = (),
+) -> Plan:
     """Looks at all targets of ``model``, which stays as it is.
 
-    ``is_target`` says of a module's name whether ``config`` means it. Raises TypeError for a layer
+    ``is_target`` says of a module's name whether ``config`` means it; ``embeddings`` are those of
+    ``embedding_bits``, which `low_bit` looks at. Raises TypeError for a layer
     of another kind, and ValueError for one that cannot be quantised as ``config`` asks.
     """
-    targets = find_targets(model, is_target)
+    targets = find_targets(model, lambda name: name not in embeddings and is_target(name))
     tied = _tied_weights(model, targets)
     for name, module in targets.items():
         check_target(name, module, config)
@@ -61,16 +67,20 @@ def plan(model: nn.Module, config: LRQATConfig, is_target: Callable[[str], bool]
             )
     if config.kv_cache_bits is not None:
         check_attention(model, [model.get_submodule(name.rpartition(".")[0]) for name in targets])
-    _check_patterns(config, targets)
+    trained = [name for name in embeddings if is_target(name)]
+    _check_patterns(config, [*targets, *embeddings])
     _warn_of_untouched_experts(model)
-    _warn_of_different_targets(model, targets)
+    _warn_of_different_targets(model, [*targets, *trained])
     most, others = config.base_dtype, dict(config.base_dtype_pattern)
     if targets and config.base_dtype_is_open:
-        dtypes = {name: DTYPE_NAMES[_base_dtype(module)] for name, module in targets.items()}
+        ends = {name: model.get_submodule(name) for name in embeddings}
+        dtypes = {
+            name: DTYPE_NAMES[_base_dtype(module)] for name, module in {**targets, **ends}.items()
+        }
         ((most, _),) = Counter(dtypes.values()).most_common(1)
         others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
     return Plan(
-        targets=tuple(targets),
+        targets=(*targets, *trained),
         base_dtype=most,
         base_dtype_pattern=others,
         weights=sum(
@@ -213,7 +223,7 @@ def _base_dtype(module: nn.Module) -> torch.dtype:
     return cast(Tensor, module.weight).dtype
 
 
-def _check_patterns(config: LRQATConfig, targets: Mapping[str, nn.Module]) -> None:
+def _check_patterns(config: LRQATConfig, targets: Collection[str]) -> None:
     """Raises ValueError for a key of a pattern that fits no target.
 
     Such a slip would silently train at other bits.
@@ -259,7 +269,7 @@ def _warn_of_untouched_experts(model: nn.Module) -> None:
         )
 
 
-def _warn_of_different_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+def _warn_of_different_targets(model: nn.Module, targets: Iterable[str]) -> None:
     present = {name for name, module in model.named_modules() if isinstance(module, LRQATLayer)}
     if present and present != set(targets):
         different = sorted(present ^ set(targets))

@@ -3,7 +3,7 @@ PEFT or transformers.
 """
 
 from .activations import decode_tokens, encode_tokens, fake_quantize_tokens, quantized_tokens
-from .fake_quant import fake_quant_linear
+from .fake_quant import fake_quant_linear, fake_quant_weight
 from .grid import Grid, effective_scale
 from .held import HeldWeight
 from .low_rank import LowRankWeight, inspect_rows, quantized_codes, quantized_weight
@@ -26,6 +26,7 @@ __all__ = [
     "encode_tokens",
     "estimate_range",
     "fake_quant_linear",
+    "fake_quant_weight",
     "fake_quantize_tokens",
     "inspect_rows",
     "pack",

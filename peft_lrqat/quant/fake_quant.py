@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 from . import gpu_gradients, low_rank
 from .activations import quantized_tokens
 from .blocks import row_chunks
-from .gradients import Needed, gradients
+from .gradients import Gradients, Needed, add_from_weight, gradients
 from .grid import Grid
 from .low_rank import LowRankWeight
 
@@ -142,13 +142,63 @@ def fake_quant_linear(
     rounded to that grid first, straight-through (`quantized_tokens`).
     """
     w = weight
-    constants = {
+    with torch.autocast(x.device.type, enabled=False):
+        return _FakeQuantLinear.apply(
+            x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, _constants(w), activations
+        )
+
+
+def _constants(w: LowRankWeight) -> dict[str, Any]:
+    """What is no tensor in a weight."""
+    return {
         "format": w.format,
         "gamma": w.gamma,
         "dtype": w.dtype,
         "pass_through": w.pass_through,
     }
-    with torch.autocast(x.device.type, enabled=False):
-        return _FakeQuantLinear.apply(
-            x, w.phi, w.zero_point, w.A, w.B, w.scale, bias, constants, activations
+
+
+class _FakeQuantWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        phi: Tensor,
+        zero_point: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,
+        constants: dict[str, Any],
+    ) -> Tensor:
+        w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
+        ctx.save_for_backward(phi, zero_point, A, B, scale)
+        ctx.constants = constants
+        return low_rank.dense(w, w.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+        phi, zero_point, A, B, scale = ctx.saved_tensors
+        w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **ctx.constants)
+        needed = ctx.needs_input_grad[2:5]
+        totals = (
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if n else None
+            for p, n in zip((A, B, scale), needed, strict=True)
         )
+        sums = Gradients(None, *totals)
+        # The sums spoil it, and autograd may use it elsewhere.
+        gradient = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32), copy=True)
+        with torch.autocast(phi.device.type, enabled=False):
+            columns = slice(0, w.format.in_features)
+            add_from_weight(sums, w, gradient, columns, with_scale=sums.scale is not None)
+        grads = (
+            None if total is None else total.to(p.dtype)
+            for total, p in zip(sums[1:], (A, B, scale), strict=True)
+        )
+        return None, None, *grads, None
+
+
+def fake_quant_weight(weight: LowRankWeight) -> Tensor:
+    """W_hat (out, in) in the deployed dtype, differentiable in A, B and scale; for few rows."""
+    w = weight
+    with torch.autocast(w.phi.device.type, enabled=False):
+        return _FakeQuantWeight.apply(w.phi, w.zero_point, w.A, w.B, w.scale, _constants(w))

@@ -120,14 +120,32 @@ def by_weight(
 
     Returns these columns of W_hat, (out, columns) in the dtype of x, if asked ``with_weight``.
     """
-    grid, groups = w.format.grid, low_rank.groups_of(w, columns)
     out, width = w.shape[0], columns.stop - columns.start
     weight = x.new_empty(out, width) if with_weight else None
+    needed = with_scale or sums.A is not None or sums.B is not None
+    chunk_gradient = grad_y.T @ x[:, columns] if needed else None
+    add_from_weight(sums, w, chunk_gradient, columns, with_scale=with_scale, weight=weight)
+    return weight
+
+
+def add_from_weight(
+    sums: Gradients,
+    w: LowRankWeight,
+    chunk_gradient: Tensor | None,
+    columns: slice,
+    *,
+    with_scale: bool,
+    weight: Tensor | None = None,
+) -> None:
+    """Adds what the gradient of these columns of W_hat, (out, columns), contributes to ``sums``.
+
+    Writes the columns into ``weight``, if it is given.
+    """
+    grid, groups = w.format.grid, low_rank.groups_of(w, columns)
+    out, width = w.shape[0], columns.stop - columns.start
     of_scale = sums.scale if with_scale else None
     with_factors = sums.A is not None or sums.B is not None
-    with_gradient = with_factors or of_scale is not None
-    chunk_gradient = grad_y.T @ x[:, columns] if with_gradient else None
-    for rows in row_blocks(out, width, x.device):
+    for rows in row_blocks(out, width, w.phi.device):
         rounded, codes, step = low_rank.tile(w, rows, columns)
         if chunk_gradient is not None:
             gradient = chunk_gradient[rows].to(codes.dtype)
@@ -147,7 +165,6 @@ def by_weight(
             sums.B[rows].addmm_(gradient, w.A[:, columns].to(gradient.dtype).T, alpha=w.gamma)
         if sums.A is not None:
             sums.A[:, columns].addmm_(w.B[rows].to(gradient.dtype).T, gradient, alpha=w.gamma)
-    return weight
 
 
 def by_rank(
