@@ -39,6 +39,7 @@ RESUMED_FROM = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 # but not what it is.
 NOT_COMPARED = {
     "auto_mapping",
+    "base_made_from",
     "base_model_name_or_path",
     "inference_mode",
     "init_weights",

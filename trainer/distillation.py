@@ -10,6 +10,8 @@ frozen and equal, such as the embeddings.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from peft_lrqat.lrqat.layer import LRQATLayer
+from peft_lrqat.lrqat.low_bit import is_low_bit
+from peft_lrqat.shared.card import base_in_words, is_hub_id
 from peft_lrqat.shared.words import some
 
 from .labels import scored_tokens
@@ -162,17 +166,24 @@ class Distillation(TrainerPart):
 
 
 def load_teacher(student: PeftModel) -> PreTrainedModel:
-    """Loads the base model of ``student`` again, from where the adapter's config says."""
+    """Loads the base model of ``student`` again, from where the adapter's config says.
+
+    Of a low-bit base, the model that it was made from.
+    """
     config = student.peft_config[student.active_adapters[0]]
     base: Any = student.get_base_model()
-    name = config.base_model_name_or_path
+    name, revision, model_config = config.base_model_name_or_path, config.revision, base.config
+    if is_low_bit(base):
+        name, revision = _unquantised(base), None
+        model_config = copy.deepcopy(base.config)
+        del model_config.quantization_config
     try:
         if not name:
             raise OSError("the adapter's config does not name it")
         teacher, loading = type(base).from_pretrained(
             name,
-            config=base.config,
-            revision=config.revision,
+            config=model_config,
+            revision=revision,
             dtype=base.dtype,
             output_loading_info=True,
         )
@@ -190,6 +201,23 @@ def load_teacher(student: PeftModel) -> PreTrainedModel:
     return teacher
 
 
+def _unquantised(base: Any) -> str:
+    """The model that a low-bit base was made from; ValueError where only users can know it."""
+    made_by = base.config.quantization_config
+    name = made_by.made_from
+    if made_by.source is not None:
+        raise ValueError(
+            "distillation needs the unquantised model, but the integers of this low-bit base were "
+            f"taken over from `{name}`, which is quantised; give it as `teacher_model`"
+        )
+    if not name or not (is_hub_id(name) or Path(name).is_absolute()):
+        raise ValueError(
+            "distillation needs the unquantised model, and this low-bit base was made from "
+            f"{base_in_words(name)[0]}; give it as `teacher_model`"
+        )
+    return name
+
+
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
     """ValueError unless the teacher has the student's vocabulary and is not quantised."""
     configs: list[Any] = [model.config for model in (student, teacher)]
@@ -199,6 +227,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
             f"the teacher predicts over {sizes[1]} tokens and the student over {sizes[0]}: their "
             "vocabularies differ; the teacher must be the base model itself, or a model with the "
             "same tokenizer"
+        )
+    if is_low_bit(teacher):
+        raise ValueError(
+            "the teacher must be the unquantised model, but it is a low-bit base; give the model "
+            "that the base was made from"
         )
     if any(isinstance(module, LRQATLayer) for module in teacher.modules()):
         raise ValueError(

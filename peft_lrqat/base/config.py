@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._version import __version__
 from ..quant import DOWNCASTS, Grid, WeightFormat
 from ..quant.grid import SCALE_DTYPES
+from ..shared.card import public_name
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_names
 from .settings import WeightSettings, check_bits, check_group_size
 
@@ -199,6 +200,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
             for name, value in asdict(self).items()
             if name != "settings_digest"  # of the file that was read, not of the next one
         }
+        fields["made_from"] = public_name(self.made_from)
         if fields["embedding_bits"] is None:
             del fields["embedding_bits"]  # unknown to releases before version 3
         return fields | {"library_version": __version__}

@@ -64,8 +64,9 @@ class DowncastEmbedding(DowncastLinear):
         super().resize(rows)
         self.num_embeddings = rows
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the weight, (...) -> (..., in), in ``dtype``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows of the weight for the tokens ``x``, (...) -> (..., in), in ``dtype``."""
+        ids = x
         if self.merged_weight is not None:
             return nn.functional.embedding(ids, self.merged_weight)
         rows = ids.reshape(-1)

@@ -42,7 +42,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .._version import __version__
 from ..formats.shards import ShardWriter
 from ..shared.model_files import sign_settings
-from ..shared.staging import check_target, flush, whole_directory
+from ..shared.staging import check_target, flush, locked, whole_directory
 from .card import write_card
 from .config import LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
@@ -250,15 +250,17 @@ class _Job:
         """Writes everything, going on where an earlier run stopped."""
         shards = self._plan(max_shard_bytes)
         partial = _partial(target)
-        _start(partial, self._identity(shards))
-        try:
-            config = self._write(partial, shards, progress)
-        except ValueError:
-            shutil.rmtree(partial)  # the checkpoint is at fault: going on would not help
-            raise
-        check_target(target)
-        (partial / BASE).rename(target)
-        shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            _start(partial, self._identity(shards))
+            try:
+                config = self._write(partial, shards, progress)
+            except ValueError:
+                shutil.rmtree(partial)  # the checkpoint is at fault: going on would not help
+                raise
+            check_target(target)
+            (partial / BASE).rename(target)
+            shutil.rmtree(partial)
         return config
 
     def _write(self, partial: Path, shards: list[list[str]], progress: bool) -> LowBitConfig:
@@ -431,7 +433,6 @@ def _start(partial: Path, identity: dict[str, Any]) -> None:
             f"{partial} holds the beginning of another run, with other settings or another "
             "checkpoint; delete it, or give another output directory"
         )
-    partial.mkdir(parents=True, exist_ok=True)
     if any(path.name != _temporary(plan).name for path in partial.iterdir()):
         raise ValueError(
             f"{partial} exists, but this command did not make it; rename it, or give another "

@@ -25,6 +25,7 @@ from .stop import StopOnSignal
 NOT_FOR_TRAINING = {
     "base_dtype",
     "base_dtype_pattern",
+    "base_made_from",
     "packed_factors",
     "training_record",
     "base_dtype_found",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,7 @@ from ..quant.grid import SCALE_DTYPES
 # The adapter's name where a low-bit base has none.
 NO_ADAPTER = ""
 Layer = LRQATLayer | DowncastLinear
-Model = PeftModel | PreTrainedModel
+Model: TypeAlias = "PeftModel | PreTrainedModel"
 
 
 def base_of(model: Model) -> PreTrainedModel:
@@ -33,10 +33,12 @@ def config_of(model: Model, adapter_name: str) -> LRQATConfig:
     """The config of an LR-QAT adapter; for a low-bit base without one, what describes it."""
     if isinstance(model, PeftModel):
         return cast(LRQATConfig, model.peft_config[adapter_name])
-    made = model.config.quantization_config
+    made: Any = base_of(model).config.quantization_config
     fields = ("bits", "group_size", "symmetric", "downcast", "scale_dtype")
-    patterns = {name: dict(getattr(made, name)) for name in ("bits_pattern", "group_size_pattern")}
-    config = LRQATConfig(**{name: getattr(made, name) for name in fields}, **patterns)
+    given: dict[str, Any] = {name: getattr(made, name) for name in fields}
+    for name in ("bits_pattern", "group_size_pattern"):
+        given[name] = dict(getattr(made, name))
+    config = LRQATConfig(**given)
     config.base_model_name_or_path = made.made_from
     return config
 

@@ -42,6 +42,9 @@ def _section(config: LRQATConfig, subfolder: str | None) -> str:
         mixed = (
             f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
         )
+    origin = ""
+    if config.base_made_from is not None:
+        origin = f", a low-bit base made from {base_in_words(config.base_made_from)[0]}"
     first_range: str = config.range_estimator
     if config.range_estimator == "lp":
         first_range += f" (p = {config.range_p})"
@@ -65,7 +68,7 @@ model = PeftModel.from_pretrained(base, "this repository or folder"{folder})
 model = model.merge_and_unload()  # plain linear layers, weight = scale * integer
 ```
 
-- base model: {place}, in {config.base_dtype}{note}; another base is refused
+- base model: {place}{origin}, in {config.base_dtype}{note}; another base is refused
 - weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
 {activation_text(config)}- rank {config.r}, lora_alpha {config.lora_alpha}
 - frozen weights kept as `{config.downcast}` in training

@@ -163,6 +163,13 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             "like base_dtype."
         },
     )
+    base_made_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "The model that the low-bit base was made from, where the base is one; filled "
+            "in for the model card."
+        },
+    )
     base_dtype_found: bool = field(
         default=False,
         init=False,

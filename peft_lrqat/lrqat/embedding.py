@@ -27,8 +27,9 @@ class LRQATEmbedding(LRQATLinear):
     def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer.project(x)
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Rows of W_hat, (...) -> (..., in), in the dtype of the base."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Rows of W_hat for the tokens ``x``, (...) -> (..., in), in the dtype of the base."""
+        ids = x
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapter_name = self.adapter_that_runs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,14 +15,17 @@ from ..base.downcast import DowncastLinear
 from ..base.embedding import (
     DowncastEmbedding,
     Ends,
+    Plain,
     TiedHead,
     check_embedding,
     find_ends,
     layer_class,
     let_resize,
     tie_head,
+    width_of,
 )
 from ..quant.grid import SCALE_DTYPES
+from ..shared.card import public_name
 from .config import LRQATConfig
 from .layer import LRQATLinear
 
@@ -35,6 +39,11 @@ def is_low_bit(model: nn.Module) -> bool:
     """Whether ``model`` was loaded or made as a low-bit base."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return isinstance(config, LowBitConfig)
+
+
+def made_from(model: nn.Module) -> str | None:
+    """What a low-bit base was made from, as files may say it; None for other models."""
+    return public_name(model.config.quantization_config.made_from) if is_low_bit(model) else None
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, DowncastLinear]:
@@ -128,7 +137,7 @@ def take_embeddings(config: LRQATConfig, model: nn.Module) -> Ends | None:
             _check_given(config, name, layer)
             continue
         check_embedding(name, module)
-        config.weight_format(name, module.weight.shape[1])
+        config.weight_format(name, width_of(cast(Plain, module)))
     return ends
 
 
@@ -138,9 +147,10 @@ def put_embeddings(config: LRQATConfig, model: PreTrainedModel, ends: Ends) -> N
         module = model.get_submodule(name)
         if frozen_layer(module) is not None:
             continue
-        made = layer_class(module).from_linear(
-            module,
-            config.weight_format(name, module.weight.shape[1]),
+        plain = cast(Plain, module)
+        made = layer_class(plain).from_linear(
+            plain,
+            config.weight_format(name, width_of(plain)),
             estimator=config.range_estimator,
             p=config.range_p,
             base_dtype=SCALE_DTYPES[config.base_dtype_of(name) or "float32"],

@@ -25,6 +25,7 @@ from .low_bit import (
     check_saved_modules,
     is_low_bit,
     low_bit_layers,
+    made_from,
     put_embeddings,
     take_embeddings,
     take_grids,
@@ -106,6 +107,7 @@ class LRQATModel(BaseTuner):
         """Looks at every target before any is replaced: a refusal leaves the model as it was."""
         all_linear = peft_config.target_modules == "all-linear"
         frozen = low_bit_layers(model)
+        peft_config.base_made_from = made_from(model)
         ends = take_embeddings(peft_config, model)
         weights = () if ends is None else ends.weights
         check_saved_modules(peft_config, {*frozen, *weights, *_tied_names(ends)})
@@ -223,7 +225,8 @@ class LRQATModel(BaseTuner):
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
-        low_bit, config = is_low_bit(self.model), getattr(self.model, "config", None)
+        low_bit = is_low_bit(self.model)
+        config: Any = getattr(self.model, "config", None)
         tied = getattr(config, "tie_word_embeddings", None)
         shared = any(isinstance(module, TiedHead) for module in self.model.modules())
         with warnings.catch_warnings():

@@ -83,6 +83,13 @@ def is_hub_id(base: str | None) -> bool:
     return True
 
 
+def public_name(name: str | None) -> str | None:
+    """The name of a model as files may say it: of a local directory only what it is called."""
+    if not name or is_hub_id(name):
+        return name or None
+    return f"./{Path(name).name}"
+
+
 def drop_local_base(data: CardData) -> None:
     """Removes local directories from ``base_model`` and from the tags, where PEFT puts them.
 

@@ -132,3 +132,26 @@ def _lock(directory: Path) -> int | None:
         os.close(lock)
         raise
     return lock
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds ``directory`` for this process, until the block ends or the process does.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    try:
+        lock = _lock(directory)
+    except (BlockingIOError, FileNotFoundError):
+        raise FileExistsError(
+            f"another process is writing {directory}; wait until it is done, or give another"
+            " output directory"
+        ) from None
+    except OSError:
+        lock = None  # directories cannot be locked here
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

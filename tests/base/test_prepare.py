@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_lrqat import LowBitConfig, load_low_bit, prepare_low_bit
 from peft_lrqat.base import prepare
 from peft_lrqat.demo import model_path
+from peft_lrqat.shared.staging import locked
 
 
 SMALL = 4096  # bytes of tensors in a file
@@ -331,3 +332,26 @@ def test_a_missing_tensor_is_refused(plain, tmp_path):
     with pytest.raises(ValueError, match=r"no weight for `model.layers.0.mlp.up_proj`"):
         prepare_low_bit(source, tmp_path / "made", LowBitConfig(bits=4))
     assert [Path(p).name for p in sorted(tmp_path.iterdir())] == ["plain"]
+
+
+def test_two_runs_at_once(plain, tmp_path):
+    source = plain()
+    (tmp_path / "made.partial").mkdir()
+    held = pytest.raises(FileExistsError, match=r"another process is writing .*made\.partial")
+    with locked(tmp_path / "made.partial"), held:
+        prepare_low_bit(source, tmp_path / "made", LowBitConfig(), progress=False)
+    prepare_low_bit(source, tmp_path / "made", LowBitConfig(), progress=False)
+    assert (tmp_path / "made" / "config.json").exists()
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_files_hold_no_path_of_this_machine(plain, tmp_path):
+    source = plain()
+    prepare_low_bit(source, tmp_path / "made", LowBitConfig(), progress=False)
+    saved(source, tmp_path / "saved", LowBitConfig())
+    for folder in ("made", "saved"):
+        for file in (tmp_path / folder).glob("*"):
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["quantization_config"]["made_from"] == "./plain"
+    assert "a local directory, `plain`" in (tmp_path / "made" / "README.md").read_text()

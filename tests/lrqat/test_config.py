@@ -39,8 +39,11 @@ OTHER_VALUES = {
     "clipped_gradient": "pass_through",
     "bits_pattern": {"down_proj": 8},
     "group_size_pattern": {r"layers\.[0-3]\..*": 32},
+    "embedding_bits": 6,
+    "train_embeddings": True,
     "init_weights": False,
     "base_dtype": "float16",
+    "base_made_from": "org/model",
     "base_dtype_pattern": {"layers.0.q_proj": "float32"},
     "packed_factors": {"group_size": 128, "component_bits": {"q_proj": "21"}},
     "training_record": {
@@ -73,6 +76,7 @@ BAD = [
         ("lora_alpha", value, "positive number")
         for value in (0, -2, float("nan"), float("inf"), "1", None, True)
     ],
+    *[("embedding_bits", value, "integer from 4 to 8, or None") for value in (3, 9, "8", True)],
     *[("bits", value, "integer from 2 to 8") for value in (1, 9, 0, -4, 3.0, "4", None, True)],
     *[("group_size", value, "integer of at least 1") for value in (0, -2, 64.0, "64", None, True)],
     *[("range_p", value, "1 to 8") for value in (0.99, 8.01, float("nan"), "4", None, True)],
@@ -92,7 +96,7 @@ BAD = [
     ],
     *[
         (name, value, "True or False")
-        for name in ("symmetric", "init_weights", "verify_base")
+        for name in ("symmetric", "init_weights", "train_embeddings", "verify_base")
         for value in (1, 0, None, "True", "gaussian")
     ],
     *[

@@ -192,3 +192,11 @@ def test_it_trains(stored, batch_for):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_the_card_says_what_the_base_was_made_from(plain, stored, tmp_path):
+    for number, base in enumerate((load(plain, bits=4), load(stored(bits=4)))):
+        model = get_peft_model(base, LRQATConfig(target_modules="all-linear"))
+        model.save_pretrained(tmp_path / str(number))
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert "a low-bit base made from a local directory, `plain`" in card

@@ -9,6 +9,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
+from peft_lrqat import LowBitConfig, LRQATConfig
 from peft_lrqat.trainer import LRQATTrainer, distillation, distillation_loss
 from peft_lrqat.trainer.labels import scored_tokens
 
@@ -276,6 +277,29 @@ def test_a_base_that_cannot_be_found_is_named(name, make_peft, lrqat_trainer):
         ValueError, match=rf"`{name}` cannot be loaded \(.*; give it as `teacher_model`"
     ):
         lrqat_trainer(model, distillation_weight=0.5)
+
+
+def test_the_teacher_of_a_low_bit_base_is_what_it_was_made_from(
+    make_base, make_config, lrqat_trainer, distilling, tmp_path
+):
+    make_base().save_pretrained(tmp_path / "plain")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    settings = LowBitConfig(bits=4, embedding_bits=8)
+    base = load(tmp_path / "plain", quantization_config=settings)
+    base.save_pretrained(tmp_path / "base")
+    trainer = lrqat_trainer(
+        get_peft_model(base, LRQATConfig(target_modules="all-linear")), distillation_weight=0.5
+    )
+    expected = make_base().state_dict()
+    loaded = trainer.teacher.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    trainer.train()
+    stored = get_peft_model(load(tmp_path / "base"), LRQATConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"a local directory, `plain`; give it as `teacher_model`"):
+        lrqat_trainer(stored, distillation_weight=0.5)
+    distilling(stored, make_base()).train()
+    with pytest.raises(ValueError, match="it is a low-bit base"):
+        distilling(stored, load(tmp_path / "base"))
 
 
 # The teacher in training
