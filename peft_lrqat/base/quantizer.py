@@ -260,6 +260,8 @@ class LowBitQuantizer(HfQuantizer):
             return
         for name, stored in self.stored.items():
             self._put_empty(model, name, stored)
+        if any(stored.embedding for stored in self.stored.values()):
+            self._tie(model)
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -275,8 +277,6 @@ class LowBitQuantizer(HfQuantizer):
             check_model(folder, files)
         else:
             check_settings(folder)
-        if any(stored.embedding for stored in self.stored.values()):
-            self._tie(model)
 
     def _tie(self, model: PreTrainedModel) -> None:
         """The tied output layer computes with the integers of the embedding."""
