@@ -45,6 +45,8 @@ from .takeover import Takeover, put
 
 
 logger = logging.get_logger(__name__)
+# PEFT trains the outermost modules that end so in full, for tasks other than language modelling.
+HEADS = ("classifier", "score", "qa_outputs")
 DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -77,6 +79,7 @@ def _linear_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, n
             name: module
             for name, module in linears.items()
             if module is not head
+            and not ("." not in name and name.endswith(HEADS))
             and id(module.weight) not in tied
             and not _is_named(config, name, "exclude_modules")
         }

@@ -165,7 +165,7 @@ def check_saved_modules(config: LRQATConfig, names: Iterable[str]) -> None:
     """Raises ValueError where ``modules_to_save`` names a module without a plain weight."""
     for name in names:
         for asked in config.modules_to_save or ():
-            if f".{name}".endswith(f".{asked}"):
+            if name.endswith(asked):  # as PEFT looks for them
                 raise ValueError(
                     f"`modules_to_save` names `{asked}`, but `{name}` holds low-bit integers, "
                     "which are not trained in full; leave it out, and train its scales and "
