@@ -14,7 +14,7 @@ FILLED_IN = ("filled in", "leave it to the library")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces each ``<!-- fields: package.Config -->``."""
+    """Replaces each ``<!-- fields: package.Config -->`` by the table of these fields."""
     return FIELDS.sub(lambda found: field_table(found["module"], found["name"]), markdown)
 
 
