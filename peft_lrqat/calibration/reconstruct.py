@@ -1,0 +1,71 @@
+"""Block reconstruction: a block's rounded output is trained towards its unquantised output.
+
+    loss = mean over the tokens of  |block_q(x_q) - block(x)|^2 / |block(x)|^2
+
+``x`` comes from the unquantised blocks before and ``x_q`` from the rounded ones, so that a block
+also mends what the ones before it have lost (Li et al., "BRECQ", arXiv 2102.05426; Chen et al.,
+"EfficientQAT", arXiv 2407.11062). Only one block's weights are trained at a time, in float32. No
+labels are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from .calibrate import BlockAtWork, block_loss
+from .weights import StoredLinear, TrainedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How a block is reconstructed."""
+
+    epochs: int = field(
+        default=3, metadata={"help": "passes over the calibration data for each block"}
+    )
+    learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "of the weights of a block, for Adam; it falls to 0 along a cosine"},
+    )
+    scale_learning_rate: float = field(default=1e-3, metadata={"help": "of its scales"})
+    zero_point_learning_rate: float = field(
+        default=1e-2, metadata={"help": "of its zero points, on asymmetric grids"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the order of the batches"})
+
+    def __call__(
+        self, work: BlockAtWork, report: Callable[[float], None]
+    ) -> dict[str, StoredLinear]:
+        """Trains the weights of one block, and returns what is stored of them."""
+        trained = {name: work.first(name) for name in work.linears}
+        steps = self.epochs * len(work.targets)
+        optimizer = self._optimizer(list(trained.values()))
+        schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+        order = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            for batch in torch.randperm(len(work.targets), generator=order).tolist():
+                with torch.enable_grad():
+                    output = work.run(batch, {name: weight() for name, weight in trained.items()})
+                    loss = block_loss(output, work.targets[batch], work.masks[batch])
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                report(float(loss.detach()))
+        return {name: weight.stored() for name, weight in trained.items()}
+
+    def _optimizer(self, trained: list[TrainedWeight]) -> Adam:
+        zero_points = [w.zero_point for w in trained if w.zero_point is not None]
+        groups: list[dict[str, Any]] = [
+            {"params": [w.weight for w in trained], "lr": self.learning_rate},
+            {"params": [w.scale for w in trained], "lr": self.scale_learning_rate},
+            {"params": zero_points, "lr": self.zero_point_learning_rate},
+        ]
+        return Adam([group for group in groups if group["params"]], fused=True)

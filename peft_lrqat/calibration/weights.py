@@ -1,0 +1,167 @@
+"""A full-rank weight that is trained together with its grid, as block reconstruction does.
+
+    Z     = W / s + zero_point             in units of the grid
+    Q     = clip(round(Z), qmin, qmax)
+    W_hat = s * (Q - zero_point)
+
+All three are trained, straight through every rounding, the one to the storage of phi included
+(Chen et al., "EfficientQAT", arXiv 2407.11062, section 3.2). Unlike in LR-QAT, Z depends on s, so
+that the gradient of the scale has the further term of LSQ (arXiv 1902.08153, equation 3):
+
+    dW = dW_hat * inside
+    ds = sum over the group of  dW_hat * (Q - zero_point - inside * W / s)
+    dz = sum over the group of  -s * dW_hat * (1 - inside)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..quant import WeightFormat, effective_scale
+from ..quant.blocks import row_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLinear:
+    """What is stored of one weight of shape (out, in)."""
+
+    phi: Tensor  # (out, row_elements), in the format's storage dtype
+    scale: Tensor  # (out, groups) float32, already rounded to the format's scale dtype
+    zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
+
+
+def store(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, format: WeightFormat
+) -> StoredLinear:
+    """Stores ``weight`` (out, in) on a grid; ``scale`` and ``zero_point`` are (out, groups)."""
+    grid = format.grid
+    step = effective_scale(scale.detach().float(), format.scale_dtype)
+    offset = None if zero_point is None else _whole(zero_point.detach(), format)
+    phi = torch.empty(
+        len(weight), format.row_elements, dtype=format.storage_dtype, device=weight.device
+    )
+    for rows in row_blocks(*weight.shape, device=weight.device):
+        zero = None if offset is None else offset[rows]
+        phi[rows] = format.encode(grid.units(weight.detach()[rows].float(), step[rows], zero))
+    return StoredLinear(
+        phi=phi, scale=step, zero_point=None if offset is None else offset.to(torch.uint8)
+    )
+
+
+def rounded(stored: StoredLinear, format: WeightFormat, dtype: torch.dtype) -> Tensor:
+    """``W_hat`` of a stored weight, (out, in) in ``dtype``: the model that is deployed."""
+    grid = format.grid
+    phi = stored.phi
+    weight = torch.empty(len(phi), format.in_features, dtype=dtype, device=phi.device)
+    for rows in row_blocks(*weight.shape, device=phi.device):
+        codes = format.decode(phi[rows]).round_().clamp_(grid.qmin, grid.qmax)
+        zero = None if stored.zero_point is None else stored.zero_point[rows]
+        weight[rows] = grid.values(codes, stored.scale[rows], zero).to(dtype)
+    return weight
+
+
+def _whole(zero_point: Tensor, format: WeightFormat) -> Tensor:
+    return zero_point.round().clamp_(format.grid.qmin, format.grid.qmax)
+
+
+class TrainedWeight(nn.Module):
+    """The weight, scale and zero point of one layer while its block is reconstructed.
+
+    Args:
+        weight: (out, in), the unquantised weight.
+        scale: (out, groups), the first scale.
+        zero_point: (out, groups), or None on a symmetric grid.
+        format: how the result is stored.
+        dtype: of ``W_hat``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        format: WeightFormat,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.format, self.dtype = format, dtype
+        self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True))
+        self.scale = nn.Parameter(scale.detach().to(torch.float32, copy=True))
+        self.zero_point = (
+            None if zero_point is None else nn.Parameter(zero_point.detach().float().clone())
+        )
+
+    def forward(self) -> Tensor:
+        """``W_hat``, (out, in) in ``dtype``."""
+        return _RoundedWeight.apply(
+            self.weight, self.scale, self.zero_point, self.format, self.dtype
+        )
+
+    def stored(self) -> StoredLinear:
+        """The result, as it is stored."""
+        return store(self.weight, self.scale, self.zero_point, self.format)
+
+
+def _units(weight: Tensor, step: Tensor, zero: Tensor | None, format: WeightFormat) -> Tensor:
+    """``Z`` of some rows, rounded to the storage of phi but neither to integers nor clipped."""
+    units = format.grid.units(weight, step, zero)
+    if format.downcast == "fixed8":
+        # Adding and subtracting the middle of an asymmetric grid, as `encode` does, is exact here.
+        unit = 2 ** (8 - format.grid.bits)
+        return units.mul_(unit).round_().div_(unit)
+    if format.downcast == "int":
+        return units
+    return units.to(format.storage_dtype).float()
+
+
+class _RoundedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        format: WeightFormat,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        grid = format.grid
+        step = effective_scale(scale, format.scale_dtype)
+        zero = None if zero_point is None else _whole(zero_point, format)
+        made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for rows in row_blocks(*weight.shape, device=weight.device):
+            offset = None if zero is None else zero[rows]
+            units = _units(weight[rows], step[rows], offset, format)
+            codes = units.round_().clamp_(grid.qmin, grid.qmax)
+            made[rows] = grid.values(codes, step[rows], offset)
+        ctx.save_for_backward(weight, step, zero)
+        ctx.format = format
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step, zero = ctx.saved_tensors
+        format: WeightFormat = ctx.format
+        grid = format.grid
+        grad_weight, grad_scale = torch.empty_like(weight), torch.empty_like(step)
+        grad_zero = None if zero is None else torch.empty_like(step)
+        for rows in row_blocks(*weight.shape, device=weight.device):
+            offset = None if zero is None else zero[rows]
+            G = grad[rows].float()
+            units = _units(weight[rows], step[rows], offset, format)
+            codes = units.round()
+            clipped = codes.clamp(grid.qmin, grid.qmax)
+            inside = codes == clipped
+            grad_weight[rows] = G * inside
+            # Q - zero - inside * (Z - zero): rounding inside, the distance to zero where clipped.
+            distance = torch.where(inside, clipped - units, grid.centered(clipped, offset))
+            grad_scale[rows] = grid.split(distance.mul_(G)).sum(-1)
+            if grad_zero is not None:
+                lost = grid.split(G - grad_weight[rows]).sum(-1)
+                grad_zero[rows] = lost.mul_(step[rows]).neg_()
+        return grad_weight, grad_scale, grad_zero, None, None
