@@ -1,0 +1,297 @@
+"""Low-bit bases whose integers are chosen with the help of calibration data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, default_data_collator
+from transformers.pytorch_utils import Conv1D
+
+from ..calibration.calibrate import Calibration, Ranges, RoundedBlock
+from ..calibration.methods import METHODS, CalibrationMethod
+from ..calibration.replay import Batch, Replay
+from ..calibration.shelf import Shelf
+from ..calibration.weights import StoredLinear
+from ..quant import Grid, WeightFormat
+from ..shared.checks import check_choice
+from ..shared.words import some
+from .config import LowBitConfig
+from .downcast import DowncastLinear
+from .quantizer import LowBitQuantizer, describe, find_targets
+
+
+@dataclass(kw_only=True)
+class CalibratedStart:
+    """Says how blocks are rounded, and on which data.
+
+    Args:
+        method: "blocks", "gptq", or an object of `Reconstruction` or `GPTQ` with its settings.
+        dataset: rows that the model takes, such as ``{"input_ids": [...]}``, all of one length
+            unless ``data_collator`` pads them; labels are not needed.
+        batch_size: rows in a batch.
+        data_collator: makes a batch of rows; default: transformers' `default_data_collator`.
+        activations: the grid of the inputs of the targets, if those will be rounded too.
+        memory: bytes of hidden states that are kept in memory; the rest is kept in a file.
+        directory: of that file; default: the system's for temporary files.
+        progress: whether to show a bar.
+    """
+
+    method: str | CalibrationMethod = "blocks"
+    dataset: Iterable[Mapping[str, Any]]
+    batch_size: int = 4
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator
+    activations: Grid | None = None
+    memory: int = 8 * 10**9
+    directory: str | None = None
+    progress: bool = True
+    losses: dict[str, tuple[float, float]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            check_choice("method", self.method, METHODS)
+            self.method = METHODS[self.method]()
+        self.batches = self._batches()
+
+    def _batches(self) -> list[Batch]:
+        rows = iter(self.dataset)
+        batches: list[Batch] = []
+        while chunk := list(islice(rows, self.batch_size)):
+            try:
+                batches.append(self.data_collator(chunk))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"rows of the calibration data do not make a batch ({error}); give rows of one "
+                    "length, or a `data_collator` that pads them"
+                ) from error
+        if not batches:
+            raise ValueError("the calibration data has no rows; give a data set with text in it")
+        return batches
+
+    @property
+    def name(self) -> str:
+        """The name of the method."""
+        return next(name for name, kind in METHODS.items() if type(self.method) is kind)
+
+    @property
+    def tokens(self) -> int:
+        return sum(cast("Tensor", next(iter(b.values()))).numel() for b in self.batches)
+
+    def describe(self) -> dict[str, Any]:
+        """Method, settings and data, as ``config.json`` has them."""
+        digest = hashlib.blake2b(digest_size=8)
+        for batch in self.batches:
+            for key, value in batch.items():
+                if isinstance(value, Tensor):
+                    digest.update(key.encode() + value.contiguous().view(torch.uint8).numpy().data)
+        method: Any = self.method
+        return {
+            "method": self.name,
+            **asdict(method),
+            "batch_size": self.batch_size,
+            "tokens": self.tokens,
+            "data": digest.hexdigest(),
+        }
+
+    def round_blocks(
+        self,
+        model: nn.Module,
+        config: LowBitConfig,
+        formats: Mapping[str, WeightFormat],
+        done: Callable[[str, RoundedBlock], None],
+        *,
+        load: Callable[[str], None] = lambda name: None,
+        known: Callable[[str], RoundedBlock | None] = lambda name: None,
+    ) -> None:
+        """Rounds the blocks of ``model`` one after another.
+
+        Args:
+            model: in evaluation mode, with all weights outside its blocks.
+            config: says how first ranges are found.
+            formats: how each target is stored, by name.
+            done: takes the result of each block, once the block is no longer needed.
+            load: gives a block its weights, by name.
+            known: the result of a block that is finished already, by name.
+        """
+        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        unused = () if getattr(model.config, "is_encoder_decoder", False) else ("labels",)
+        batches = [
+            {k: _to(v, device) for k, v in batch.items() if k not in unused}
+            for batch in self.batches
+        ]
+        replay = Replay(model, batches, list(formats), load)
+        if replay.outside:
+            raise ValueError(
+                f"{some(replay.outside)} are not in a block, so they cannot be calibrated; leave "
+                "them out of `target_modules`, or name them in `exclude_modules`"
+            )
+        ranges = Ranges(estimator=config.range_estimator, p=config.range_p)
+        calibration = Calibration(
+            replay,
+            formats,
+            ranges,
+            cast("CalibrationMethod", self.method),
+            activations=self.activations,
+            shelf=Shelf(self.memory, self.directory),
+            known=known,
+            progress=self.progress,
+        )
+        for block, result in calibration.run():
+            self.losses[block.name] = (result.before, result.after)
+            done(block.name, result)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def calibrate_low_bit(
+    model: PreTrainedModel, config: LowBitConfig, start: CalibratedStart
+) -> PreTrainedModel:
+    """Makes a plain model a low-bit base in place, its blocks rounded with the help of data.
+
+    ``model`` stays on its device; each block gives its memory back when it is rounded. Beside the
+    model, memory holds one block's weights in float32 with the state of Adam, and the hidden states
+    of the data, twice.
+
+    Returns:
+        The model, which ``save_pretrained`` writes as a low-bit base.
+
+    Raises:
+        ValueError: for targets outside the blocks, blocks that cannot run alone, weights or data
+            that are not finite, and group sizes that do not divide.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantised already; calibrate the model it was made from")
+    targets = find_targets(model, config)
+    check_finite(targets)
+    formats = {name: config.weight_format(name, width(m)) for name, m in targets.items()}
+    training = model.training
+    model.eval()
+
+    def done(name: str, result: RoundedBlock) -> None:
+        for target, stored in result.weights.items():
+            made = as_layer(targets.pop(target), stored, formats[target], start.name)
+            model.set_submodule(target, made)
+
+    start.round_blocks(model, config, formats, done)
+    model.train(training)
+    config.calibration = start.describe()
+    config.made_from = model.config._name_or_path or None
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
+    config.modules = {name: describe(layer).to_dict() for name, layer in layers.items()}
+    model.config.quantization_config = config
+    model.hf_quantizer = LowBitQuantizer(config)
+    return model
+
+
+def check_finite(targets: Mapping[str, nn.Module]) -> None:
+    """ValueError with the names of weights that are not finite."""
+    wrong = [
+        name
+        for name, module in targets.items()
+        if module.weight.device.type != "meta"
+        and not torch.stack(torch.aminmax(cast("Tensor", module.weight))).isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"the weights of {some(wrong)} have NaN or infinite entries; repair the base model "
+            "first"
+        )
+
+
+def width(linear: nn.Linear | Conv1D) -> int:
+    """in_features."""
+    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
+
+
+def as_layer(
+    linear: nn.Linear | Conv1D, stored: StoredLinear, format: WeightFormat, first_range: str
+) -> DowncastLinear:
+    """The layer of a stored weight, in the place of ``linear``."""
+    dtype = linear.weight.dtype
+    layer = DowncastLinear(
+        format.in_features,
+        len(stored.phi),
+        format,
+        bias=linear.bias,
+        dtype=dtype,
+        base_dtype=dtype,
+        first_range=first_range,
+        is_conv1d=isinstance(linear, Conv1D),
+        device="meta",
+    )
+    layer.fill(stored.phi, stored.scale, stored.zero_point)
+    return layer
+
+
+class FinishedBlocks:
+    """Results of blocks in a directory, each whole or not there, so that a run can go on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def save(self, name: str, result: RoundedBlock) -> None:
+        """Writes the result of a block; one that is there already stays."""
+        file = self._file(name)
+        if file.exists():
+            return
+        tensors = {
+            f"{target}.{part}": tensor.contiguous()
+            for target, stored in result.weights.items()
+            for part, tensor in asdict(stored).items()
+            if tensor is not None
+        }
+        temporary = file.with_name(f"{file.name}.tmp")
+        losses = json.dumps([result.before, result.after])
+        save_file(tensors, temporary, metadata={"losses": losses})
+        with open(temporary, "rb") as opened:
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+
+    def load(self, name: str) -> RoundedBlock | None:
+        """The result of a block; None if it is not finished."""
+        file = self._file(name)
+        if not file.exists():
+            return None
+        with safe_open(file, framework="pt") as opened:
+            before, after = json.loads(opened.metadata()["losses"])
+            parts: dict[str, dict[str, Tensor]] = {}
+            for key in opened.keys():  # noqa: SIM118, it is no dict
+                target, _, part = key.rpartition(".")
+                parts.setdefault(target, {})[part] = opened.get_tensor(key)
+        weights = {
+            target: StoredLinear(
+                phi=found["phi"], scale=found["scale"], zero_point=found.get("zero_point")
+            )
+            for target, found in parts.items()
+        }
+        return RoundedBlock(weights=weights, before=before, after=after)
+
+    def weight(self, target: str, blocks: Sequence[str]) -> StoredLinear:
+        """The stored weight of one target of a finished block."""
+        block = next(name for name in blocks if target.startswith(f"{name}."))
+        with safe_open(self._file(block), framework="pt") as opened:
+            names = set(opened.keys())
+            parts = {
+                part: opened.get_tensor(f"{target}.{part}")
+                for part in ("phi", "scale", "zero_point")
+                if f"{target}.{part}" in names
+            }
+        return StoredLinear(
+            phi=parts["phi"], scale=parts["scale"], zero_point=parts.get("zero_point")
+        )
