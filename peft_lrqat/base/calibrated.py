@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class CalibratedStart:
         activations: the grid of the inputs of the targets, if those will be rounded too.
         memory: bytes of hidden states that are kept in memory; the rest is kept in a file.
         directory: of that file; default: the system's for temporary files.
+        device: where `prepare_low_bit` computes; default: a GPU if there is one. A loaded model
+            stays where it is.
         progress: whether to show a bar.
     """
 
@@ -54,6 +57,7 @@ class CalibratedStart:
     activations: Grid | None = None
     memory: int = 8 * 10**9
     directory: str | None = None
+    device: str | torch.device | None = None
     progress: bool = True
     losses: dict[str, tuple[float, float]] = field(init=False, default_factory=dict)
 
@@ -82,6 +86,11 @@ class CalibratedStart:
     def name(self) -> str:
         """The name of the method."""
         return next(name for name, kind in METHODS.items() if type(self.method) is kind)
+
+    @property
+    def place(self) -> torch.device:
+        """Where blocks are computed that are loaded for it."""
+        return PartialState().device if self.device is None else torch.device(self.device)
 
     @property
     def tokens(self) -> int:
@@ -229,7 +238,7 @@ def as_layer(
         base_dtype=dtype,
         first_range=first_range,
         is_conv1d=isinstance(linear, Conv1D),
-        device="meta",
+        device=stored.phi.device,
     )
     layer.fill(stored.phi, stored.scale, stored.zero_point)
     return layer
@@ -282,10 +291,11 @@ class FinishedBlocks:
         }
         return RoundedBlock(weights=weights, before=before, after=after)
 
-    def weight(self, target: str, blocks: Sequence[str]) -> StoredLinear:
-        """The stored weight of one target of a finished block."""
-        block = next(name for name in blocks if target.startswith(f"{name}."))
-        with safe_open(self._file(block), framework="pt") as opened:
+    def weight(self, target: str) -> StoredLinear:
+        """The stored weight of one target, whose block is finished."""
+        files = {file.name.removesuffix(".safetensors"): file for file in self.directory.iterdir()}
+        file = next(file for block, file in files.items() if target.startswith(f"{block}."))
+        with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
             parts = {
                 part: opened.get_tensor(f"{target}.{part}")

@@ -136,6 +136,10 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
             "from; filled in by `load_low_bit`."
         },
     )
+    calibration: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={"help": "Method, settings and data of a calibrated base; filled in."},
+    )
     digests: dict[str, str] = field(
         default_factory=dict,
         metadata={"help": "Digests of the other stored tensors, by name; filled in when saving."},
@@ -173,8 +177,9 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         for name in ("target_modules", "exclude_modules"):
             check_names(name, getattr(self, name), one_string=True)
         check_items("digests", self.digests, "digests")
-        if self.source is not None:
-            check_items("source", self.source, "settings")
+        for name in ("source", "calibration"):
+            if getattr(self, name) is not None:
+                check_items(name, getattr(self, name), "settings")
         self.stored_weights()
 
     @property

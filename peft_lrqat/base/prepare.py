@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -40,9 +42,19 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .._version import __version__
+from ..calibration.calibrate import RoundedBlock
+from ..calibration.replay import find_blocks
 from ..formats.shards import ShardWriter
 from ..shared.model_files import sign_settings
 from ..shared.staging import check_target, flush, locked, whole_directory
+from .calibrated import (
+    CalibratedStart,
+    FinishedBlocks,
+    as_layer,
+    calibrate_low_bit,
+    check_finite,
+    width,
+)
 from .card import write_card
 from .config import LowBitConfig, StoredWeight
 from .downcast import DowncastLinear
@@ -52,7 +64,7 @@ from .takeover import PLACE, Takeover, load_low_bit, low_bit_settings
 
 
 logger = logging.get_logger(__name__)
-PLAN, RECORDS, BASE = "plan.json", "records", "base"
+PLAN, RECORDS, BASE, BLOCKS = "plan.json", "records", "base", "blocks"
 # Room for the entry of a tensor in the header of its file, beside the name.
 ENTRY_BYTES = 160
 
@@ -62,6 +74,7 @@ def prepare_low_bit(
     output: str | os.PathLike[str],
     settings: LowBitConfig | None = None,
     *,
+    start: CalibratedStart | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2 * 10**9,
     auto_class: Any = AutoModelForCausalLM,
@@ -74,11 +87,14 @@ def prepare_low_bit(
     name ends in ``.partial``, and the same call goes on after the last finished file. Memory
     holds one tensor and what is made of it; a checkpoint whose tensors transformers renames or
     merges is loaded as a low-bit base and saved instead, which takes as much as the base.
+    A calibrated base takes one block's weights and training state more, and the hidden states of
+    the data; an interrupted run goes on after the last finished block.
 
     Args:
         name: a directory or a name on the Hub; plain, or quantised as `load_low_bit` takes it.
         output: a new directory.
         settings: how to make a base of a plain checkpoint.
+        start: calibrates the base with data; None: every weight is rounded to nearest.
         dtype: of what stays plain; None: as the checkpoint's configuration says.
         max_shard_bytes: of tensors in a file.
         auto_class: what loads the model.
@@ -99,7 +115,12 @@ def prepare_low_bit(
     made_by = copy.deepcopy(low_bit_settings(config, name, settings))
     if made_by is None:
         raise ValueError(f"{name} is a low-bit base already; load it with `from_pretrained`")
-    job = _Job(name, config, made_by, dtype, auto_class, place)
+    if start is not None and made_by.takes_over:
+        raise ValueError(
+            f"the integers of {name} are kept as they are, so calibration data changes nothing; "
+            "leave it out, or start from the model before its quantisation"
+        )
+    job = _Job(name, config, made_by, dtype, auto_class, place, start)
     if job.reason is None:
         with _readable_errors(target):
             return job.stream(target, max_shard_bytes, progress)
@@ -109,7 +130,11 @@ def prepare_low_bit(
     )
     kwargs = {} if dtype is None else {"dtype": dtype}
     with whole_directory(target) as directory:
-        model = load_low_bit(name, settings, auto_class=auto_class, **kwargs, **place)
+        if start is None:
+            model = load_low_bit(name, settings, auto_class=auto_class, **kwargs, **place)
+        else:
+            plain = auto_class.from_pretrained(name, **kwargs, **place)
+            model = calibrate_low_bit(plain, made_by, start)
         model.save_pretrained(directory, max_shard_size=max_shard_bytes)
         _write_rest(directory, name, model.config.quantization_config, place)
     return model.config.quantization_config
@@ -147,6 +172,8 @@ class _Job:
     dtype: torch.dtype | None
     auto_class: Any
     place: dict[str, Any]
+    start: CalibratedStart | None = None
+    calibrated: FinishedBlocks | None = field(init=False, default=None)
     reason: str | None = field(init=False)  # why it cannot be streamed
 
     def __post_init__(self) -> None:
@@ -171,14 +198,14 @@ class _Job:
         self.targets = self._find_targets()
         self.reason = self._why_not(unknown)
 
-    def _skeleton(self) -> PreTrainedModel:
+    def _skeleton(self, place: Any = None) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         for part in (config, config.get_text_config(decoder=True)):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         dtype = self.dtype or config.dtype or _first_dtype(self.files)
         code = {k: v for k, v in self.place.items() if k == "trust_remote_code"}
-        with torch.device("meta"):
+        with torch.device("meta") if place is None else place:
             return self.auto_class.from_config(config, dtype=dtype, **code)
 
     @property
@@ -254,6 +281,8 @@ class _Job:
         with locked(partial):
             _start(partial, self._identity(shards))
             try:
+                if self.start is not None:
+                    self._calibrate(partial, self.start)
                 config = self._write(partial, shards, progress)
             except ValueError:
                 shutil.rmtree(partial)  # the checkpoint is at fault: going on would not help
@@ -262,6 +291,46 @@ class _Job:
             (partial / BASE).rename(target)
             shutil.rmtree(partial)
         return config
+
+    def _calibrate(self, partial: Path, start: CalibratedStart) -> None:
+        """Rounds the blocks one after another, each loaded when it is needed."""
+        model = self._skeleton(init_empty_weights(include_buffers=False)).eval()
+        formats = {
+            name: self.made_by.weight_format(name, width(cast("nn.Linear", module)))
+            for name in self.targets
+            for module in (model.get_submodule(name),)
+        }
+        in_blocks = tuple(f"{b.name}." for s in find_blocks(model, list(formats)) for b in s)
+        device = start.place
+
+        def fill(names: Iterable[str]) -> None:
+            for name in names:
+                ((file, key),) = self.parts[name].values()
+                tensor = _read(file, key)
+                if tensor.is_floating_point():
+                    tensor = tensor.to(self.tensors[name].dtype)
+                set_module_tensor_to_device(model, name, device, value=tensor)
+
+        def of_block(block: str) -> list[str]:
+            return [name for name in self.tensors if name.startswith(f"{block}.")]
+
+        def load(block: str) -> None:
+            fill(of_block(block))
+            check_finite({n: model.get_submodule(n) for n in formats if n.startswith(f"{block}.")})
+
+        def done(block: str, result: RoundedBlock) -> None:
+            finished.save(block, result)
+            for name in of_block(block):
+                set_module_tensor_to_device(model, name, "meta")
+
+        finished = FinishedBlocks(partial / BLOCKS)
+        fill(name for name in self.tensors if not name.startswith(in_blocks))
+        model.tie_weights()
+        for buffer_name, buffer in list(model.named_buffers()):
+            set_module_tensor_to_device(model, buffer_name, device, value=buffer)
+        start.round_blocks(model, self.made_by, formats, done, load=load, known=finished.load)
+        self.calibrated = finished
+        self.made_by.calibration = start.describe()
 
     def _write(self, partial: Path, shards: list[list[str]], progress: bool) -> LowBitConfig:
         directory, records = partial / BASE, partial / RECORDS
@@ -347,6 +416,7 @@ class _Job:
             "dtype": str(self.model.dtype),
             "files": files,
             "shards": shards,
+            "calibration": None if self.start is None else self.start.describe(),
         }
 
     def _write_shard(
@@ -397,8 +467,12 @@ class _Job:
                 self.takeover.finish(self.made_by)  # raises
         else:
             ((file, key),) = self.parts[name].values()
-            weight = _read(file, key).to(self.tensors[name].dtype)
             linear = cast(Plain, self.model.get_submodule(module))
+            if self.calibrated is not None and self.start is not None:
+                stored = self.calibrated.weight(module)
+                format = self.made_by.weight_format(module, width(linear))
+                return as_layer(linear, stored, format, self.start.name)
+            weight = _read(file, key).to(self.tensors[name].dtype)
             layer = downcast(linear, module, weight, self.made_by)
             linear.weight = nn.Parameter(self.tensors[name], requires_grad=False)
         if layer is None:

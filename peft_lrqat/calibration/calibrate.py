@@ -151,7 +151,6 @@ class Calibration:
         activations: the grid of the inputs of the targets; None: they are not rounded.
         shelf: keeps hidden states; default: in memory.
         known: the result of a block that an earlier run has finished, or None.
-        release: is told when a block's weights are no longer needed.
         progress: whether to show a bar.
     """
 
@@ -165,25 +164,23 @@ class Calibration:
         activations: Grid | None = None,
         shelf: Shelf | None = None,
         known: Callable[[str], RoundedBlock | None] = lambda name: None,
-        release: Callable[[str], None] = lambda name: None,
         progress: bool = True,
     ) -> None:
         self.replay, self.formats, self.ranges, self.method = replay, formats, ranges, method
-        self.activations, self.known, self.release = activations, known, release
+        self.activations, self.known = activations, known
         self.shelf = Shelf(limit=4 * 10**9) if shelf is None else shelf
         self.progress = progress
         self.unquantised_stream, self.rounded_stream = replay.stream(), replay.stream()
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[Block, RoundedBlock]]:
-        """Yields each block with its result as soon as the next block no longer needs it."""
+        """Yields each block with its result, when nothing needs its weights any more."""
         blocks = self.replay.blocks
         with tqdm(total=len(blocks), unit="block", disable=not self.progress) as bar:
             for number, block in enumerate(blocks):
                 bar.set_description(block.name)
                 self.replay.load(block.name)
                 yield block, self._round(number, block, bar)
-                self.release(block.name)
                 bar.update()
 
     def _round(self, number: int, block: Block, bar: tqdm) -> RoundedBlock:

@@ -21,6 +21,7 @@ from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.lrqat.size import deployed_weight_bytes, target_weight_bytes
+from peft_lrqat.shared.plotting import require_matplotlib
 from peft_lrqat.trainer import LRQATTrainingArguments
 from peft_lrqat.trainer.data import load_tokens, make_blocks
 from peft_lrqat.trainer.metrics import evaluate_perplexity
@@ -224,11 +225,7 @@ class _LossInProgressBar(ProgressCallback):
 
 def check_arguments(args: DemoArguments) -> None:
     """Raises for what the user can fix, before any work is done."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        message = "the plot needs matplotlib; run `pip install 'peft-lrqat[demo]'`"
-        raise ImportError(message) from error
+    require_matplotlib()
     for bits in args.bits or ():
         LRQATConfig(bits=bits)
     if args.steps is not None and args.steps < 1:
