@@ -28,15 +28,18 @@ class Reconstruction:
     """How a block is reconstructed."""
 
     epochs: int = field(
-        default=3, metadata={"help": "passes over the calibration data for each block"}
+        default=6, metadata={"help": "passes over the calibration data for each block"}
     )
     learning_rate: float = field(
-        default=1e-3,
-        metadata={"help": "of the weights of a block, for Adam; it falls to 0 along a cosine"},
+        default=0.03,
+        metadata={
+            "help": "of the weights of a block, for Adam, in steps of their grid (the mean first "
+            "scale of each weight); it falls to 0 along a cosine"
+        },
     )
-    scale_learning_rate: float = field(default=1e-3, metadata={"help": "of its scales"})
-    zero_point_learning_rate: float = field(
-        default=1e-2, metadata={"help": "of its zero points, on asymmetric grids"}
+    scale_learning_rate: float = field(
+        default=0.006,
+        metadata={"help": "of its scales, as a share of their mean, and of its zero points"},
     )
     seed: int = field(default=0, metadata={"help": "of the order of the batches"})
 
@@ -62,10 +65,11 @@ class Reconstruction:
         return {name: weight.stored() for name, weight in trained.items()}
 
     def _optimizer(self, trained: list[TrainedWeight]) -> Adam:
-        zero_points = [w.zero_point for w in trained if w.zero_point is not None]
-        groups: list[dict[str, Any]] = [
-            {"params": [w.weight for w in trained], "lr": self.learning_rate},
-            {"params": [w.scale for w in trained], "lr": self.scale_learning_rate},
-            {"params": zero_points, "lr": self.zero_point_learning_rate},
-        ]
-        return Adam([group for group in groups if group["params"]], fused=True)
+        groups: list[dict[str, Any]] = []
+        for weight in trained:
+            step = float(weight.scale.detach().mean())
+            groups.append({"params": [weight.weight], "lr": self.learning_rate * step})
+            groups.append({"params": [weight.scale], "lr": self.scale_learning_rate * step})
+            if weight.zero_point is not None:
+                groups.append({"params": [weight.zero_point], "lr": self.scale_learning_rate})
+        return Adam(groups, fused=True)
