@@ -107,16 +107,15 @@ class TrainedWeight(nn.Module):
         return store(self.weight, self.scale, self.zero_point, self.format)
 
 
-def _units(weight: Tensor, step: Tensor, zero: Tensor | None, format: WeightFormat) -> Tensor:
-    """``Z`` of some rows, rounded to the storage of phi but neither to integers nor clipped."""
-    units = format.grid.units(weight, step, zero)
+def _as_stored(units: Tensor, format: WeightFormat) -> Tensor:
+    """``Z`` rounded to the storage of phi, but neither to integers nor clipped."""
     if format.downcast == "fixed8":
         # Adding and subtracting the middle of an asymmetric grid, as `encode` does, is exact here.
         unit = 2 ** (8 - format.grid.bits)
-        return units.mul_(unit).round_().div_(unit)
+        return (units * unit).round_().div_(unit)
     if format.downcast == "int":
-        return units
-    return units.to(format.storage_dtype).float()
+        return units.clone()
+    return units.to(format.storage_dtype, copy=True).float()
 
 
 class _RoundedWeight(torch.autograd.Function):
@@ -135,8 +134,8 @@ class _RoundedWeight(torch.autograd.Function):
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for rows in row_blocks(*weight.shape, device=weight.device):
             offset = None if zero is None else zero[rows]
-            units = _units(weight[rows], step[rows], offset, format)
-            codes = units.round_().clamp_(grid.qmin, grid.qmax)
+            units = grid.units(weight[rows], step[rows], offset)
+            codes = _as_stored(units, format).round_().clamp_(grid.qmin, grid.qmax)
             made[rows] = grid.values(codes, step[rows], offset)
         ctx.save_for_backward(weight, step, zero)
         ctx.format = format
@@ -153,13 +152,12 @@ class _RoundedWeight(torch.autograd.Function):
         for rows in row_blocks(*weight.shape, device=weight.device):
             offset = None if zero is None else zero[rows]
             G = grad[rows].float()
-            units = _units(weight[rows], step[rows], offset, format)
-            codes = units.round()
-            clipped = codes.clamp(grid.qmin, grid.qmax)
-            inside = codes == clipped
+            units = grid.units(weight[rows], step[rows], offset)
+            inside = (units > grid.qmin - 0.5) & (units < grid.qmax + 0.5)
+            codes = _as_stored(units, format).round_().clamp_(grid.qmin, grid.qmax)
             grad_weight[rows] = G * inside
             # Q - zero - inside * (Z - zero): rounding inside, the distance to zero where clipped.
-            distance = torch.where(inside, clipped - units, grid.centered(clipped, offset))
+            distance = torch.where(inside, codes - units, grid.centered(codes, offset))
             grad_scale[rows] = grid.split(distance.mul_(G)).sum(-1)
             if grad_zero is not None:
                 lost = grid.split(G - grad_weight[rows]).sum(-1)
