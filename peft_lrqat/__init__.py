@@ -29,6 +29,7 @@ from .shared.model_files import sign_model
 
 if TYPE_CHECKING:
     from .activations.cache import low_bit_cache
+    from .base.calibrated import CalibratedStart, calibrate_low_bit
     from .base.prepare import prepare_low_bit
     from .export import export_model, load_quantized, verify_export
     from .loraquant import dequantize_adapter, quantize_adapter
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
 
 # Imported when they are first asked for: registering the types takes none of them.
 _LAZY = {
+    "CalibratedStart": ".base.calibrated",
     "LRQATArguments": ".trainer",
     "LRQATCallback": ".trainer",
     "LRQATTrainer": ".trainer",
     "LRQATTrainerMixin": ".trainer",
     "LRQATTrainingArguments": ".trainer",
     "LoRAQuantCallback": ".trainer",
+    "calibrate_low_bit": ".base.calibrated",
     "dequantize_adapter": ".loraquant",
     "evaluate_perplexity": ".trainer.metrics",
     "export_model": ".export",
@@ -64,6 +67,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CalibratedStart",
     "LRQATArguments",
     "LRQATCallback",
     "LRQATConfig",
@@ -78,6 +82,7 @@ __all__ = [
     "LoRAQuantModel",
     "LowBitConfig",
     "__version__",
+    "calibrate_low_bit",
     "deployed_weight_bytes",
     "dequantize_adapter",
     "evaluate_perplexity",

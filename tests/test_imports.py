@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"_version", "_moved", "quant"},
     {"shared"},
-    {"formats", "activations"},
+    {"formats", "activations", "calibration"},
     {"base"},
     {"registration", "lrqat"},
     {"hub", "loraquant", "export"},
