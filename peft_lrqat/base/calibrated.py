@@ -200,7 +200,7 @@ def calibrate_low_bit(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
     config.modules = {name: describe(layer).to_dict() for name, layer in layers.items()}
     model.config.quantization_config = config
-    model.hf_quantizer = LowBitQuantizer(config)
+    vars(model)["hf_quantizer"] = LowBitQuantizer(config)
     return model
 
 

@@ -111,7 +111,7 @@ class Replay:
         modules = {name: self.model.get_submodule(name) for name in forwards}
         hidden = {name: vars(module).get("forward") for name, module in modules.items()}
         for name, forward in forwards.items():
-            modules[name].forward = forward  # type: ignore[method-assign]
+            vars(modules[name])["forward"] = forward
         config = getattr(self.model, "config", None)
         use_cache = getattr(config, "use_cache", None)
         if use_cache:
@@ -122,10 +122,9 @@ class Replay:
             if use_cache:
                 config.use_cache = use_cache  # type: ignore[union-attr]
             for name, module in modules.items():
-                if hidden[name] is None:
-                    del module.forward
-                else:
-                    module.forward = hidden[name]  # such as that of a hook of accelerate
+                vars(module).pop("forward")
+                if hidden[name] is not None:  # such as that of a hook of accelerate
+                    vars(module)["forward"] = hidden[name]
 
     def _in_order(self, stacks: list[list[Block]]) -> list[Block]:
         """All blocks as they run; learns how each stack's blocks give back hidden states."""

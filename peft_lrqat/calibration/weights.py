@@ -45,7 +45,7 @@ def store(
     phi = torch.empty(
         len(weight), format.row_elements, dtype=format.storage_dtype, device=weight.device
     )
-    for rows in row_blocks(*weight.shape, device=weight.device):
+    for rows in row_blocks(len(weight), weight.shape[1], weight.device):
         zero = None if offset is None else offset[rows]
         phi[rows] = format.encode(grid.units(weight.detach()[rows].float(), step[rows], zero))
     return StoredLinear(
@@ -58,7 +58,7 @@ def rounded(stored: StoredLinear, format: WeightFormat, dtype: torch.dtype) -> T
     grid = format.grid
     phi = stored.phi
     weight = torch.empty(len(phi), format.in_features, dtype=dtype, device=phi.device)
-    for rows in row_blocks(*weight.shape, device=phi.device):
+    for rows in row_blocks(len(phi), format.in_features, phi.device):
         codes = format.decode(phi[rows]).round_().clamp_(grid.qmin, grid.qmax)
         zero = None if stored.zero_point is None else stored.zero_point[rows]
         weight[rows] = grid.values(codes, stored.scale[rows], zero).to(dtype)
@@ -132,7 +132,7 @@ class _RoundedWeight(torch.autograd.Function):
         step = effective_scale(scale, format.scale_dtype)
         zero = None if zero_point is None else _whole(zero_point, format)
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        for rows in row_blocks(*weight.shape, device=weight.device):
+        for rows in row_blocks(len(weight), weight.shape[1], weight.device):
             offset = None if zero is None else zero[rows]
             units = grid.units(weight[rows], step[rows], offset)
             codes = _as_stored(units, format).round_().clamp_(grid.qmin, grid.qmax)
@@ -149,7 +149,7 @@ class _RoundedWeight(torch.autograd.Function):
         grid = format.grid
         grad_weight, grad_scale = torch.empty_like(weight), torch.empty_like(step)
         grad_zero = None if zero is None else torch.empty_like(step)
-        for rows in row_blocks(*weight.shape, device=weight.device):
+        for rows in row_blocks(len(weight), weight.shape[1], weight.device):
             offset = None if zero is None else zero[rows]
             G = grad[rows].float()
             units = grid.units(weight[rows], step[rows], offset)
