@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..calibration.calibrate import Calibration, Ranges, RoundedBlock
 from ..calibration.methods import METHODS, CalibrationMethod
-from ..calibration.replay import Batch, Replay
+from ..calibration.replay import Batch, Replay, find_blocks
 from ..calibration.shelf import Shelf
 from ..calibration.weights import StoredLinear
 from ..quant import Grid, WeightFormat
@@ -29,7 +30,11 @@ from ..shared.checks import check_choice
 from ..shared.words import some
 from .config import LowBitConfig
 from .downcast import DowncastLinear
+from .embedding import find_ends, let_resize, tie_head, width_of
 from .quantizer import LowBitQuantizer, describe, find_targets
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -127,7 +132,7 @@ class CalibratedStart:
         Args:
             model: in evaluation mode, with all weights outside its blocks.
             config: says how first ranges are found.
-            formats: how each target is stored, by name.
+            formats: how each target in a block is stored, by name.
             done: takes the result of each block, once the block is no longer needed.
             load: gives a block its weights, by name.
             known: the result of a block that is finished already, by name.
@@ -139,11 +144,6 @@ class CalibratedStart:
             for batch in self.batches
         ]
         replay = Replay(model, batches, list(formats), load)
-        if replay.outside:
-            raise ValueError(
-                f"{some(replay.outside)} are not in a block, so they cannot be calibrated; leave "
-                "them out of `target_modules`, or name them in `exclude_modules`"
-            )
         ranges = Ranges(estimator=config.range_estimator, p=config.range_p)
         calibration = Calibration(
             replay,
@@ -171,37 +171,57 @@ def calibrate_low_bit(
 
     ``model`` stays on its device; each block gives its memory back when it is rounded. Beside the
     model, memory holds one block's weights in float32 with the state of Adam, and the hidden states
-    of the data, twice.
+    of the data, twice. Targets outside the blocks, such as embeddings, are rounded to nearest.
 
     Returns:
         The model, which ``save_pretrained`` writes as a low-bit base.
 
     Raises:
-        ValueError: for targets outside the blocks, blocks that cannot run alone, weights or data
-            that are not finite, and group sizes that do not divide.
+        ValueError: for blocks that cannot run alone, weights or data that are not finite, and group
+            sizes that do not divide.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantised already; calibrate the model it was made from")
     targets = find_targets(model, config)
     check_finite(targets)
-    formats = {name: config.weight_format(name, width(m)) for name, m in targets.items()}
+    formats = {name: config.weight_format(name, width_of(m)) for name, m in targets.items()}
+    inside = in_blocks(model, formats)
+    quantizer = LowBitQuantizer(config)
+    ends = None if config.embedding_bits is None else find_ends(model)
     training = model.training
     model.eval()
 
     def done(name: str, result: RoundedBlock) -> None:
         for target, stored in result.weights.items():
-            made = as_layer(targets.pop(target), stored, formats[target], start.name)
-            model.set_submodule(target, made)
+            plain = cast("nn.Linear | Conv1D", targets.pop(target))
+            model.set_submodule(target, as_layer(plain, stored, inside[target], start.name))
 
-    start.round_blocks(model, config, formats, done)
+    start.round_blocks(model, config, inside, done)
+    for name, module in targets.items():
+        quantizer.replace(model, name, cast(Tensor, module.weight).detach())
+    if ends is not None:
+        let_resize(model)
+        if ends.tied:
+            tie_head(model, ends)
     model.train(training)
     config.calibration = start.describe()
-    config.made_from = model.config._name_or_path or None
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
-    config.modules = {name: describe(layer).to_dict() for name, layer in layers.items()}
+    config.take_modules(
+        {n: describe(m) for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
+    )
     model.config.quantization_config = config
-    vars(model)["hf_quantizer"] = LowBitQuantizer(config)
+    vars(model)["hf_quantizer"] = quantizer
     return model
+
+
+def in_blocks(model: nn.Module, formats: Mapping[str, WeightFormat]) -> dict[str, WeightFormat]:
+    """Those of the targets that are in a block; the others are rounded to nearest, and named."""
+    prefixes = tuple(f"{b.name}." for stack in find_blocks(model, list(formats)) for b in stack)
+    found = {name: format for name, format in formats.items() if name.startswith(prefixes)}
+    if outside := [name for name in formats if name not in found]:
+        logger.warning(
+            f"{some(outside)} are outside the blocks of the model, and rounded to nearest"
+        )
+    return found
 
 
 def check_finite(targets: Mapping[str, nn.Module]) -> None:
@@ -217,11 +237,6 @@ def check_finite(targets: Mapping[str, nn.Module]) -> None:
             f"the weights of {some(wrong)} have NaN or infinite entries; repair the base model "
             "first"
         )
-
-
-def width(linear: nn.Linear | Conv1D) -> int:
-    """in_features."""
-    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
 
 
 def as_layer(
@@ -291,10 +306,12 @@ class FinishedBlocks:
         }
         return RoundedBlock(weights=weights, before=before, after=after)
 
-    def weight(self, target: str) -> StoredLinear:
-        """The stored weight of one target, whose block is finished."""
+    def weight(self, target: str) -> StoredLinear | None:
+        """The stored weight of one target; None if it is in no block."""
         files = {file.name.removesuffix(".safetensors"): file for file in self.directory.iterdir()}
-        file = next(file for block, file in files.items() if target.startswith(f"{block}."))
+        file = next((file for name, file in files.items() if target.startswith(f"{name}.")), None)
+        if file is None:
+            return None
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
             parts = {

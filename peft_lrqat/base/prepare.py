@@ -53,7 +53,7 @@ from .calibrated import (
     as_layer,
     calibrate_low_bit,
     check_finite,
-    width,
+    in_blocks,
 )
 from .card import write_card
 from .config import LowBitConfig, StoredWeight
@@ -296,11 +296,12 @@ class _Job:
         """Rounds the blocks one after another, each loaded when it is needed."""
         model = self._skeleton(init_empty_weights(include_buffers=False)).eval()
         formats = {
-            name: self.made_by.weight_format(name, width(cast("nn.Linear", module)))
-            for name in self.targets
-            for module in (model.get_submodule(name),)
+            name: self.made_by.weight_format(name, width_of(cast(Plain, module)))
+            for name, module in model.named_modules()
+            if name in self.targets
         }
-        in_blocks = tuple(f"{b.name}." for s in find_blocks(model, list(formats)) for b in s)
+        formats = in_blocks(model, formats)
+        prefixes = tuple(f"{b.name}." for s in find_blocks(model, list(formats)) for b in s)
         device = start.place
 
         def fill(names: Iterable[str]) -> None:
@@ -324,7 +325,7 @@ class _Job:
                 set_module_tensor_to_device(model, name, "meta")
 
         finished = FinishedBlocks(partial / BLOCKS)
-        fill(name for name in self.tensors if not name.startswith(in_blocks))
+        fill(name for name in self.tensors if not name.startswith(prefixes))
         model.tie_weights()
         for buffer_name, buffer in list(model.named_buffers()):
             set_module_tensor_to_device(model, buffer_name, device, value=buffer)
@@ -468,10 +469,10 @@ class _Job:
         else:
             ((file, key),) = self.parts[name].values()
             linear = cast(Plain, self.model.get_submodule(module))
-            if self.calibrated is not None and self.start is not None:
-                stored = self.calibrated.weight(module)
-                format = self.made_by.weight_format(module, width(linear))
-                return as_layer(linear, stored, format, self.start.name)
+            stored = None if self.calibrated is None else self.calibrated.weight(module)
+            if stored is not None and self.start is not None:
+                format = self.made_by.weight_format(module, width_of(linear))
+                return as_layer(cast("nn.Linear", linear), stored, format, self.start.name)
             weight = _read(file, key).to(self.tensors[name].dtype)
             layer = downcast(linear, module, weight, self.made_by)
             linear.weight = nn.Parameter(self.tensors[name], requires_grad=False)

@@ -73,7 +73,7 @@ class Replay:
     Args:
         model: in evaluation mode; modules outside the blocks must have their weights.
         batches: keyword arguments of the model, a dict for each batch.
-        targets: names of the modules to be rounded; each must be in a block.
+        targets: names of the modules to be rounded; they tell what a block is.
         load: gives a block its weights; the default is for a model that has them.
 
     Raises:
@@ -97,9 +97,6 @@ class Replay:
             )
         self._own = {b.name: b.module.forward for stack in stacks for b in stack}
         self.blocks = self._in_order(stacks)
-        self.outside = sorted(
-            t for t in targets if not any(t.startswith(f"{b.name}.") for b in self.blocks)
-        )
 
     def stream(self) -> Stream:
         """One that starts with what the model itself makes of the batches."""

@@ -34,7 +34,6 @@ def in_blocks(model):
 
 def check(model, batches):
     replay = Replay(model, batches, in_blocks(model))
-    assert replay.outside == []
     expected = {block.name: [] for block in replay.blocks}
 
     def record(name):
