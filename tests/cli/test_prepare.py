@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -134,3 +135,52 @@ def test_what_it_refuses(words, message, capsys):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+CALIBRATION = ["--bits", "2", "--group_size", "32", "--no_symmetric", "--downcast", "fixed8"]
+DATA = ["--dataset", "text.txt", "--block_size", "16", "--calibration_tokens", "128"]
+
+
+def text():
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+
+
+@pytest.mark.parametrize("method", [["blocks", "--epochs", "1"], ["gptq"]], ids=["blocks", "gptq"])
+def test_a_calibrated_base(method, capsys):
+    text()
+    command = ["prepare", "--model", "plain", "--output", "base", *CALIBRATION, *DATA]
+    assert main([*command, "--method", *method, "--plot", "losses.png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(after < before for before, after in found["losses"].values())
+    assert len(found["losses"]) == 6
+    assert Path("losses.png").read_bytes().startswith(b"\x89PNG")
+    made = json.loads(Path("base/config.json").read_text())["quantization_config"]
+    assert made["calibration"]["method"] == method[0]
+    assert made["calibration"]["tokens"] == 128
+    command = ["train", "--model", "base", "--dataset", "text.txt", "--output_dir", "out"]
+    assert main([*command, "--block_size", "16", "--max_steps", "1", "--disable_tqdm", "true"]) == 0
+    saved = json.loads(Path("out/adapter_config.json").read_text())
+    assert (saved["bits"], saved["symmetric"], saved["downcast"]) == (2, False, "fixed8")
+
+
+def test_losses_of_blocks_are_printed(capsys):
+    text()
+    command = ["prepare", "--model", "plain", "--output", "base", *CALIBRATION, *DATA]
+    assert main([*command, "--method", "gptq"]) == 0
+    assert re.search(r"model\.layers\.5 +0\.\d{4} -> 0\.\d{4}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "blocks"], "--method blocks needs --dataset"),
+        (["--dataset", "text.txt"], "--dataset changes nothing without calibration"),
+        (["--method", "gptq", "--epochs", "2", *DATA], "--epochs is an option of --method blocks"),
+        (["--damping", "0.1"], "--damping is an option of --method gptq"),
+    ],
+)
+def test_calibration_options_that_do_not_fit(words, message, capsys):
+    text()
+    command = ["prepare", "--model", "plain", "--output", "base"]
+    assert message in refusal(capsys, [*command, *words])
+    assert not Path("base").exists()
