@@ -436,9 +436,8 @@ class _Job:
                 for key, tensor, layer in self._made(name):
                     writer.write(key, tensor)
                     keys.append(key)
-                    if layer is None:
-                        digests[key] = digest(tensor)
-                    else:
+                    digests[key] = digest(tensor)
+                    if layer is not None:
                         modules[name.rpartition(".")[0]] = describe(layer).to_dict()
                 bar.update()
         (working / SAFE_WEIGHTS_NAME).replace(directory / file)

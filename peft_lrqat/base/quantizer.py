@@ -8,6 +8,8 @@ A stored base has ``"quantization_config": {"quant_method": "lrqat", ...}`` in i
 from __future__ import annotations
 
 import hashlib
+import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    revert_weight_conversion,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -47,6 +54,10 @@ from .takeover import Takeover, put
 logger = logging.get_logger(__name__)
 # PEFT trains the outermost modules that end so in full, for tasks other than language modelling.
 HEADS = ("classifier", "score", "qa_outputs")
+# Threads that compute digests; more wait for the disk or the memory.
+MAX_THREADS = 8
+# Smaller tensors are read again sooner than their pages are found.
+RELEASED_BYTES = 1 << 22
 DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -116,14 +127,35 @@ def _is_tied(model: PreTrainedModel, name: str) -> bool:
 
 
 def digest(tensor: Tensor) -> str:
-    """64 bits of the dtype, the shape and the bytes of a tensor, as 16 hexadecimal digits."""
-    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
-    state.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    """CRC-32 of the dtype, the shape and the bytes of a tensor, as 8 hexadecimal digits.
+
+    It changes with any change that 4 bytes in a row hold, and is as fast as a disk.
+    """
+    return f"{zlib.crc32(_bytes(tensor), zlib.crc32(_heading(tensor))):08x}"
+
+
+def _slow_digest(tensor: Tensor) -> str:
+    """What the first bases of version 2 have, of tensors that belong to no target."""
+    state = hashlib.blake2b(_heading(tensor), digest_size=8)
+    state.update(_bytes(tensor))
     return state.hexdigest()
 
 
-def _digest_of(opened: Any, name: str) -> str:
-    return digest(opened.get_tensor(name))
+def _heading(tensor: Tensor) -> bytes:
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+
+
+def _is_stored(opened: Any, files: list[str], name: str, expected: str) -> bool:
+    """Whether a tensor of an open file has the digest that was written."""
+    tensor = opened.get_tensor(name)
+    same = (digest if len(expected) == 8 else _slow_digest)(tensor) == expected
+    if tensor.nbytes >= RELEASED_BYTES:
+        release_pages(tensor, files)
+    return same
 
 
 class _Downcast(ConversionOps):
@@ -400,35 +432,34 @@ class LowBitQuantizer(HfQuantizer):
 
     def _verify(self, layers: dict[str, DowncastLinear]) -> None:
         """Raises ValueError unless all that is stored is what was written."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = self.quantization_config.digests
+        read = {name for name in layers if f"{name}.phi" in digests}
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+            wrong = self._different_tensors(pool)
+            others = [name for name in layers if name not in read]
             prints = dict(
-                zip(layers, pool.map(lambda m: m.fingerprint, layers.values()), strict=True)
+                zip(others, pool.map(lambda n: layers[n].fingerprint, others), strict=True)
             )
-            wrong = [
-                name
-                for name, stored in self.stored.items()
-                if stored.fingerprint not in (None, prints.get(name))
-            ]
-            wrong += self._different_tensors(pool)
+        for name, stored in self.stored.items():
+            if name in read and stored.fingerprint is not None:
+                layers[name].trust(stored.fingerprint)
+            elif stored.fingerprint not in (None, prints.get(name)):
+                wrong.append(name)
         if wrong:
             raise ValueError(
                 f"the files of this low-bit base are damaged or were changed: {some(wrong)} are "
-                "not "
-                "what was stored. Make the base again, or download it again"
+                "not what was stored. Make the base again, or download it again"
             )
 
     def _different_tensors(self, pool: ThreadPoolExecutor) -> list[str]:
-        """Names of tensors in the files, other than the targets', whose digest differs."""
+        """Names of tensors in the files whose digest differs, and of those that are not there."""
         wrong, expected = [], dict(self.quantization_config.digests)
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 names = [name for name in opened.keys() if name in expected]  # noqa: SIM118
-                found = pool.map(partial(_digest_of, opened), names)
-                wrong += [
-                    name
-                    for name, value in zip(names, found, strict=True)
-                    if value != expected.pop(name)
-                ]
+                values = [expected.pop(name) for name in names]
+                found = pool.map(partial(_is_stored, opened, self.files), names, values)
+                wrong += [name for name, same in zip(names, found, strict=True) if not same]
         return wrong + sorted(expected)
 
     # Saving and training
@@ -437,18 +468,11 @@ class LowBitQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
-        """Writes the digests of all tensors that belong to no target into the configuration."""
-        layers = {n for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
-        parts = ("phi", "scale0", "zero_point")
-        targets = {f"{name}.{part}" for name in layers for part in parts}
+        """Writes the digests of all tensors into the configuration."""
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        state = model.state_dict()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         config = model.config.quantization_config
-        config.digests = {
-            name: digest(tensor)
-            for name, tensor in state.items()
-            if name not in targets and name not in tied
-        }
+        config.digests = {name: digest(tensor) for name, tensor in _in_files(model, state).items()}
         config.take_modules(
             {
                 name: describe(module)
@@ -466,6 +490,11 @@ class LowBitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _in_files(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the names and in the shapes that `save_pretrained` writes."""
+    return revert_weight_conversion(model, dict(state))
 
 
 def describe(layer: DowncastLinear) -> StoredWeight:
