@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self, cast, overload
 
 import torch
@@ -68,8 +69,6 @@ class DowncastLinear(nn.Module):
         self.in_features, self.out_features, self.is_conv1d = in_features, out_features, is_conv1d
         self.format, self.dtype, self.bias = format, dtype, bias
         self.base_dtype, self.range = base_dtype, first_range
-        # The dense weight while an adapter is merged; not part of the state.
-        self.merged_weight: Tensor | None = None
         groups = (out_features, format.grid.num_groups(in_features))
         phi = torch.empty(
             out_features, format.row_elements, dtype=format.storage_dtype, device=device
@@ -81,6 +80,8 @@ class DowncastLinear(nn.Module):
         if not format.grid.symmetric:
             zero_point = torch.empty(groups, dtype=torch.uint8, device=device)
             self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        # The dense weight while an adapter is merged; not part of the state.
+        self._merged_weight: Tensor | None = None
         self._hold()
         self._known_fingerprint: int | None = None
         self.generation = 0  # counts the frozen weights that were loaded into this layer
@@ -173,9 +174,45 @@ class DowncastLinear(nn.Module):
 
     def _hold(self) -> None:
         """Takes the parameters as they are for the frozen weight."""
-        found = {name: self._parameters.get(name) for name in self.FROZEN}
+        found = {name: self._frozen_parameter(name) for name in self.FROZEN}
         self._own = {name: p for name, p in found.items() if p is not None}
         self._held = {name: p.data for name, p in self._own.items() if type(p) is nn.Parameter}
+
+    def _frozen_parameter(self, name: str) -> nn.Parameter | None:
+        # While an adapter is merged, it is a plain attribute.
+        return self._parameters.get(name, vars(self).get(name))
+
+    @property
+    def merged_weight(self) -> Tensor | None:
+        """(out, in) in ``dtype`` while an adapter is merged.
+
+        It is then the parameter ``weight``, in the original module's layout, for whoever reads
+        ``named_parameters()``; what is frozen is not listed. State dicts and casts are as before.
+        """
+        return self._merged_weight
+
+    @merged_weight.setter
+    def merged_weight(self, weight: Tensor | None) -> None:
+        self._merged_weight = weight
+        if weight is not None:
+            listed = weight.T if self.is_conv1d else weight
+            self._parameters["weight"] = nn.Parameter(listed, requires_grad=False)
+            for name in self.FROZEN:
+                if name in self._parameters:
+                    vars(self)[name] = self._parameters.pop(name)
+        elif "weight" in self._parameters:
+            del self._parameters["weight"]
+            for name in self.FROZEN:
+                if isinstance(vars(self).get(name), nn.Parameter):
+                    self._parameters[name] = vars(self).pop(name)
+
+    @contextmanager
+    def _listed_as_unmerged(self) -> Iterator[None]:
+        merged, self.merged_weight = self.merged_weight, None
+        try:
+            yield
+        finally:
+            self.merged_weight = merged
 
     @overload
     def frozen(self, name: Literal["phi", "scale0"]) -> Tensor: ...
@@ -187,7 +224,7 @@ class DowncastLinear(nn.Module):
         """``phi``, ``scale0`` or ``zero_point`` as the layer computes with it."""
         if torch.compiler.is_compiling():
             return self._held[name] if name in self._held else getattr(self, name)
-        parameter = self._parameters.get(name)
+        parameter = self._frozen_parameter(name)
         if parameter is not self._own.get(name):
             self._held.clear()
         return self._held.get(name, parameter)
@@ -200,7 +237,7 @@ class DowncastLinear(nn.Module):
             if name not in ("_held", "_own"):
                 vars(copied)[name] = copy.deepcopy(value, memo)
         held = {name: t for name in self.FROZEN if (t := self.frozen(name)) is not None}
-        copied._own = {n: p for n in self.FROZEN if (p := copied._parameters.get(n)) is not None}
+        copied._own = {n: p for n in self.FROZEN if (p := copied._frozen_parameter(n)) is not None}
         copied._held = {name: held[name] for name in copied._own if name in self._held}
         return copied
 
@@ -237,7 +274,8 @@ class DowncastLinear(nn.Module):
         if brought and self._held:
             for name, parameter in self._own.items():  # copies of this layer may hold it
                 parameter.data = self._held[name].clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._listed_as_unmerged():
+            super()._load_from_state_dict(state_dict, prefix, *args)
         if brought:
             self._hold()
         # No rank sees as a whole what FSDP2 shards; the fingerprint stays that of the base.
@@ -248,7 +286,8 @@ class DowncastLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with self._listed_as_unmerged():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             for name in self._own:
                 held = self.frozen(name)
@@ -274,6 +313,8 @@ class DowncastLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight in the original module's layout; made if its values are used."""
+        if (merged := self._parameters.get("weight")) is not None:
+            return merged
         if torch.compiler.is_compiling():
             return self.dense_weight()
         shape = (self.out_features, self.in_features)
@@ -314,6 +355,7 @@ class DowncastLinear(nn.Module):
         return nn.functional.linear(x.to(self.dtype), weight, self.bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DowncastLinear:
+        merged, self.merged_weight = self.merged_weight, None
         protected = {id(t) for t in (self.phi, self.scale0, self.zero_point)}
         keep = keep_values(fn)
         found = {name: self.frozen(name) for name in self.FROZEN if name in self._held}
@@ -327,8 +369,7 @@ class DowncastLinear(nn.Module):
         self._hold()
         self._held |= apart
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if self.merged_weight is not None:
-            self.merged_weight = fn(self.merged_weight)
+        self.merged_weight = None if merged is None else fn(merged)
         return self
 
     def extra_repr(self) -> str:
