@@ -45,6 +45,7 @@ class DowncastLinear(nn.Module):
     """
 
     FROZEN = ("phi", "scale0", "zero_point")
+    UNLISTED = ("mark", *FROZEN)  # while an adapter is merged
     # The layer computes with `_held`, by name, as long as the parameters are the objects `_own`:
     # the parameters may be written into by averages of weights, which truncate integers. In the
     # original the two share their memory; a copy holds what the original holds, and its
@@ -195,16 +196,21 @@ class DowncastLinear(nn.Module):
     def merged_weight(self, weight: Tensor | None) -> None:
         self._merged_weight = weight
         if weight is not None:
-            listed = weight.T if self.is_conv1d else weight
-            self._parameters["weight"] = nn.Parameter(listed, requires_grad=False)
-            for name in self.FROZEN:
+            own = weight.T if self.is_conv1d else weight
+            self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
+            for name in self.UNLISTED:
                 if name in self._parameters:
                     vars(self)[name] = self._parameters.pop(name)
         elif "weight" in self._parameters:
             del self._parameters["weight"]
-            for name in self.FROZEN:
+            listed = {"mark": None, **self._parameters}  # the order is that of before
+            for name in self.UNLISTED:
                 if isinstance(vars(self).get(name), nn.Parameter):
-                    self._parameters[name] = vars(self).pop(name)
+                    listed[name] = vars(self).pop(name)
+            self._parameters.clear()
+            self._parameters.update(
+                (name, p) for name, p in listed.items() if name != "mark" or p is not None
+            )
 
     @contextmanager
     def _listed_as_unmerged(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ class DowncastEmbedding(DowncastLinear):
         destination.pop(f"{prefix}mark", None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        present = {f"{prefix}mark": self._parameters["mark"], **state_dict}
+        present = {f"{prefix}mark": self.mark, **state_dict}
         super()._load_from_state_dict(present, prefix, *args)
 
     @classmethod
