@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_lrqat import LowBitConfig, LRQATConfig
 
 
 def synced(model):
@@ -69,3 +72,22 @@ def test_while_merged_the_state_is_the_same(make_peft, disturb, logits_of):
     model.unmerge_adapter()
     for kind in ("phi", "scale0", "zero_point"):
         assert torch.equal(getattr(layer.base_layer, kind), state[f"{name}.base_layer.{kind}"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # tied or not
+def test_low_bit_embeddings_are_sent_as_plain_ones(
+    architecture, make_base, disturb, logits_of, tmp_path
+):
+    make_base(architecture).save_pretrained(tmp_path)
+    settings = LowBitConfig(bits=4, embedding_bits=4)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    config = LRQATConfig(target_modules="all-linear", train_embeddings=True, r=2)
+    model = disturb(get_peft_model(base, config)).eval()
+    before, wanted = [name for name, _ in model.named_parameters()], logits_of(model)
+    found = synced(model)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert torch.equal(logits_of(model), wanted)
+    model.merge_adapter()
+    assert model.load_state_dict(model.state_dict()).missing_keys == []
+    model.unmerge_adapter()
+    assert found.keys() == dict(make_base(architecture).named_parameters()).keys()
