@@ -141,9 +141,17 @@ class Ends:
         return (self.embedding,) if self.tied or self.head is None else (self.embedding, self.head)
 
 
+def input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """The module that embeds tokens; None in models without one, such as those for speech."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def find_ends(model: PreTrainedModel) -> Ends:
     """The two ends of ``model``; ValueError where `embedding_bits` cannot serve it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = input_embedding(model), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     found, head_name = names.get(id(embedding)), names.get(id(head))
     if found is None:

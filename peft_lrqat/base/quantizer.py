@@ -43,6 +43,7 @@ from .embedding import (
     Ends,
     Plain,
     find_ends,
+    input_embedding,
     layer_class,
     let_resize,
     tie_head,
@@ -286,7 +287,7 @@ class LowBitQuantizer(HfQuantizer):
             source = self.quantization_config.source or {}
             self._takeover = Takeover(model, source, self.files)
             if any(
-                model.get_submodule(name) is model.get_input_embeddings()
+                model.get_submodule(name) is input_embedding(model)
                 for name, _ in model.named_modules()
                 if name in self._takeover.found
             ):

@@ -19,6 +19,7 @@ from ..base.embedding import (
     TiedHead,
     check_embedding,
     find_ends,
+    input_embedding,
     layer_class,
     let_resize,
     tie_head,
@@ -104,7 +105,7 @@ def take_embeddings(config: LRQATConfig, model: nn.Module) -> Ends | None:
     """
     there = None
     if isinstance(model, PreTrainedModel):
-        there = frozen_layer(model.get_input_embeddings())
+        there = frozen_layer(input_embedding(model))
     if isinstance(there, DowncastEmbedding):
         bits = there.format.grid.bits
         if "embedding_bits" in config.given_fields and config.embedding_bits != bits:

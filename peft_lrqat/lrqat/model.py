@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..activations import attention
 from ..base.downcast import DowncastLinear
-from ..base.embedding import DowncastEmbedding, Ends, TiedHead, untie_head
+from ..base.embedding import DowncastEmbedding, Ends, TiedHead, input_embedding, untie_head
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
@@ -305,10 +305,10 @@ def _embeddings_follow(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DowncastLinear)}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [input_embedding(model), model.get_output_embeddings()]
     if any(not any(layer is end for end in ends) for layer in layers.values()):
         return
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_plain(layer.stored_weight()))
-    if not isinstance(model.get_input_embeddings(), DowncastLinear):
+    if not isinstance(input_embedding(model), DowncastLinear):
         untie_head(model)
