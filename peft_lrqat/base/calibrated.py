@@ -198,7 +198,7 @@ def calibrate_low_bit(
 
     start.round_blocks(model, config, inside, done)
     for name, module in targets.items():
-        quantizer.replace(model, name, cast(Tensor, module.weight).detach())
+        quantizer.replace(model, name, module.weight.detach())
     if ends is not None:
         let_resize(model)
         if ends.tied:

@@ -151,7 +151,8 @@ def input_embedding(model: PreTrainedModel) -> nn.Module | None:
 
 def find_ends(model: PreTrainedModel) -> Ends:
     """The two ends of ``model``; ValueError where `embedding_bits` cannot serve it."""
-    embedding, head = input_embedding(model), model.get_output_embeddings()
+    embedding: Any = input_embedding(model)
+    head: Any = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     found, head_name = names.get(id(embedding)), names.get(id(head))
     if found is None:
@@ -216,7 +217,7 @@ def untie_head(model: PreTrainedModel) -> None:
         if not isinstance(head, TiedHead):
             continue
         weight = cast(nn.Parameter, head.find().weight)
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight, plain.bias = weight, head.bias
         model.set_submodule(name, plain)
         for part, ties in head.ties:
@@ -235,7 +236,7 @@ def resize_embeddings(
 
     New tokens get the mean of all rows, rounded to the grid.
     """
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     count = embedding.weight.shape[0] if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
         count = -(-count // pad_to_multiple_of) * pad_to_multiple_of

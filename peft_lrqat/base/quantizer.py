@@ -355,7 +355,7 @@ class LowBitQuantizer(HfQuantizer):
             device="meta",
         )
         if isinstance(made, DowncastEmbedding):
-            made.padding_idx = linear.padding_idx
+            made.padding_idx = cast("nn.Embedding", linear).padding_idx
         model.set_submodule(name, made)
 
     # While loading

@@ -192,7 +192,7 @@ class Takeover:
             device=taken.phi.device,
         )
         if isinstance(made, DowncastEmbedding):
-            made.padding_idx = linear.padding_idx
+            made.padding_idx = cast("nn.Embedding", linear).padding_idx
         made.fill(taken.phi, taken.scale.float(), taken.zero_point)
         self.scale_dtypes.add(taken.scale.dtype)
         return made

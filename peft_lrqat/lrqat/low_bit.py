@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,7 +44,8 @@ def is_low_bit(model: nn.Module) -> bool:
 
 def made_from(model: nn.Module) -> str | None:
     """What a low-bit base was made from, as files may say it; None for other models."""
-    return public_name(model.config.quantization_config.made_from) if is_low_bit(model) else None
+    config: Any = getattr(model, "config", None)
+    return public_name(config.quantization_config.made_from) if is_low_bit(model) else None
 
 
 def low_bit_layers(model: nn.Module) -> dict[str, DowncastLinear]:
@@ -90,7 +91,7 @@ def take_grids(config: LRQATConfig, layers: Mapping[str, DowncastLinear]) -> Non
         config.range_p = float(known["p"] or config.range_p)
 
 
-def frozen_layer(module: nn.Module) -> DowncastLinear | None:
+def frozen_layer(module: nn.Module | None) -> DowncastLinear | None:
     """The frozen layer that ``module`` is, or that its adapters stand on."""
     if isinstance(module, LRQATLinear):
         return module.base_layer

@@ -129,7 +129,7 @@ def test_models_that_touch_weights_while_they_load(name, format, monkeypatch, tm
 def test_a_vision_model_with_a_trained_head(tmp_path):
     """Its config does not say whether embeddings are tied."""
     torch.manual_seed(0)
-    config = transformers.ViTConfig(intermediate_size=64, patch_size=8, num_labels=3, **VIT)
+    config = transformers.ViTConfig(intermediate_size=64, patch_size=8, num_labels=3, **VIT)  # type: ignore[call-arg]  # a setting of all configs
     fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
     base = transformers.ViTForImageClassification(config)
     model = get_peft_model(base, LRQATConfig(bits=4, init_weights=False, **fields)).eval()
