@@ -96,7 +96,7 @@ class WeightSettings:
         metadata={
             "help": "Bits of the input embedding and of the output layer, 4 to 8; where these are "
             "tied, one set of integers and scales serves both. Grouped like other weights. "
-            "Default None: they stay as they are."
+            "Left out, they stay as they are."
         },
     )
 

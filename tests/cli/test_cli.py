@@ -637,7 +637,7 @@ def test_an_export_without_a_comparison(base, capsys):
             ["recipe", "--for", "llama.cpp", "--activation_bits", "8"],
             "llama.cpp rounds activations its own way",
         ),
-        (["export", "--output", "out"], "the following arguments are required: --adapter"),
+        (["export", "--output", "out"], "give --adapter, or --model with a low-bit base"),
         (["export", "--adapter", "none", "--output", "other"], "none"),
         (
             ["export", "--adapter", "none", "--output", "other", "--format", "onnx"],
