@@ -410,7 +410,10 @@ def test_a_full_disk_leaves_nothing(format, make_model, tokenizer, tmp_path):
 
 
 def test_what_is_no_lrqat_model(make_base, tmp_path):
-    message = "only a PeftModel with an LR-QAT adapter, or a low-bit base, can be exported, but this is a "
+    message = (
+        "only a PeftModel with an LR-QAT adapter, or a low-bit base, can be exported, "
+        "but this is a "
+    )
     lora = get_peft_model(make_base("llama"), LoraConfig(target_modules=["q_proj"]))
     for model in (make_base("llama"), lora):
         with pytest.raises(ValueError, match=message + type(model).__name__):
