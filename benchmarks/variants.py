@@ -19,6 +19,12 @@ from peft_lrqat.quant import Grid
 RANK = 32
 
 
+def clip(z: Tensor, grid: Grid) -> Tensor:
+    """Clips to the grid; its ends pass the gradient on, which clamp does in some releases only."""
+    low = torch.where(z < grid.qmin, float(grid.qmin), z)
+    return torch.where(z > grid.qmax, float(grid.qmax), low)
+
+
 class NaiveLRQAT(nn.Module):
     """The formula left to autograd, on the same int8 phi: a direct reading of the paper."""
 
@@ -29,7 +35,7 @@ class NaiveLRQAT(nn.Module):
     def weight(self, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
         base, grid = self.layer.base_layer, self.layer.base_layer.format.grid
         z = base.format.decode(base.phi) + self.layer.scaling["default"] * (B @ A)
-        codes = (z + (z.round() - z).detach()).clamp(grid.qmin, grid.qmax)
+        codes = clip(z + (z.round() - z).detach(), grid)
         return (grid.expand(scale, codes.shape[1]) * codes).to(base.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class FullQAT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.grid.expand(self.scale, self.weight.shape[1])
-        z = (self.weight / step).clamp(self.grid.qmin, self.grid.qmax)
+        z = clip(self.weight / step, self.grid)
         codes = z + (z.round() - z).detach()
         return nn.functional.linear(x, (codes * step).to(x.dtype))
 

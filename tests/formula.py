@@ -46,11 +46,16 @@ def straight_through(rounded, smooth):
     return smooth + (rounded - smooth).detach()
 
 
+def clip(x, low, high):
+    """A clamp that passes the gradient on at its bounds; torch does so in some releases only."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def plain(x, w, bias=None):
     """METHODS: the formula as anyone would write it, left to autograd."""
     grid = w.format.grid
     z = w.format.decode(w.phi).to(w.A.dtype) + w.gamma * (w.B @ w.A)
-    codes = straight_through(z.round(), z).clamp(grid.qmin, grid.qmax)
+    codes = clip(straight_through(z.round(), z), grid.qmin, grid.qmax)
     codes = straight_through(codes, z) if w.pass_through else codes
     if w.zero_point is not None:
         codes = codes - grid.expand(w.zero_point.to(z.dtype), z.shape[1])

@@ -72,7 +72,7 @@ def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Plai
     targets: dict[str, Plain] = dict(_linear_targets(model, config))
     if config.embedding_bits is not None:
         ends = find_ends(model)
-        config.set_embedding_bits(ends.weights)
+        config.set_embedding_bits(dict.fromkeys(ends.weights, config.embedding_bits))
         for name in ends.weights:
             targets[name] = cast(Plain, model.get_submodule(name))
     return targets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Self
 
@@ -118,13 +118,11 @@ class WeightSettings:
         if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p <= 8:
             raise ValueError(f"`range_p` must be 1 to 8, but is {p!r}")
 
-    def set_embedding_bits(self, names: Iterable[str]) -> None:
-        """Gives these modules ``embedding_bits``, unless ``bits_pattern`` names them."""
-        assert self.embedding_bits is not None
-        for name in names:
+    def set_embedding_bits(self, bits: Mapping[str, int]) -> None:
+        """Gives these embeddings their bits by name, unless ``bits_pattern`` names them."""
+        for name, width in bits.items():
             if get_pattern_key(self.bits_pattern, name) not in self.bits_pattern:
-                own = {re.escape(name): self.embedding_bits}
-                self.bits_pattern = {**self.bits_pattern, **own}
+                self.bits_pattern = {**self.bits_pattern, re.escape(name): width}
 
     def weight_grid(self, module_name: str) -> Grid:
         """The grid of one target."""

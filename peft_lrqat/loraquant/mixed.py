@@ -68,9 +68,26 @@ def _hand_on(
     return None if names is None else (args, {**kwargs, "adapter_names": names})
 
 
+def modules_now(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` and their modules, while other threads may add or delete adapters.
+
+    ``model.modules()`` walks dictionaries that must not change meanwhile; a copy of each is taken
+    in one step.
+    """
+    found, seen, left = [], set(), [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append(module)
+        left += [child for child in module._modules.copy().values() if child is not None]
+    return found
+
+
 def _hook_wrappers(model: nn.Module) -> None:
     with _LOCK:
-        for module in model.modules():
+        for module in modules_now(model):
             if not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             if _hand_on not in module._forward_pre_hooks.values():
@@ -89,7 +106,7 @@ def _hooks_for_a_call(rows: Rows, model: nn.Module, layer_class: type[nn.Module]
         module.register_forward_pre_hook(
             partial(_given, names=rows.names_for(module)), with_kwargs=True
         )
-        for module in model.modules()
+        for module in modules_now(model)
         if isinstance(module, layer_class | AuxiliaryTrainingWrapper)
     ]
     try:

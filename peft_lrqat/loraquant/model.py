@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..quant.factors.storage import check_rank
 from ..shared.tensor_cache import TensorCache
 from .layer import BASE, LoRAQuantEmbedding, LoRAQuantLayer, LoRAQuantLinear
-from .mixed import Rows, rows_run_on
+from .mixed import Rows, modules_now, rows_run_on
 
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class LoRAQuantModel(BaseTuner):
         beams = beams if isinstance(beams, int) else 1
         # Beams add rows to the batch, except in the encoder of an encoder-decoder model.
         encoder = _get_encoder(self.model)
-        in_encoder = set() if encoder is None else set(encoder.modules())
+        in_encoder = set() if encoder is None else set(modules_now(encoder))
         rows = Rows(tuple(names), beams, frozenset(in_encoder))
         with rows_run_on(rows, self, LoRAQuantLayer):
             yield

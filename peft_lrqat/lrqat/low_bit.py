@@ -130,11 +130,15 @@ def take_embeddings(config: LRQATConfig, model: nn.Module) -> Ends | None:
             "are plain; make a base with `embedding_bits`, or leave it out"
         )
     ends = find_ends(model)
-    if there is None:
-        config.set_embedding_bits(ends.weights)
-    for name in ends.weights:
+    frozen = {name: frozen_layer(model.get_submodule(name)) for name in ends.weights}
+    config.set_embedding_bits(
+        {
+            name: config.embedding_bits if layer is None else layer.format.grid.bits
+            for name, layer in frozen.items()
+        }
+    )
+    for name, layer in frozen.items():
         module = model.get_submodule(name)
-        layer = frozen_layer(module)
         if layer is not None:
             _check_given(config, name, layer)
             continue

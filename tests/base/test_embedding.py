@@ -230,6 +230,18 @@ def test_adapters_of_either_way(checkpoint, architecture, trained, tmp_path):
         assert torch.equal(logits(load(tmp_path / "merged")), expected)
 
 
+@pytest.mark.parametrize("given", [{}, {"bits": 3}, {"embedding_bits": 8}])
+def test_adapters_made_on_the_base_are_loaded_again(checkpoint, given, tmp_path):
+    config = LRQATConfig(target_modules="all-linear", r=4, **given)
+    model = moved(get_peft_model(load(checkpoint, bits=3, embedding_bits=8), config))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        load(checkpoint, bits=3, embedding_bits=8), tmp_path / "adapter"
+    )
+    assert torch.equal(logits(again.eval()), expected)
+
+
 def test_unloaded_it_is_the_base(checkpoint):
     base = load(checkpoint, embedding_bits=8)
     expected = logits(base)

@@ -152,11 +152,9 @@ def fake_rtn(x: Tensor, bits: Tensor, *, group_size: int) -> Tensor:
     grouped, _ = _grouped(x, group_size)
     scale, zero_point, top = _rtn_range(grouped, bits)
     units = grouped / scale.clamp(min=TINY)
-    # At the ends of the grid, clamp passes the whole gradient on; a minimum of two tensors would
-    # split it.
-    codes = (units + (units.round() - units).detach() + zero_point).clamp(
-        min=torch.zeros_like(top), max=top
-    )
+    codes = units + (units.round() - units).detach() + zero_point
+    # The ends of the grid pass the whole gradient on; a clamp does so in some releases of torch.
+    codes = torch.where(codes < 0, 0.0, torch.where(codes > top, top, codes))
     return ((codes - zero_point) * scale).flatten(1)[:, : x.shape[1]]
 
 
@@ -166,11 +164,9 @@ def _rtn_range(grouped: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The third tensor is the greatest code of each vector, (N, 1, 1).
     """
     top = (2.0 ** bits.to(grouped.dtype) - 1)[:, None, None]
-    # Padding is zero, which every range includes.
-    low, high = (
-        grouped.amin(-1, keepdim=True).clamp(max=0),
-        grouped.amax(-1, keepdim=True).clamp(min=0),
-    )
+    # Padding is zero, which every range includes. Zero itself passes the gradient on.
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    low, high = torch.where(low > 0, 0.0, low), torch.where(high < 0, 0.0, high)
     scale = (high - low) / top
     zero_point = (-low / scale.clamp(min=TINY)).detach().round().clamp(min=0).minimum(top)
     return scale, zero_point, top
