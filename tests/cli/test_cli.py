@@ -663,7 +663,8 @@ def small_demo(base, monkeypatch):
     monkeypatch.setitem(run.SETUPS, "tiny", setup)
     monkeypatch.setattr(run, "model_path", lambda: base)
     monkeypatch.setattr(run, "load_topics", lambda split: [TEXT])
-    monkeypatch.setattr(subprocess, "run", in_process)
+    # The demo's own name alone: libraries start programs, too.
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=in_process))
 
 
 def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
