@@ -27,7 +27,7 @@ COMMANDS = {
         "make a low-bit base of a model, or of a GPTQ, AWQ or compressed-tensors checkpoint",
     ),
     "eval": ("evaluate:run_eval", "measure the perplexity of a model, with or without an adapter"),
-    "recipe": ("export:run_recipe", "print the settings to train with for a runtime"),
+    "recipe": ("recipe:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),
     "quantize-adapter": (
         "adapters:run_quantize_adapter",

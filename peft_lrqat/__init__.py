@@ -29,6 +29,7 @@ from .shared.model_files import sign_model
 
 if TYPE_CHECKING:
     from .activations.cache import low_bit_cache
+    from .base.bits import choose_bits
     from .base.calibrated import CalibratedStart, calibrate_low_bit
     from .base.prepare import prepare_low_bit
     from .export import export_model, load_quantized, verify_export
@@ -54,6 +55,7 @@ _LAZY = {
     "LRQATTrainingArguments": ".trainer",
     "LoRAQuantCallback": ".trainer",
     "calibrate_low_bit": ".base.calibrated",
+    "choose_bits": ".base.bits",
     "dequantize_adapter": ".loraquant",
     "evaluate_perplexity": ".trainer.metrics",
     "export_model": ".export",
@@ -83,6 +85,7 @@ __all__ = [
     "LowBitConfig",
     "__version__",
     "calibrate_low_bit",
+    "choose_bits",
     "deployed_weight_bytes",
     "dequantize_adapter",
     "evaluate_perplexity",

@@ -1,4 +1,4 @@
-"""`lrqat export` and `lrqat recipe`: a model for a runtime, and settings to train with for one."""
+"""`lrqat export`: a trained model in the format of a runtime."""
 
 import dataclasses
 import json
@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_lrqat.export import export_model, verify_export
-from peft_lrqat.formats.linear import linear_names
-from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.formats.table import FORMATS
-from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.lrqat.low_bit import is_low_bit
-from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import check_target, directory_bytes
 from peft_lrqat.trainer.pipeline import load_adapter, load_model
 from peft_lrqat.trainer.tokenizers import (
@@ -81,23 +76,6 @@ class ExportArguments(ModelOptions, JsonOptions):
         metadata={
             "help": "load the export, compare every tensor, the logits and a rendered chat, and "
             "fail if one differs"
-        },
-    )
-
-
-@dataclass(kw_only=True)
-class RecipeForArguments(JsonOptions):
-    """For which runtime."""
-
-    bits: int = field(default=4, metadata={"help": "bits per weight"})
-    activation_bits: int | None = field(
-        default=None, metadata={"help": "bits of the inputs of the quantised layers; default: 16"}
-    )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "base model, a directory or a name on the Hub: group sizes then divide the "
-            "widths of its layers, and the file's size is printed"
         },
     )
 
@@ -184,63 +162,3 @@ def _load(args: ExportArguments) -> PreTrainedModel | PeftModel:
             "or make a base with `lrqat prepare`"
         )
     return model.eval()
-
-
-def run_recipe(argv: Sequence[str]) -> int:
-    """`lrqat recipe`."""
-    parser = Parser(
-        "recipe",
-        "--for RUNTIME [options]",
-        [RecipeForArguments],
-        "Settings to train with, so that a runtime loads the result as it is.",
-        "  lrqat recipe --for vllm --model ./my-llama\n  lrqat recipe --for llama.cpp --bits 2",
-    )
-    parser.add_argument(
-        "--for", dest="runtime", choices=RUNTIMES, required=True, help="what is to run the model"
-    )
-    args, place = parser.parse(argv)
-    runtime = runtime_named(place.runtime)
-    with parser.user_errors():
-        model = None if args.model is None else _skeleton(args.model)
-        config = LRQATConfig.for_runtime(
-            runtime.name,
-            bits=args.bits,
-            activation_bits=args.activation_bits,
-            model=model,
-            target_modules="all-linear",
-        )
-    grid = Grid(bits=config.bits, symmetric=config.symmetric, group_size=config.group_size)
-    shapes = [(WIDTH, WIDTH)] if model is None else list(linear_names(model).values())
-    sizes = runtime.stored_bits(grid, shapes, config.activation_grid)
-    names: tuple[str, ...] = ("bits", "group_size", "symmetric", "scale_dtype")
-    if args.activation_bits is not None:
-        names += ("activation_bits",)
-    fields = {name: getattr(config, name) for name in names}
-    found = {"stored_bits_per_weight": round(sizes.stored, 4), "file_bytes": None}
-    if model is not None:
-        weights = sum(rows * columns for rows, columns in shapes)
-        # All else is stored in the dtype of the model; tied weights count once.
-        others = sum(p.numel() for p in model.parameters()) - weights
-        found["file_bytes"] = round(weights * sizes.stored / 8) + others * model.dtype.itemsize
-    format = runtime.format.name
-    if args.json:
-        print(json.dumps({"runtime": runtime.name, "format": format, **fields, **found}))
-        return 0
-    options = " ".join(f"--{name} {value}" for name, value in fields.items())
-    name = args.model or "MODEL"
-    print(f"lrqat train --model {name} --dataset TEXT --output_dir ADAPTER {options}")
-    print(f"lrqat export --adapter ADAPTER --format {format} --output DIRECTORY --verify")
-    size = "" if model is None else f"; the file takes about {found['file_bytes']:,} bytes"
-    print(f"# stored at {sizes.stored:.2f} bits per weight, scales included{size}")
-    if sizes.wasteful:
-        print(f"# {sizes.remark(runtime.format)}")
-    return 0
-
-
-def _skeleton(name: str) -> PreTrainedModel:
-    """A causal language model without weights, in the dtype of its files."""
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return model

@@ -1,6 +1,7 @@
 """`lrqat export`, `eval` and `recipe` follow the task, the adapter's folder and the model."""
 
 import json
+import shlex
 
 import pytest
 from peft import get_peft_model
@@ -81,3 +82,52 @@ def test_a_recipe_for_a_model(capsys):
     out = capsys.readouterr().out
     assert "# stored at 4.50 bits per weight, scales included; the file takes about" in out
     assert "# gguf stores these weights at 4.50 bits each, but 3.50 bits" in out
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("Once upon a time there was a number, and it was rounded. " * 40)
+    return file
+
+
+def test_a_recipe_with_bits_by_layer_trains(text, capsys, tmp_path):
+    model = str(model_path())
+    words = ["recipe", "--average_bits", "2.5", "--model", model, "--dataset", str(text)]
+    words += ["--block_size", "32", "--tokens", "128"]
+    assert main([*words, "--group_size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 2.4 < found["average_bits"] <= 2.5
+    assert found["bits_pattern"]
+    assert main([*words, "--group_size", "32"]) == 0
+    command, comment = capsys.readouterr().out.splitlines()
+    assert comment.startswith("# 2.")
+    assert "bits per weight on average, without scales; layers: " in comment
+    trained = shlex.split(command)[1:]
+    trained[trained.index("ADAPTER")] = str(tmp_path / "out")
+    assert main([*trained, "--max_steps", "1", "--block_size", "32"]) == 0
+    config = LRQATConfig.from_pretrained(tmp_path / "out")
+    assert config.bits_pattern == found["bits_pattern"]
+    assert (config.bits, config.group_size) == (found["bits"], 32)
+
+
+def test_bits_by_layer_for_a_runtime(text, capsys):
+    words = ["recipe", "--for", "vllm", "--average_bits", "5", "--model", str(model_path())]
+    words += ["--dataset", str(text), "--block_size", "32", "--tokens", "64", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {found["bits"], *found["bits_pattern"].values()} == {4, 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--average_bits", "3"], "--average_bits needs --model, and --dataset"),
+        (["--average_bits", "3", "--bits", "3"], "give --bits or --average_bits, not both"),
+        (["--for", "vllm", "--tokens", "3"], "--tokens changes nothing without --average_bits"),
+    ],
+)
+def test_what_bits_by_layer_need(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["recipe", *words])
+    assert message in capsys.readouterr().err
