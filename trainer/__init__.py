@@ -2,7 +2,7 @@
 
 from .arguments import LRQATArguments, LRQATTrainingArguments
 from .checkpoint import last_complete_checkpoint
-from .distillation import distillation_loss
+from .divergence import distillation_loss
 from .figures import LRQATCallback
 from .loraquant_callback import LoRAQuantCallback
 from .optimizer import LRQATOptimizerFactory, clip_by_group, parameter_groups

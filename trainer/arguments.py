@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from peft_lrqat.shared.checks import check_choice
 
 from .rates import check_rates
 
@@ -90,14 +92,37 @@ class LRQATArguments(Base):
     distillation_weight: float = field(
         default=0.0,
         metadata={
-            "help": "share of the loss, 0 to 1, that is the divergence from the unquantised model's"
-            " predictions; the rest is the task's own loss. Above 0, a frozen copy of the base"
-            " model stays in memory"
+            "help": "share of the loss, 0 to 1, that is the distance from the unquantised model;"
+            " the rest is the task's own loss. Above 0, a frozen copy of the base model stays in"
+            " memory, unless there is a --distillation_cache"
+        },
+    )
+    distillation_target: Literal["predictions", "hidden_states"] = field(
+        default="predictions",
+        metadata={
+            "help": "what is compared: 'predictions' of tokens, or the last 'hidden_states', which"
+            " work with trainers that return no logits"
+        },
+    )
+    distillation_cache: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "directory that keeps what the unquantised model gives for each text. It is"
+            " computed before the first step, and that model is then dropped"
+        },
+    )
+    distillation_top_k: int = field(
+        default=64,
+        metadata={
+            "help": "how many of the most probable tokens --distillation_cache keeps for each"
+            " position, with --distillation_target predictions"
         },
     )
     distillation_temperature: float = field(
         default=1.0,
-        metadata={"help": "both models' logits are divided by this before the divergence is taken"},
+        metadata={
+            "help": "both models' logits are divided by this before predictions are compared"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -127,6 +152,13 @@ class LRQATArguments(Base):
             raise ValueError(
                 "`distillation_temperature` must be above 0, but is "
                 f"{self.distillation_temperature}"
+            )
+        check_choice(
+            "distillation_target", self.distillation_target, ("predictions", "hidden_states")
+        )
+        if self.distillation_top_k < 1:
+            raise ValueError(
+                f"`distillation_top_k` must be at least 1, but is {self.distillation_top_k}"
             )
         super().__post_init__()
         optim = OptimizerNames(self.optim).value

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
 from peft_lrqat import LowBitConfig, LRQATConfig
-from peft_lrqat.trainer import LRQATTrainer, distillation, distillation_loss
+from peft_lrqat.trainer import LRQATTrainer, distillation_loss, divergence
 from peft_lrqat.trainer.labels import scored_tokens
 
 
@@ -42,7 +42,7 @@ def naive(student, teacher, scored, temperature, num_items=None):
 @pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13)], ids=["mean", "int", "tensor"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_value_and_gradient_equal_those_of_torch(temperature, num_items, chunk, monkeypatch):
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
     student, teacher = logits(torch.float64)
     scored = torch.tensor([True, False, True, True, True, False, True])
     ours = distillation_loss(student, teacher, scored, temperature=temperature, num_items=num_items)

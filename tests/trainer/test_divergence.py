@@ -1,0 +1,108 @@
+"""Distances from cached targets: their values and gradients are those of the plain formula."""
+
+import pytest
+import torch
+
+from peft_lrqat.trainer import distillation_loss, divergence
+from peft_lrqat.trainer.divergence import hidden_states_loss, top_predictions_loss
+
+
+ROWS, VOCABULARY = 7, 11
+SCORED = torch.tensor([True, False, True, True, True, False, True])
+
+
+def logits(spread=3.0):
+    pair = (spread * torch.randn(ROWS, VOCABULARY, dtype=torch.float64) for _ in range(2))
+    return tuple(t.requires_grad_(i == 0) for i, t in enumerate(pair))
+
+
+def top(teacher, k, temperature):
+    values, tokens = (teacher / temperature).log_softmax(-1).topk(k)
+    return values, tokens.int()
+
+
+def naive(student, teacher, scored, k, temperature):
+    """KL between two distributions over the k tokens and "any other token"."""
+    p, tokens = (teacher / temperature).softmax(-1).topk(k)
+    q = (student / temperature).softmax(-1).gather(-1, tokens)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=-1) for x in (p, q))
+    each = (p * (p / q).log()).sum(-1)
+    return temperature**2 * each[scored].mean()
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY + 5, 1 << 20], ids=["one", "three", "all"])
+@pytest.mark.parametrize("k", [1, 4, 10])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_top_predictions_follow_the_formula(temperature, k, chunk, monkeypatch):
+    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
+    student, teacher = logits()
+    ours = top_predictions_loss(
+        student, *top(teacher, k, temperature), SCORED, temperature=temperature
+    )
+    theirs = naive(student, teacher, SCORED, k, temperature)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    upstream = torch.tensor(0.37, dtype=torch.float64)
+    grads = [torch.autograd.grad(loss, student, upstream)[0] for loss in (ours, theirs)]
+    # What the k tokens leave for all others is a small difference of large numbers.
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)
+    assert (grads[0][~SCORED] == 0).all()
+
+
+def test_all_tokens_are_the_whole_divergence():
+    student, teacher = logits()
+    whole = distillation_loss(student, teacher, SCORED, temperature=2.0)
+    ours = top_predictions_loss(student, *top(teacher, VOCABULARY, 2.0), SCORED, temperature=2.0)
+    torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (ours, whole)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13)], ids=["mean", "int", "tensor"])
+def test_hidden_states_follow_the_formula(num_items):
+    student, teacher = logits()
+    ours = hidden_states_loss(student, teacher, SCORED, num_items=num_items)
+    each = (student - teacher).pow(2).sum(-1) / teacher.pow(2).sum(-1)
+    expected = each[SCORED].sum() / (num_items or SCORED.sum())
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda x: hidden_states_loss(x, teacher, SCORED, num_items=num_items), student
+    )
+
+
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf")])
+def test_what_is_not_scored_may_hold_anything(rubbish):
+    student, teacher = logits()
+    wanted = [
+        torch.autograd.grad(loss, student)[0][SCORED]
+        for loss in (
+            top_predictions_loss(student, *top(teacher, 3, 1.0), SCORED, temperature=1.0),
+            hidden_states_loss(student, teacher, SCORED),
+        )
+    ]
+    broken = student.detach().clone()
+    broken[~SCORED] = rubbish
+    broken.requires_grad_()
+    found = [
+        top_predictions_loss(broken, *top(teacher, 3, 1.0), SCORED, temperature=1.0),
+        hidden_states_loss(broken, teacher, SCORED),
+    ]
+    for loss, expected in zip(found, wanted, strict=True):
+        grad = torch.autograd.grad(loss, broken)[0]
+        assert torch.equal(grad[SCORED], expected)
+        assert (grad[~SCORED] == 0).all()
+
+
+def test_nothing_scored_is_zero():
+    student, teacher = logits()
+    none = torch.zeros(ROWS, dtype=torch.bool)
+    for loss in (
+        top_predictions_loss(student, *top(teacher, 3, 1.0), none, temperature=1.0),
+        hidden_states_loss(student, teacher, none),
+    ):
+        assert loss.item() == 0
+        assert not torch.autograd.grad(loss, student)[0].any()
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ValueError, match="must be the base model itself"):
+        hidden_states_loss(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2).bool())

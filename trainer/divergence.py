@@ -1,0 +1,200 @@
+"""Distances between what the unquantised model gives and what the trained one gives.
+
+    predictions    T^2 * KL(softmax(teacher / T) || softmax(student / T))
+    hidden states  |student - teacher|^2 / |teacher|^2
+
+Each is a mean over the scored tokens. Hinton et al., "Distilling the Knowledge in a Neural
+Network", arXiv 1503.02531; Lee et al., "RILQ", arXiv 2412.01129, for the hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+CHUNK_ELEMENTS = 1 << 22  # of the logits that are widened to float32 at once
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    scored: Tensor,
+    *,
+    temperature: float,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """``T^2 * KL(teacher || student)`` in nats, the mean over the scored tokens; a float32 scalar.
+
+    Args:
+        student: logits (..., vocabulary), which get the gradient.
+        teacher: logits of the same shape.
+        scored: bool (...), see `scored_tokens`.
+        num_items: divide the sum by this instead of the number of scored tokens here: by the scored
+            tokens of all batches that make one step.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher's logits have shape {tuple(teacher.shape)} and the student's "
+            f"{tuple(student.shape)}; the teacher must have the student's vocabulary and see the "
+            "same tokens"
+        )
+    return _Divergence.apply(
+        student.reshape(-1, student.shape[-1]),
+        teacher.reshape(-1, teacher.shape[-1]),
+        scored.reshape(-1),
+        _divisor(scored, num_items),
+        temperature,
+    )
+
+
+def top_predictions_loss(
+    student: Tensor,
+    log_probabilities: Tensor,
+    tokens: Tensor,
+    scored: Tensor,
+    *,
+    temperature: float,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """`distillation_loss`, from the teacher's most probable tokens; all others count as one.
+
+    Args:
+        student: logits (..., vocabulary), which get the gradient.
+        log_probabilities: (..., k), of the teacher at ``temperature``.
+        tokens: int (..., k), which tokens these are.
+        scored, temperature, num_items: as in `distillation_loss`.
+    """
+    return _TopDivergence.apply(
+        student.reshape(-1, student.shape[-1]),
+        log_probabilities.reshape(-1, log_probabilities.shape[-1]),
+        tokens.reshape(-1, tokens.shape[-1]),
+        scored.reshape(-1),
+        _divisor(scored, num_items),
+        temperature,
+    )
+
+
+def hidden_states_loss(
+    student: Tensor,
+    teacher: Tensor,
+    scored: Tensor,
+    *,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """The mean over the scored tokens of the relative squared distance; a float32 scalar.
+
+    Args:
+        student: hidden states (..., width), which get the gradient.
+        teacher: hidden states of the same shape.
+        scored, num_items: as in `distillation_loss`.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher's hidden states have shape {tuple(teacher.shape)} and the student's "
+            f"{tuple(student.shape)}; the teacher must be the base model itself"
+        )
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    # Chosen and not multiplied: what is not scored may hold anything.
+    student, teacher = student[scored].to(dtype), teacher[scored].to(dtype)
+    distance = (student - teacher).square().sum(-1)
+    size = teacher.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+    return (distance / size).sum() / _divisor(scored, num_items).to(dtype)
+
+
+def _divisor(scored: Tensor, num_items: Tensor | int | None) -> Tensor:
+    found = scored.sum() if num_items is None else torch.as_tensor(num_items, device=scored.device)
+    return found.clamp(min=1)
+
+
+class _Divergence(torch.autograd.Function):
+    """Forward computes the gradient too, some tokens at a time.
+
+    Autograd would keep several float32 copies of the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        scored: Tensor,
+        divisor: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)
+        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        step = max(1, CHUNK_ELEMENTS // student.shape[-1])
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            mask = scored[rows, None]
+            log_s = (student[rows].to(dtype) / temperature).log_softmax(-1)
+            log_t = (teacher[rows].to(dtype) / temperature).log_softmax(-1)
+            p_t = log_t.exp()
+            # `where` and not a product: what is not scored may hold anything, and a token that
+            # both models exclude has the logit -inf.
+            total += torch.where(mask & (p_t != 0), p_t * (log_t - log_s), 0).sum()
+            if grad is not None:
+                grad[rows] = torch.where(mask, log_s.exp_().sub_(p_t), 0).to(grad.dtype)
+        # Divided in backward only, where a scaler of float16 gradients has multiplied: the
+        # smallest float16 is 6e-8.
+        ctx.save_for_backward(grad, temperature / divisor)
+        return total * (temperature**2 / divisor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad, factor = ctx.saved_tensors
+        return grad * (grad_loss * factor), None, None, None, None
+
+
+class _TopDivergence(torch.autograd.Function):
+    """With ``q`` the student's probabilities, the gradient of the logits is ``(q - p) / T``, where
+    ``p`` shares what the teacher gives to the other tokens among them as ``q`` does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        log_probabilities: Tensor,
+        tokens: Tensor,
+        scored: Tensor,
+        divisor: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        tiny = torch.finfo(dtype).tiny
+        total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)
+        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        step = max(1, CHUNK_ELEMENTS // student.shape[-1])
+        for start in range(0, len(student), step):
+            rows = slice(start, start + step)
+            mask = scored[rows, None]
+            log_s = (student[rows].to(dtype) / temperature).log_softmax(-1)
+            chosen = tokens[rows].long()
+            log_t, log_q = log_probabilities[rows].to(dtype), log_s.gather(-1, chosen)
+            p_t = log_t.exp()
+            # What is left for all other tokens; rounding may take it below 0.
+            rest_t = (1 - p_t.sum(-1, keepdim=True)).clamp(min=0)
+            rest_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+            total += torch.where(mask & (p_t != 0), p_t * (log_t - log_q), 0).sum()
+            rest = rest_t * (rest_t.clamp(min=tiny) / rest_q).log()
+            total += torch.where(mask, rest, 0).sum()
+            if grad is not None:
+                q = log_s.exp_()
+                of_top = q.gather(-1, chosen) - p_t
+                q.mul_(1 - rest_t / rest_q).scatter_(-1, chosen, of_top)
+                grad[rows] = torch.where(mask, q, 0).to(grad.dtype)
+        ctx.save_for_backward(grad, temperature / divisor)
+        return total * (temperature**2 / divisor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad, factor = ctx.saved_tensors
+        return grad * (grad_loss * factor), None, None, None, None, None
