@@ -70,9 +70,9 @@ def pytest_runtest_call(item):
     """transformers may want a newer PEFT than there is; its own way to load adapters then fails."""
     try:
         return (yield)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # the latter where a test waits for the former
         if "The version of PEFT you are using is not compatible" in str(error):
-            pytest.skip(f"transformers {transformers.__version__}: {error}")
+            pytest.skip(f"transformers {transformers.__version__} wants a newer PEFT")
         raise
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from formula import clip, straight_through
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -316,7 +317,7 @@ def test_gradients_of_both_ends_meet_in_the_scales(checkpoint, architecture):
     w = layer.low_rank_weight("default")
     A, B, scale = (found[n].detach().clone().requires_grad_() for n in found)
     z = w.format.decode(w.phi) + w.gamma * (B @ A)
-    q = (z + (z.round() - z).detach()).clamp(w.format.grid.qmin, w.format.grid.qmax)
+    q = clip(straight_through(z.round(), z), w.format.grid.qmin, w.format.grid.qmax)
     step = scale + (w.step() - scale).detach()
     weight = step.repeat_interleave(q.shape[1] // step.shape[1], 1) * q
     names = ["model.embed_tokens.weight"]
