@@ -88,7 +88,8 @@ class Run:
 
     @property
     def file(self) -> str:
-        return "-".join(str(part) for part in asdict(self).values()) + ".json"
+        name = "-".join(str(part) for part in asdict(self).values())
+        return f"{name.replace(' ', '-')}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +192,14 @@ def scales_only(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     return _adapted(place, run, model, scales_only=True)
 
 
-def teacher(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
-    """LR-QAT, with half of the loss from the unquantised model."""
-    return _adapted(place, run, model, scales_only=False, distillation_weight=0.5)
+def predictions(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT, with half of the loss from the unquantised model's predictions, 64 for a token."""
+    return _adapted(place, run, model, scales_only=False, distillation_target="predictions")
+
+
+def hidden_states(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT, with half of the loss from the unquantised model's last hidden states."""
+    return _adapted(place, run, model, scales_only=False, distillation_target="hidden_states")
 
 
 def _adapted(
@@ -209,6 +215,8 @@ def _adapted(
         scale_learning_rate=(
             args.scales_only_learning_rate if scales_only else args.scale_learning_rate
         ),
+        distillation_weight=0.5 if fields else 0.0,
+        distillation_cache=str(Path(args.work) / "teacher"),
         **_options(args, run.seed),
         **fields,
     )
@@ -319,7 +327,8 @@ TRAININGS: dict[str, Training] = {
     "none": untrained,
     "scales": scales_only,
     "lrqat": low_rank,
-    "teacher": teacher,
+    "predictions": predictions,
+    "hidden states": hidden_states,
     "full": full,
     "lora": lora,
 }
