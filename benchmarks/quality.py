@@ -57,8 +57,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W3": {"bits": 3},
     "W2-g64": {"bits": 2, "group_size": 64, "symmetric": False},
     "W2": {"bits": 2, "symmetric": False},
+    "W2-symmetric": {"bits": 2},
 }
 UNQUANTISED = "unquantised"
+DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
 # What is written beside a figure.
 OPTIONS = (
     "dtype",
@@ -512,7 +514,7 @@ def main() -> None:
     parser.add_argument("--train", help="a file of plain text; default: help topics of CPython")
     parser.add_argument("--heldout", help="a file of plain text, with --train")
     parser.add_argument("--heldout_tokens", type=int, default=16_384)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help=UNQUANTISED + ", too")
+    parser.add_argument("--settings", nargs="+", default=DEFAULT_SETTINGS)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--trainings", nargs="+", default=["none", "scales", "lrqat"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
