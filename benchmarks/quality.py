@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-g64": {"bits": 2, "group_size": 64, "symmetric": False},
     "W2": {"bits": 2, "symmetric": False},
     "W2-symmetric": {"bits": 2},
+    "W2-balanced": {"bits": 2, "balanced": True},
+    "W2-balanced-g64": {"bits": 2, "balanced": True, "group_size": 64},
 }
 UNQUANTISED = "unquantised"
 DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]

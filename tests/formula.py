@@ -23,12 +23,17 @@ def make(
     in_=IN,
     pass_through=False,
 ):
-    """A weight as after training: factors that move it by `spread` steps, and moved scales."""
-    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size)
+    """A weight as after training: factors that move it by `spread` steps, and moved scales.
+
+    ``symmetric`` is True, False or "balanced".
+    """
+    balanced, symmetric = symmetric == "balanced", bool(symmetric)
+    grid = Grid(bits=bits, symmetric=symmetric, group_size=group_size, balanced=balanced)
     fmt = WeightFormat(grid=grid, downcast=downcast, scale_dtype=scale_dtype, in_features=in_)
     weight = torch.randn(out, in_)
     scale, zero_point = estimate_range(weight, grid, estimator="lp", scale_dtype=scale_dtype, p=4.0)
-    phi = fmt.encode(weight / grid.expand(scale, in_) + grid.expand(zero_point.float(), in_))
+    units = weight / grid.expand(scale, in_) + grid.expand(zero_point.float(), in_)
+    phi = fmt.encode(units - 0.5 if balanced else units)
     return LowRankWeight(
         format=fmt,
         phi=phi,
@@ -40,6 +45,14 @@ def make(
         dtype=dtype,
         pass_through=pass_through,
     )
+
+
+def offset(w):
+    """What is subtracted from the integers of a weight, (out, in) or broadcastable to it."""
+    grid = w.format.grid
+    if w.zero_point is None:
+        return -0.5 if grid.balanced else 0
+    return grid.expand(w.zero_point.float(), w.shape[1])
 
 
 def straight_through(rounded, smooth):
@@ -57,6 +70,8 @@ def plain(x, w, bias=None):
     z = w.format.decode(w.phi).to(w.A.dtype) + w.gamma * (w.B @ w.A)
     codes = clip(straight_through(z.round(), z), grid.qmin, grid.qmax)
     codes = straight_through(codes, z) if w.pass_through else codes
+    if grid.balanced:
+        codes = codes + 0.5
     if w.zero_point is not None:
         codes = codes - grid.expand(w.zero_point.to(z.dtype), z.shape[1])
     step = straight_through(effective_scale(w.scale, w.format.scale_dtype), w.scale)

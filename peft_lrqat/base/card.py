@@ -29,7 +29,7 @@ def write_card(directory: Path, config: LowBitConfig) -> None:
     figures = {
         "bits": config.bits,
         "weights that share a scale": "a row" if config.group_size == -1 else config.group_size,
-        "grid": "symmetric" if config.symmetric else "asymmetric",
+        "grid": config.weight_grid("").kind,
         "dtype of scales": config.scale_dtype,
         "quantised modules": len(config.modules),
         "integers": how,

@@ -12,14 +12,19 @@ from ..quant import DOWNCASTS, Grid, WeightFormat
 from ..quant.grid import SCALE_DTYPES
 from ..shared.card import public_name
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_names
+from ..shared.names import PACKED_VERSIONS
 from .settings import WeightSettings, check_bits, check_group_size
 
 
 METHOD = "lrqat"
 # Raised when a release before would read the files wrongly.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Of a base whose grids have no halves, which releases before version 4 read, too.
+WHOLE_VERSION = 3
 # Of a base without embeddings, which releases before version 3 read, too.
 PLAIN_VERSION = 2
+# Packed exports, which load as low-bit bases, share the count.
+NEWEST_VERSION = max(FORMAT_VERSION, *PACKED_VERSIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +41,17 @@ class StoredWeight:
     first_range: str = "given"  # how the first scales were found, in words
     transposed: bool = False  # whether the module is transformers' Conv1D
     embedding: bool = False  # whether the module is an embedding, of (tokens, width)
+    balanced: bool = False
     fingerprint: Optional[int] = None  # of integers, scales and zero points; None: not known yet
 
     @property
     def format(self) -> WeightFormat:
-        grid = Grid(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+        grid = Grid(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+            balanced=self.balanced,
+        )
         return WeightFormat(
             grid=grid,
             downcast=self.downcast,
@@ -71,6 +82,7 @@ class StoredWeight:
             check_flag("symmetric", made.symmetric)
             check_flag("transposed", made.transposed)
             check_flag("embedding", made.embedding)
+            check_flag("balanced", made.balanced)
             made.format.grid.num_groups(shape[1])
         except (ValueError, TypeError) as error:
             raise ValueError(f"`modules` of the quantization config: `{name}`: {error}") from None
@@ -80,6 +92,8 @@ class StoredWeight:
         fields = asdict(self) | {"shape": list(self.shape)}
         if not self.embedding:
             del fields["embedding"]  # unknown to releases before version 3
+        if not self.balanced:
+            del fields["balanced"]  # likewise before version 4
         return fields
 
 
@@ -101,7 +115,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         ```
     """
 
-    newest_format: ClassVar[int] = FORMAT_VERSION
+    newest_format: ClassVar[int] = NEWEST_VERSION
 
     downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
         default="int",
@@ -165,10 +179,10 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         check_integer("format_version", self.format_version, 1)
-        if self.format_version > FORMAT_VERSION:
+        if self.format_version > NEWEST_VERSION:
             raise ValueError(
                 f"`format_version` is {self.format_version}, but this peft_lrqat reads up to "
-                f"{FORMAT_VERSION}: a newer release made the base; run "
+                f"{NEWEST_VERSION}: a newer release made the base; run "
                 "`pip install -U peft-lrqat`"
             )
         if self.quant_method != METHOD:
@@ -190,8 +204,11 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
     def take_modules(self, weights: dict[str, StoredWeight]) -> None:
         """Sets what is stored, and the version that its readers need."""
         self.modules = {name: weight.to_dict() for name, weight in weights.items()}
-        embeds = any(weight.embedding for weight in weights.values())
-        self.format_version = FORMAT_VERSION if embeds else PLAIN_VERSION
+        if any(weight.balanced for weight in weights.values()):
+            self.format_version = FORMAT_VERSION
+        else:
+            embeds = any(weight.embedding for weight in weights.values())
+            self.format_version = WHOLE_VERSION if embeds else PLAIN_VERSION
 
     def stored_weights(self) -> dict[str, StoredWeight]:
         """What is stored, by module, checked."""
@@ -208,4 +225,6 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         fields["made_from"] = public_name(self.made_from)
         if fields["embedding_bits"] is None:
             del fields["embedding_bits"]  # unknown to releases before version 3
+        if not fields["balanced"]:
+            del fields["balanced"]  # likewise before version 4
         return fields | {"library_version": __version__}

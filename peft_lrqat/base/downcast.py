@@ -267,6 +267,8 @@ class DowncastLinear(nn.Module):
             self.format.downcast,
             self.format.scale_dtype,
             self.in_features,
+            # As before there were balanced grids.
+            *(["balanced"] if grid.balanced else []),
         )
         digest = hashlib.blake2b(repr(fields).encode(), digest_size=8)
         for tensor in map(self.frozen, self.FROZEN):
@@ -380,10 +382,9 @@ class DowncastLinear(nn.Module):
 
     def extra_repr(self) -> str:
         grid = self.format.grid
-        kind = "symmetric" if grid.symmetric else "asymmetric"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={grid.bits}, group_size={grid.group_size}, "
-            f"{kind}, "
+            f"{grid.kind}, "
             f"downcast={self.format.downcast}"
         )

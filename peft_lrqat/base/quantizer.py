@@ -34,6 +34,7 @@ from transformers.utils import logging
 from ..quant import unpack
 from ..quant.grid import SCALE_DTYPES
 from ..shared.model_files import CONFIG, check_model, check_settings
+from ..shared.names import PACKED_VERSIONS
 from ..shared.pages import release_pages
 from ..shared.words import some
 from .config import METHOD, LowBitConfig, StoredWeight
@@ -268,7 +269,7 @@ class LowBitQuantizer(HfQuantizer):
     @property
     def is_packed_export(self) -> bool:
         """Whether the files are those of ``export_model(..., format="packed")``."""
-        return self.pre_quantized and self.quantization_config.format_version == 1
+        return self.pre_quantized and self.quantization_config.format_version in PACKED_VERSIONS
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -512,6 +513,7 @@ def describe(layer: DowncastLinear) -> StoredWeight:
         first_range=layer.range,
         transposed=layer.is_conv1d,
         embedding=isinstance(layer, DowncastEmbedding),
+        balanced=grid.balanced,
         fingerprint=layer.fingerprint,
     )
 

@@ -47,6 +47,14 @@ class WeightSettings:
             "an integer zero point per group, which the paper uses at 2 bits."
         },
     )
+    balanced: bool = field(
+        default=False,
+        metadata={
+            "help": "Values of half steps: with True each integer stands for the value half a step "
+            "above it, so that they lie evenly around 0, at 2 bits -1.5, -0.5, 0.5 and 1.5 steps. "
+            "For grids without a zero point."
+        },
+    )
     downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
         default="fixed8",
         metadata={
@@ -106,6 +114,12 @@ class WeightSettings:
         check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         check_choice("range_estimator", self.range_estimator, RANGES)
         check_flag("symmetric", self.symmetric)
+        check_flag("balanced", self.balanced)
+        if self.balanced and not self.symmetric:
+            raise ValueError(
+                "`balanced` grids have no zero point, but `symmetric` is False; leave one of them "
+                "out"
+            )
         check_bits("bits", self.bits)
         check_group_size("group_size", self.group_size)
         if self.embedding_bits is not None:
@@ -130,7 +144,9 @@ class WeightSettings:
         group_size = self.group_size_pattern.get(
             get_pattern_key(self.group_size_pattern, module_name), self.group_size
         )
-        return Grid(bits=bits, symmetric=self.symmetric, group_size=group_size)
+        return Grid(
+            bits=bits, symmetric=self.symmetric, group_size=group_size, balanced=self.balanced
+        )
 
     def weight_format(self, module_name: str, in_features: int) -> WeightFormat:
         """The format of one target; ValueError with its name if the group size does not fit."""

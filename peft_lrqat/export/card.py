@@ -39,7 +39,7 @@ def write_card(
         tags=sorted(tags),
         base_model=base if is_hub_id(config.base_model_name_or_path) else None,
     )
-    grid = "symmetric" if config.symmetric else "asymmetric"
+    grid = config.weight_grid("").kind
     groups = (
         "one scale per output channel"
         if config.group_size == -1

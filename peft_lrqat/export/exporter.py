@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,12 @@ from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
 
 from ..formats.base import DeployedModel, Format
-from ..formats.linear import QuantizedLinear, Target, widened
+from ..formats.linear import QuantizedLinear, Target
 from ..formats.runtimes import RUNTIMES
 from ..formats.sizes import stored_bits
 from ..formats.table import format_named
 from ..lrqat.low_bit import is_low_bit
+from ..quant.grid import Grid
 from ..shared.checks import check_choice
 from ..shared.staging import check_target, whole_directory
 from ..shared.tasks import class_name
@@ -97,7 +98,9 @@ def export_model(
     shard_size = convert_file_size_to_int(max_shard_size)
     config = config_of(model, adapter_name)
     deployed = replace(
-        deployed_model(model, adapter_name, container_bits, plain),
+        deployed_model(
+            model, adapter_name, lambda grid: writer.stored_grid(grid, container_bits), plain
+        ),
         activations=config.activation_grid if activations == "write" else None,
         tokenizer=tokenizer,
     )
@@ -158,16 +161,16 @@ def _warn_of_runtimes(format: Format, model: DeployedModel) -> None:
 def deployed_model(
     model: Model,
     adapter_name: str,
-    container_bits: int | None = None,
+    stored_grid: Callable[[Grid], Grid] = lambda grid: grid,
     plain: Collection[str] = (),
 ) -> DeployedModel:
-    """``model`` under an adapter as formats see it, its integers stored at ``container_bits``.
+    """``model`` under an adapter as formats see it, its integers on grids that hold them.
 
     The layers named in ``plain`` are plain weights.
     """
     layers = low_bit_layers(model)
     targets = {
-        name: replace(target, grid=widened(target.grid, container_bits))
+        name: replace(target, grid=stored_grid(target.grid))
         for name, layer in layers.items()
         if name not in plain
         for target in [target_of(name, layer)]
@@ -185,7 +188,7 @@ def deployed_model(
     def quantize(target: Target) -> QuantizedLinear:
         linear = quantized_linear(target.name, layers[target.name], adapter_name)
         # Packed integers are counted from the lowest of the wider grid.
-        return replace(linear, grid=target.grid)
+        return linear.on(target.grid)
 
     @cache
     def layout() -> CheckpointLayout:
@@ -257,7 +260,10 @@ def _check(
     config = config_of(model, adapter_name)
     for name, layer in layers.items():
         target = target_of(name, layer)
-        grid = widened(target.grid, container_bits)
+        try:
+            grid = format.stored_grid(target.grid, container_bits)
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from None
         reason = format.why_not_target(replace(target, grid=grid))
         if reason is not None:
             raise ValueError(f"`{name}`: {reason}")

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..quant.grid import Grid
 from ..shared.adapter_files import read_config
 from ..shared.model_files import check_model, split_settings
-from .linear import QuantizedLinear, Target
+from .linear import QuantizedLinear, Target, widened
 from .shards import ShardWriter
 
 
@@ -63,6 +63,7 @@ class Format(ABC):
     scale_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     holds_conv1d: ClassVar[bool] = False
     holds_embeddings: ClassVar[bool] = False
+    holds_balanced: ClassVar[bool] = False  # if not, their values take a bit more
     is_small: ClassVar[bool] = True  # the point of its files
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
     library_name: ClassVar[str] = "transformers"  # in the metadata of the card
@@ -76,8 +77,11 @@ class Format(ABC):
 
         ``in_features`` None: the width of the weight is not known yet.
         """
+        try:
+            grid = self.stored_grid(grid)
+        except ValueError as error:
+            return str(error)
         bits = self.symmetric_bits if grid.symmetric else self.asymmetric_bits
-        kind = "symmetric" if grid.symmetric else "asymmetric"
         if is_conv1d and not self.holds_conv1d:
             return (
                 f"{self.name} cannot hold transformers' Conv1D layers; use format='packed' or"
@@ -85,7 +89,7 @@ class Format(ABC):
             )
         if grid.bits not in bits:
             return (
-                f"{self.name} holds {kind} weights of {in_words(bits)} bits, but these have"
+                f"{self.name} holds {grid.kind} weights of {in_words(bits)} bits, but these have"
                 f" {grid.bits}"
             )
         if scale_dtype not in self.scale_dtypes:
@@ -101,6 +105,25 @@ class Format(ABC):
                     f" {size}"
                 )
         return None
+
+    def stored_grid(self, grid: Grid, bits: int | None = None) -> Grid:
+        """The grid that the integers of ``grid`` are stored on.
+
+        Args:
+            grid: of the weights.
+            bits: the width in the files, if it is to be greater than that of the integers.
+
+        Raises:
+            ValueError: the integers do not fit.
+        """
+        if grid.balanced and not self.holds_balanced:
+            if grid.bits == 8:
+                raise ValueError(
+                    f"{self.name} holds no half steps, and integers of up to 8 bits; use"
+                    " format='packed' or 'dequantized', or train with balanced=False"
+                )
+            grid = grid.whole
+        return widened(grid, bits)
 
     def why_not_target(self, target: Target) -> str | None:
         """The same for one weight of a model."""

@@ -15,7 +15,13 @@ SETTINGS = {
     for bits in (2, 3, 4, 8)
     for symmetric in (True, False)
     for name, size in (("per channel", -1), ("g32", 32), ("g128", 128))
-} | {"W4 g40": Grid(bits=4, group_size=40)}
+} | {
+    "W4 g40": Grid(bits=4, group_size=40),
+    "W2 balanced, per channel": Grid(bits=2, balanced=True),
+    "W2 balanced, g32": Grid(bits=2, balanced=True, group_size=32),
+    "W3 balanced, per channel": Grid(bits=3, balanced=True),
+    "W8 balanced, per channel": Grid(bits=8, balanced=True),
+}
 
 
 def capability_table() -> str:

@@ -68,10 +68,9 @@ model = {auto_class}.from_pretrained(
         per_row = grid.bits == 8 and grid.group_size == -1
         if grid.symmetric and (grid.bits == 4 or per_row):
             return None
-        kind = "symmetric" if grid.symmetric else "asymmetric"
         return (
             f"{name} holds 8-bit inputs beside symmetric weights of 4 bits, or of 8 bits with one"
-            f" scale per row, which vLLM has kernels for, but these weights are {kind},"
+            f" scale per row, which vLLM has kernels for, but these weights are {grid.kind},"
             f" {grid.bits} bits, group size {grid.group_size}"
         )
 

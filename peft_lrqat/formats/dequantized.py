@@ -15,7 +15,7 @@ class Dequantized(SafetensorsFormat):
     """The weights that the model computes with."""
 
     name = "dequantized"
-    holds_conv1d = holds_embeddings = True
+    holds_conv1d = holds_embeddings = holds_balanced = True
     is_small = False
     snippet = """from transformers import {auto_class}
 

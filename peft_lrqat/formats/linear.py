@@ -81,6 +81,13 @@ class QuantizedLinear:
         codes = self.codes.to(torch.int16)
         return codes if self.zero_point is None else self.grid.centered(codes, self.zero_point)
 
+    def on(self, grid: Grid) -> QuantizedLinear:
+        """The same weight, its integers on a grid that holds them, see `Format.stored_grid`."""
+        if not self.grid.balanced or grid.balanced:
+            return replace(self, grid=grid)
+        # Halving a scale is exact.
+        return replace(self, grid=grid, codes=2 * self.codes + 1, scale=self.scale / 2)
+
     def scale_as(self, dtype: torch.dtype) -> Tensor:
         """The scales in another dtype; ValueError if it cannot represent them exactly."""
         scale = self.scale.to(dtype)

@@ -9,10 +9,10 @@ and a target's weight becomes:
     zero_points  (out, ceil(groups * bits / 8)) uint8, packed like the codes; asymmetric grids only
     bits         in the configuration, by module, with the group size and the width ``in``
 
-The weight is ``scale * (codes - zero_point)`` in float32, rounded once to the model's dtype. All
-other tensors are stored as they are. The metadata of each file have digests of its tensors and of
-``config.json``, as those of adapters; damage by chance is refused. Who changes a file on purpose
-calls `sign_model`.
+The weight is ``scale * (codes - zero_point)`` in float32, on a balanced grid
+``scale * (codes + 1/2)``, rounded once to the model's dtype. All other tensors are stored as they
+are. The metadata of each file have digests of its tensors and of ``config.json``, as those of
+adapters; damage by chance is refused. Who changes a file on purpose calls `sign_model`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.packing import pack, packed_bytes, unpack
+from ..shared.names import PACKED_VERSIONS
 from .base import CONFIG_NAME, DeployedModel, Loaded, SafetensorsFormat
 from .linear import QuantizedLinear, Target
 from .stored import StoredTensors, build
 
 
-METHOD, FORMAT_VERSION = "lrqat", 1
+METHOD = "lrqat"
+WHOLE_VERSION, BALANCED_VERSION = PACKED_VERSIONS
 
 
 class Packed(SafetensorsFormat):
     """For `load_quantized`."""
 
     name = "packed"
-    holds_conv1d = holds_embeddings = True
+    holds_conv1d = holds_embeddings = holds_balanced = True
     tags = ("packed",)
     checkpoint_names = False
     snippet = """from peft_lrqat.export import load_quantized
@@ -65,7 +67,9 @@ model = load_quantized("this folder")"""
 
     def config_entry(self, model: DeployedModel) -> dict[str, Any]:
         modules = {name: _describe(target) for name, target in model.targets.items()}
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+        halves = any(target.grid.balanced for target in model.targets.values())
+        version = BALANCED_VERSION if halves else WHOLE_VERSION
+        return {"quant_method": METHOD, "format_version": version, "modules": modules}
 
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
         # `problems` says what is damaged, and the comparison where.
@@ -112,8 +116,9 @@ def _load(
 
 def _describe(target: Target) -> dict[str, Any]:
     """What the configuration says of a weight."""
-    embedding = {"embedding": True} if target.is_embedding else {}
-    return embedding | {
+    special = {"embedding": True} if target.is_embedding else {}
+    special |= {"balanced": True} if target.grid.balanced else {}
+    return special | {
         "bits": target.grid.bits,
         "symmetric": target.grid.symmetric,
         "group_size": target.grid.group_size,
@@ -139,10 +144,10 @@ def _read_modules(path: Path) -> dict[str, dict[str, Any]]:
             f"the model in {path} is quantised by {method}; load it with"
             " `AutoModelForCausalLM.from_pretrained`"
         )
-    if version != FORMAT_VERSION:
+    if version not in PACKED_VERSIONS:
         raise ValueError(
             f"{path} is of version {version!r} of the format, but this peft_lrqat reads"
-            f" {FORMAT_VERSION}; run `pip install -U peft-lrqat`"
+            f" {WHOLE_VERSION} and {BALANCED_VERSION}; run `pip install -U peft-lrqat`"
         )
     if not isinstance(modules, dict):
         raise ValueError(f"`modules` in {path / CONFIG_NAME} must be an object, but is {modules!r}")
@@ -153,7 +158,8 @@ def _weight(
     fields: dict[str, Any], tensors: dict[str, Tensor | None], dtype: torch.dtype
 ) -> Tensor:
     """The weight of one module in its own layout; ValueError where a tensor does not fit."""
-    grid = Grid(bits=fields["bits"], symmetric=fields["symmetric"], group_size=fields["group_size"])
+    names = ("bits", "symmetric", "group_size")
+    grid = Grid(**{n: fields[n] for n in names}, balanced=fields.get("balanced", False))
     rows, columns = fields["shape"]
     groups = grid.num_groups(columns)
     wanted = {

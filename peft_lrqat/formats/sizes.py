@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..quant.grid import Grid
 from .base import Format
@@ -40,6 +40,9 @@ def stored_bits(
     """Bits per weight of some targets in the files of a format."""
     targets = list(targets)
     weights = sum(target.num_weights for target in targets)
-    stored = sum(format.stored_bytes(target, activations) for target in targets)
+    stored = sum(
+        format.stored_bytes(replace(target, grid=format.stored_grid(target.grid)), activations)
+        for target in targets
+    )
     trained = sum(target.trained_bytes for target in targets)
     return StoredBits(trained=8 * trained / weights, stored=8 * stored / weights)

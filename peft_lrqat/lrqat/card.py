@@ -36,7 +36,7 @@ def _section(config: LRQATConfig, subfolder: str | None) -> str:
         if config.group_size == -1
         else f"one scale per {config.group_size} weights"
     )
-    grid = "symmetric" if config.symmetric else "asymmetric"
+    grid = config.weight_grid("").kind
     mixed = ""
     if config.bits_pattern or config.group_size_pattern:
         mixed = (

@@ -207,10 +207,9 @@ def _check_same_recipe(name: str, layer: LRQATLinear, config: LRQATConfig) -> No
 
 def _in_words(format: WeightFormat, first_range: str, base_dtype: str | None = None) -> str:
     grid = format.grid
-    kind = "symmetric" if grid.symmetric else "asymmetric"
     source = "" if base_dtype is None else f", from {base_dtype}"
     return (
-        f"bits={grid.bits}, group_size={grid.group_size}, {kind}, downcast={format.downcast}, "
+        f"bits={grid.bits}, group_size={grid.group_size}, {grid.kind}, downcast={format.downcast}, "
         f"scale_dtype={format.scale_dtype}, first range {first_range}{source}"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ class Grid:
     """Describes ``2^bits`` consecutive integers, with one step (and zero point) per group of a row.
 
     A symmetric grid is ``-2^(bits-1) .. 2^(bits-1)-1``, without a zero point. An asymmetric one is
-    ``0 .. 2^bits-1``, with an integer zero point.
+    ``0 .. 2^bits-1``, with an integer zero point. On a balanced one each integer stands for the
+    value half a step above it, so that the values lie evenly on both sides of 0: at 2 bits -1.5,
+    -0.5, 0.5 and 1.5 steps (Liu et al., "ParetoQ", arXiv 2502.02631).
     """
 
     bits: int
     symmetric: bool = True
     group_size: int = -1  # -1: one group per row, "per channel"
+    balanced: bool = False  # its integers are those of a symmetric grid
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -31,6 +34,30 @@ class Grid:
                 "`group_size` must be -1 (one group per row) or at least 1, but is "
                 f"{self.group_size}"
             )
+        if self.balanced and not self.symmetric:
+            raise ValueError(
+                "a balanced grid has no zero point; with `balanced`, leave `symmetric` at True"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The name of the kind of grid."""
+        if self.balanced:
+            return "balanced"
+        return "symmetric" if self.symmetric else "asymmetric"
+
+    @property
+    def shift(self) -> float:
+        """What an integer's value, in steps, is more than the integer."""
+        return 0.5 if self.balanced else 0.0
+
+    @property
+    def whole(self) -> Grid:
+        """A grid without halves that holds the same values, with steps of half the size.
+
+        Integer Q becomes 2 Q + 1, which takes a bit more.
+        """
+        return replace(self, bits=self.bits + 1, balanced=False) if self.balanced else self
 
     @property
     def qmin(self) -> int:
@@ -67,24 +94,24 @@ class Grid:
         return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
 
     def centered(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Subtracts ``zero_point`` from ``values`` in place.
+        """Turns integers into values, in steps: subtracts ``zero_point`` in place.
 
         ``values`` is (rows, in), ``zero_point`` (rows, groups), or None on a symmetric grid, which
-        subtracts nothing.
+        subtracts nothing, and on a balanced one, which adds a half.
         """
         if zero_point is None:
-            return values
+            return values.add_(self.shift) if self.balanced else values
         return values.sub_(self.expand(zero_point.to(values.dtype), values.shape[1]))
 
     def units(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Returns ``weight / scale + zero_point``, not rounded.
+        """Returns ``weight / scale + zero_point``, not rounded; minus a half if balanced.
 
         (rows, in), (rows, groups) -> (rows, in), in the dtype of ``weight``. ``zero_point`` is None
         on a symmetric grid.
         """
         units = weight / self.expand(scale, weight.shape[1])
         if zero_point is None:
-            return units
+            return units.sub_(self.shift) if self.balanced else units
         return units.add_(self.expand(zero_point.to(units.dtype), weight.shape[1]))
 
     def values(self, units: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@ make.
 
     Z     = phi + gamma * B @ A            in units of the grid
     Q     = clip(round(Z), qmin, qmax)
-    W_hat = s * (Q - zero_point)
+    W_hat = s * (Q - zero_point)           on a balanced grid s * (Q + 1/2)
 
 One function decides the integers on a device, in forward, backward, merge and export: `rounded`, or
 on a GPU the kernels' `rounded_tile`. Both compute Z in float32, but in another order, each within
@@ -66,6 +66,7 @@ class LowRankWeight:
             gamma=self.gamma,
             downcast=fmt.downcast,
             bits=fmt.grid.bits,
+            balanced=fmt.grid.balanced,
             scale_dtype=fmt.scale_dtype,
             deployed=self.dtype,
         )
@@ -133,8 +134,9 @@ def tile(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns round(Z), Q - zero_point and the step of some rows and columns, as new tensors.
 
-    All in float32 or wider, (rows, columns) or broadcastable to it. ``columns`` start at a
-    multiple of 8 and split no group, where a row has several.
+    On a balanced grid, Q + 1/2 is the second. All in float32 or wider, (rows, columns) or
+    broadcastable to it. ``columns`` start at a multiple of 8 and split no group, where a row has
+    several.
     """
     grid = w.format.grid
     columns = slice(0, w.format.in_features) if columns is None else columns

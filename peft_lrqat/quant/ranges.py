@@ -32,7 +32,7 @@ def _scale_and_zero_point(
     shape.
     """
     if grid.symmetric:
-        span, steps = torch.maximum(high, -low), grid.qmax
+        span, steps = torch.maximum(high, -low), grid.qmax + grid.shift
     else:
         span, steps = high - low, grid.qmax - grid.qmin
     # Divides by a tensor: on GPUs, division by a Python number multiplies by its rounded inverse.
@@ -49,8 +49,9 @@ def _scale_and_zero_point(
 def minmax_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Tensor, Tensor]:
     """Covers every weight: the step is ``max|w| / qmax``.
 
-    On an asymmetric grid it is ``(max - min) / (2^bits - 1)``. (rows, groups, size) -> scale and
-    zero point, both (rows, groups).
+    On a balanced grid it is ``max|w| / (qmax + 1/2)``, on an asymmetric one
+    ``(max - min) / (2^bits - 1)``. (rows, groups, size) -> scale and zero point, both
+    (rows, groups).
     """
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     return _scale_and_zero_point(low, high, 1.0, grid, scale_dtype)
@@ -76,7 +77,8 @@ def _clipping_loss(
     For symmetric grids; (rows, groups), float64.
     """
     largest, least = extremes
-    excess = torch.cat([largest - grid.qmax * step, grid.qmin * step - least], -1)
+    top, bottom = grid.qmax + grid.shift, grid.qmin + grid.shift
+    excess = torch.cat([largest - top * step, bottom * step - least], -1)
     return excess.clamp_(min=0).div_(unit).double().pow_(p).sum(-1)
 
 
@@ -104,7 +106,11 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
         ):
             break
         torch.div(groups, step, out=coordinate)
-        if grid.symmetric:
+        if grid.balanced:
+            torch.sub(coordinate, grid.shift, out=rounded).round_().clamp_(
+                grid.qmin, grid.qmax
+            ).add_(grid.shift)
+        elif grid.symmetric:
             torch.round(coordinate, out=rounded).clamp_(grid.qmin, grid.qmax)
         else:
             torch.add(coordinate, offset, out=rounded).round_().clamp_(grid.qmin, grid.qmax).sub_(

@@ -111,6 +111,7 @@ def finish_rows_kernel(
     DOWNCAST: tl.constexpr,
     BITS: tl.constexpr,
     QMIN: tl.constexpr,
+    BALANCED: tl.constexpr,
     RANKS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -191,7 +192,7 @@ def finish_rows_kernel(
         )
         codes = clipped_to_grid(rounded, BITS, QMIN)
         # Columns that do not exist have a gradient of 0.
-        total += tl.sum(gradient * centered(codes, zero_point_ptr, row, row_mask), 1)
+        total += tl.sum(gradient * centered(codes, zero_point_ptr, row, row_mask, BALANCED), 1)
     tl.store(grad_scale_ptr + row, total, mask=lost)
 
 

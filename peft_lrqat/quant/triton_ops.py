@@ -68,6 +68,7 @@ class Layer:
     gamma: float
     downcast: str
     bits: int
+    balanced: bool
     scale_dtype: str
     deployed: torch.dtype
 
@@ -99,7 +100,14 @@ class Layer:
         """All that launches for this layer depend on, except the memory of its tensors."""
         dtypes = self.phi.dtype, self.A.dtype, self.B.dtype, self.scale.dtype
         shapes = self.phi.shape, self.A.shape, self.scale.shape, self.zero_point is None
-        settings = self.gamma, self.downcast, self.bits, self.scale_dtype, self.deployed
+        settings = (
+            self.gamma,
+            self.downcast,
+            self.bits,
+            self.balanced,
+            self.scale_dtype,
+            self.deployed,
+        )
         # Interned: a long tuple would be hashed again at every launch.
         return _interned((*dtypes, *shapes, *settings))
 
@@ -111,13 +119,14 @@ class Layer:
         """Compile-time constants of a kernel that makes tiles of this weight."""
         aligned = first_column % 8 == 0 and (span % 8 == 0 or self.groups == 1)
         symmetric = self.zero_point is None
-        return _tile_constants(len(self.A), self.downcast, self.bits, symmetric, aligned, span)
+        grid = Grid(bits=self.bits, symmetric=symmetric, balanced=self.balanced)
+        return _tile_constants(len(self.A), self.downcast, grid, aligned, span)
 
 
 LAYER_FIELDS = tuple(field.name for field in fields(Layer))
 LAYER_SCHEMA = (
     "Tensor phi, Tensor? zero_point, Tensor A, Tensor B, Tensor scale, float gamma, "
-    "str downcast, int bits, str scale_dtype, ScalarType deployed"
+    "str downcast, int bits, bool balanced, str scale_dtype, ScalarType deployed"
 )
 
 
@@ -282,15 +291,16 @@ def _blocks(number: int, size: int) -> int:
 
 @functools.cache
 def _tile_constants(
-    rank: int, downcast: str, bits: int, symmetric: bool, aligned: bool, span: int
+    rank: int, downcast: str, grid: Grid, aligned: bool, span: int
 ) -> dict[str, Any]:
     """What decides round(Z), and the shape of a tile, whose columns lie in one span."""
     columns = min(TILE_COLUMNS, max(16, _power_of_2(span)))
     return {
         "RANK": rank,
         "DOWNCAST": downcast,
-        "BITS": bits,
-        "QMIN": Grid(bits=bits, symmetric=symmetric).qmin,
+        "BITS": grid.bits,
+        "QMIN": grid.qmin,
+        "BALANCED": grid.balanced,
         "RANKS": RANKS,
         "ALIGNED": aligned or downcast != "int",
         "ROWS": min(256, TILE_ELEMENTS // columns),
@@ -438,7 +448,8 @@ def rounded(
 
     def plan() -> Plan:
         aligned = first_column % 8 == 0
-        constants = _tile_constants(len(A), downcast, bits, symmetric, aligned, columns)
+        integers = Grid(bits=bits, symmetric=symmetric)
+        constants = _tile_constants(len(A), downcast, integers, aligned, columns)
         numbers = rows, first_column, columns, A.shape[1], phi.shape[1], gamma
         grid = _tiles(constants, rows, columns, columns)
         return Plan("triton_weight", "rounded_kernel", grid, numbers, constants)

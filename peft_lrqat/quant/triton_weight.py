@@ -199,8 +199,10 @@ def is_clipped(codes, rounded):
 
 
 @triton.jit
-def centered(codes, zero_point_ptr, at, mask):
-    """Q - zero_point of a tile; ``at``: where the zero point of each row is."""
+def centered(codes, zero_point_ptr, at, mask, BALANCED: tl.constexpr):
+    """Q - zero_point of a tile, or Q + 1/2; ``at``: where the zero point of each row is."""
+    if BALANCED:
+        codes += 0.5
     if zero_point_ptr is not None:
         codes -= tl.load(zero_point_ptr + at, mask=mask, other=0).to(tl.float32)[:, None]
     return codes
@@ -232,6 +234,7 @@ def weight_kernel(
     DOWNCAST: tl.constexpr,
     BITS: tl.constexpr,
     QMIN: tl.constexpr,
+    BALANCED: tl.constexpr,
     RANKS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -280,7 +283,7 @@ def weight_kernel(
                 at = row.to(tl.int64)[:, None] * width + column[None, :]
                 tl.store(places_ptr + place, at, mask=outside & (place < room))
     at = row.to(tl.int64) * groups + first_group + tl.program_id(2)
-    codes = centered(codes, zero_point_ptr, at, row_mask)
+    codes = centered(codes, zero_point_ptr, at, row_mask, BALANCED)
     step = effective_step(scale_ptr, at, row_mask, SCALE)
     value = (codes * step[:, None]).to(DEPLOYED).to(weight_ptr.dtype.element_ty)
     at = row_in_chunk.to(tl.int64)[:, None] * columns + (column - first_column)[None, :]
@@ -303,6 +306,7 @@ def rounded_kernel(
     DOWNCAST: tl.constexpr,
     BITS: tl.constexpr,
     QMIN: tl.constexpr,
+    BALANCED: tl.constexpr,
     RANKS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -362,6 +366,7 @@ def gradient_kernel(
     DOWNCAST: tl.constexpr,
     BITS: tl.constexpr,
     QMIN: tl.constexpr,
+    BALANCED: tl.constexpr,
     RANKS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -395,7 +400,7 @@ def gradient_kernel(
     )
     at = row.to(tl.int64) * groups + first_group + tl.program_id(2)
     integers = clipped_to_grid(rounded, BITS, QMIN)
-    codes = centered(integers, zero_point_ptr, at, row_mask)
+    codes = centered(integers, zero_point_ptr, at, row_mask, BALANCED)
     step = effective_step(scale_ptr, at, row_mask, SCALE)[:, None]
     column = start + tl.arange(0, COLUMNS)
     mask = row_mask[:, None] & (column < end)[None, :]

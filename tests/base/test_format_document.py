@@ -25,11 +25,17 @@ def reader():
     return names["weight"]
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("symmetric", "balanced"),
+    [(True, False), (False, False), (True, True)],
+    ids=["symmetric", "asymmetric", "balanced"],
+)
 @pytest.mark.parametrize("group_size", [-1, 6])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_the_reader_of_the_document(bits, group_size, symmetric, reader):
-    settings = LowBitConfig(bits=bits, group_size=group_size, symmetric=symmetric)
+def test_the_reader_of_the_document(bits, group_size, symmetric, balanced, reader):
+    settings = LowBitConfig(
+        bits=bits, group_size=group_size, symmetric=symmetric, balanced=balanced
+    )
     layer = DowncastLinear.from_linear(
         nn.Linear(18, 7),
         settings.weight_format("layer", 18),
@@ -38,7 +44,9 @@ def test_the_reader_of_the_document(bits, group_size, symmetric, reader):
         base_dtype=torch.float32,
     )
     zero_point = None if symmetric else layer.zero_point.numpy()
-    found = reader(layer.phi.numpy(), layer.scale0.numpy(), zero_point, bits, (7, 18), symmetric)
+    found = reader(
+        layer.phi.numpy(), layer.scale0.numpy(), zero_point, bits, (7, 18), symmetric, balanced
+    )
     assert torch.equal(torch.from_numpy(found), layer.stored_weight())
 
 

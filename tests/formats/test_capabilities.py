@@ -41,6 +41,7 @@ def test_every_cell_of_a_format(name, tokenizer, tmp_path):
     fields = {
         "bits": grid.bits,
         "symmetric": grid.symmetric,
+        "balanced": grid.balanced,
         "group_size": grid.group_size,
         "init_weights": False,
     }

@@ -89,8 +89,8 @@ def spoiled(value):
             "do not fit its config.json: extra",
         ),
         (
-            lambda state, config: config["quantization_config"].update(format_version=2),
-            "is of version 2 of the format",
+            lambda state, config: config["quantization_config"].update(format_version=6),
+            "is of version 6 of the format",
         ),
         (
             lambda state, config: config["quantization_config"].update(quant_method="gptq"),

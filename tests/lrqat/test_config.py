@@ -240,8 +240,12 @@ def test_all_documented_values_are_accepted(bits):
 
 
 def test_every_field_survives_the_file(tmp_path):
-    of_a_run = {"verify_base", "base_dtype_found"}
-    assert set(OTHER_VALUES) == set(OWN) - of_a_run - {"format_version", "library_version"}
+    of_a_run = {"verify_base", "base_dtype_found", "format_version", "library_version"}
+    # It excludes `symmetric=False`; a test below has it.
+    assert {*OTHER_VALUES, "balanced"} == set(OWN) - of_a_run - {
+        "format_version",
+        "library_version",
+    }
     config = LRQATConfig(task_type="CAUSAL_LM", base_model_name_or_path="some/base", **OTHER_VALUES)
     assert all(getattr(config, name) != FIELDS[name].default for name in OTHER_VALUES)
     config.save_pretrained(tmp_path)
@@ -253,6 +257,11 @@ def test_every_field_survives_the_file(tmp_path):
         assert loaded == config
     # No adapter lies beside it, so no card either.
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_balanced_grids_survive_the_file(tmp_path):
+    LRQATConfig(balanced=True).save_pretrained(tmp_path)
+    assert LRQATConfig.from_pretrained(tmp_path).weight_grid("q_proj").balanced
 
 
 def test_saving_again_writes_the_same_fields(tmp_path):

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.utils.checkpoint
-from formula import IN, OUT, make, plain
+from formula import IN, OUT, make, offset, plain
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,9 +24,14 @@ from peft_lrqat.quant import (
 )
 
 
+KINDS = pytest.mark.parametrize(
+    "symmetric", [True, False, "balanced"], ids=["symmetric", "asymmetric", "balanced"]
+)
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.3, 30.0], ids=["untrained", "trained", "mostly clipped"])
 @pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@KINDS
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("downcast", DOWNCASTS)
 def test_value_and_gradients_equal_autograd_of_the_formula(
@@ -57,7 +62,7 @@ def test_the_cases_above_have_clipped_entries_and_entries_inside():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("symmetric", [True, False])
+@KINDS
 def test_model_dtypes(dtype, symmetric):
     w = make(4, symmetric, 8, "int", dtype=torch.float32)
     object.__setattr__(w, "dtype", dtype)
@@ -80,20 +85,19 @@ def test_model_dtypes(dtype, symmetric):
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
 def test_weight_is_step_times_integer(scale_dtype):
-    for symmetric in (True, False):
+    for symmetric in (True, False, "balanced"):
         w = make(3, symmetric, 8, "fixed8", dtype=torch.float32, scale_dtype=scale_dtype)
         grid, codes = w.format.grid, quantized_codes(w)
         assert codes.dtype == (torch.int8 if symmetric else torch.uint8)
         assert codes.min() >= grid.qmin
         assert codes.max() <= grid.qmax
-        offset = 0 if symmetric else grid.expand(w.zero_point.float(), IN)
         step = w.scale.detach().to(getattr(torch, scale_dtype)).float()
-        assert torch.equal(quantized_weight(w), grid.expand(step, IN) * (codes.float() - offset))
+        assert torch.equal(quantized_weight(w), grid.expand(step, IN) * (codes.float() - offset(w)))
 
 
 @pytest.mark.parametrize("rows", [[0], [OUT - 1], [7, 2, 2], list(range(OUT))], ids=str)
 @pytest.mark.parametrize("group_size", [-1, 8], ids=["per-row", "grouped"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@KINDS
 @pytest.mark.parametrize("downcast", DOWNCASTS)
 def test_some_rows_are_those_of_all_integers(downcast, symmetric, group_size, rows):
     w, rows = (
