@@ -308,7 +308,9 @@ def _train_in_full(
 
 
 def _training_set(place: Place, run: Run) -> Dataset:
-    return place.blocks(run.seed, place.args.steps * place.args.batch_size)
+    count = place.args.steps * place.args.batch_size
+    # A short text is seen several times.
+    return place.blocks(run.seed, min(count, len(place.train_blocks)))
 
 
 def _options(args: argparse.Namespace, seed: int) -> dict[str, Any]:
