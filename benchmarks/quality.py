@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-symmetric": {"bits": 2},
     "W2-balanced": {"bits": 2, "balanced": True},
     "W2-balanced-g64": {"bits": 2, "balanced": True, "group_size": 64},
+    "W2-balanced-g32": {"bits": 2, "balanced": True, "group_size": 32},
 }
 UNQUANTISED = "unquantised"
 DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
@@ -75,6 +76,7 @@ OPTIONS = (
     "learning_rate",
     "scale_learning_rate",
     "scales_only_learning_rate",
+    "distillation_weight",
     "full_rate",
 )
 
@@ -197,12 +199,12 @@ def scales_only(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
 
 
 def predictions(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
-    """LR-QAT, with half of the loss from the unquantised model's predictions, 64 for a token."""
+    """LR-QAT, with a part of the loss from the unquantised model's predictions, 64 for a token."""
     return _adapted(place, run, model, scales_only=False, distillation_target="predictions")
 
 
 def hidden_states(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
-    """LR-QAT, with half of the loss from the unquantised model's last hidden states."""
+    """LR-QAT, with a part of the loss from the unquantised model's last hidden states."""
     return _adapted(place, run, model, scales_only=False, distillation_target="hidden_states")
 
 
@@ -219,7 +221,7 @@ def _adapted(
         scale_learning_rate=(
             args.scales_only_learning_rate if scales_only else args.scale_learning_rate
         ),
-        distillation_weight=0.5 if fields else 0.0,
+        distillation_weight=args.distillation_weight if fields else 0.0,
         distillation_cache=str(Path(args.work) / "teacher"),
         **_options(args, run.seed),
         **fields,
@@ -531,6 +533,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="of A and B")
     parser.add_argument("--scale_learning_rate", type=float, default=1e-4)
     parser.add_argument("--scales_only_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--distillation_weight", type=float, default=0.5)
     parser.add_argument(
         "--full_rate", type=float, default=0.01, help="of full QAT, in steps of the grid"
     )
