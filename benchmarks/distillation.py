@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def one_run(demo, bits, weight, temperature, rates, seed, factor_max_grad_norm) -> dict[str, float]:
-    model = demo.adapted(bits)
+    model = demo.adapted(bits, group_size=-1, balanced=False)
     options = LRQATTrainingArguments(
         output_dir=str(demo.output),
         max_steps=demo.steps,

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def one_run(demo, bits: int, gradient: str, seed: int) -> dict[str, float]:
-    model = demo.adapted(bits, clipped_gradient=gradient)
+    model = demo.adapted(bits, group_size=-1, balanced=False, clipped_gradient=gradient)
     before = clipped_share(model)
     seconds, _ = demo.train(model, f"{bits} bits, {gradient}", scales_only=False)
     return {

@@ -119,6 +119,7 @@ def make_trainer(
     args: LRQATTrainingArguments,
     train_dataset: Dataset | IterableDataset,
     eval_dataset: Dataset | None = None,
+    teacher_model: PreTrainedModel | None = None,
 ) -> LRQATTrainer:
     """An `LRQATTrainer` for blocks of tokens, with perplexity as its metric."""
     return LRQATTrainer(
@@ -130,6 +131,7 @@ def make_trainer(
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        teacher_model=teacher_model,
     )
 
 

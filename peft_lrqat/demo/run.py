@@ -1,10 +1,11 @@
-"""The demo: round-to-nearest, trained scales and LR-QAT on one model and one text, offline."""
+"""The demo: rounding, trained scales, calibration and LR-QAT on one model and one text, offline."""
 
 import json
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from peft_lrqat.base.calibrated import CalibratedStart, calibrate_low_bit
+from peft_lrqat.base.config import LowBitConfig
+from peft_lrqat.calibration.reconstruct import Reconstruction
 from peft_lrqat.demo.smollm2 import gguf_path, load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
 from peft_lrqat.lrqat.config import LRQATConfig
@@ -26,6 +30,16 @@ from peft_lrqat.trainer import LRQATTrainingArguments
 from peft_lrqat.trainer.data import load_tokens, make_blocks
 from peft_lrqat.trainer.metrics import evaluate_perplexity
 from peft_lrqat.trainer.pipeline import load_base, make_trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """LR-QAT from reconstructed blocks, with the unquantised model as a teacher."""
+
+    examples: int
+    epochs: int
+    learning_rate: float  # of A and B
+    distillation_weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,9 @@ class Setup:
     scale_learning_rate: float  # of the scales, trained beside A and B
     scales_only_learning_rate: float  # of the scales, trained alone: they have to do more
     tokens_per_second: float  # of training, on 2 idle CPU cores; for the estimate
+    # By bits, where they are not the defaults: the grid, and how LR-QAT starts.
+    grids: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    starts: Mapping[int, Calibrated] = field(default_factory=dict)
 
 
 LOGGING_STEPS = 5  # between two points of the plot
@@ -55,6 +72,8 @@ SETUPS = {
         scale_learning_rate=1e-3,
         scales_only_learning_rate=5e-3,
         tokens_per_second=11_000,
+        grids={2: {"group_size": 32, "balanced": True}},
+        starts={2: Calibrated(examples=384, epochs=4, learning_rate=5e-3, distillation_weight=0.5)},
     ),
     "smollm2": Setup(
         dtype="bfloat16",
@@ -130,17 +149,36 @@ class Experiment:
     heldout_file: Path
     heldout: Tensor  # (T,) token ids
 
-    def adapted(self, bits: int, **fields: Any) -> PeftModel:
-        """A fresh base model with a fresh adapter: round-to-nearest.
+    def adapted(self, bits: int, base: Path | None = None, **fields: Any) -> PeftModel:
+        """A fresh base model with a fresh adapter: round-to-nearest, or what ``base`` holds.
 
         ``fields`` are further fields of the adapter's config.
         """
         set_seed(self.seed)
-        model, _ = load_base(str(self.base), self.setup.dtype)
+        model, _ = load_base(str(base or self.base), self.setup.dtype)
+        fields = {**self.setup.grids.get(bits, {}), **fields}
         config = LRQATConfig(
             task_type="CAUSAL_LM", target_modules="all-linear", bits=bits, **fields
         )
         return get_peft_model(model, config)
+
+    def calibrated(self, bits: int, start: Calibrated) -> Path:
+        """Makes a low-bit base by block reconstruction; its directory."""
+        set_seed(self.seed)
+        model, _ = load_base(str(self.base), self.setup.dtype)
+        grid = LowBitConfig(bits=bits, downcast="fixed8", **self.setup.grids.get(bits, {}))
+        rows = self.train_set.shuffle(seed=self.seed)
+        rows = rows.select(range(min(start.examples, len(rows))))
+        how = CalibratedStart(
+            method=Reconstruction(epochs=start.epochs, seed=self.seed),
+            dataset=rows,
+            batch_size=self.setup.batch_size,
+        )
+        base = calibrate_low_bit(model, grid, how)
+        folder = self.output / f"calibrated-{bits}bit"
+        base.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return folder
 
     def perplexity(self, model: nn.Module) -> float:
         model.to(PartialState().device)
@@ -150,14 +188,19 @@ class Experiment:
         ]
 
     def train(
-        self, model: PeftModel, name: str, *, scales_only: bool
+        self,
+        model: PeftModel,
+        name: str,
+        *,
+        scales_only: bool,
+        start: Calibrated | None = None,
     ) -> tuple[float, list[tuple[int, float]]]:
         """Trains in place; seconds, and (step, loss) along the way."""
         args = LRQATTrainingArguments(
             output_dir=str(self.output),  # the Trainer itself saves nothing there
             max_steps=self.steps,
             per_device_train_batch_size=self.setup.batch_size,
-            learning_rate=self.setup.learning_rate,
+            learning_rate=self.setup.learning_rate if start is None else start.learning_rate,
             scale_learning_rate=(
                 self.setup.scales_only_learning_rate
                 if scales_only
@@ -166,23 +209,26 @@ class Experiment:
             seed=self.seed,
             logging_steps=LOGGING_STEPS,
             save_strategy="no",
+            distillation_weight=0.0 if start is None else start.distillation_weight,
+            distillation_cache=str(self.output / "teacher"),
         )
-        trainer = make_trainer(model, self.tokenizer, args, self.train_set)
+        teacher = None if start is None else load_base(str(self.base), self.setup.dtype)[0]
+        trainer = make_trainer(model, self.tokenizer, args, self.train_set, teacher_model=teacher)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_LossInProgressBar(name))
-        start = time.perf_counter()
+        began = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
         return seconds, [
             (int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log
         ]
 
-    def reloaded_perplexity(self, adapter: Path) -> float:
-        """Perplexity of a saved adapter, by `lrqat eval` in a process of its own."""
+    def reloaded_perplexity(self, adapter: Path, base: Path | None = None) -> float:
+        """Perplexity of a saved adapter on its base, by `lrqat eval` in a process of its own."""
         command = [sys.executable, "-m", "peft_lrqat.cli", "eval", "--json"]
         command += [
             "--model",
-            str(self.base),
+            str(base or self.base),
             "--adapter",
             str(adapter),
             "--dataset",
@@ -272,6 +318,8 @@ def run(args: DemoArguments) -> int:
     experiment = prepare(args)
     setup, widths = experiment.setup, args.bits or experiment.setup.bits
     trained = len(widths) * 2 * experiment.steps * setup.batch_size * setup.window
+    found = [setup.starts[bits] for bits in widths if bits in setup.starts]
+    trained += sum(start.examples * start.epochs * setup.window for start in found)
     scored = (1 + 5 * len(widths)) * len(experiment.heldout)
     # A forward pass is a third of a step; loading, the search for scales and the fresh process take
     # a constant time.
@@ -332,14 +380,22 @@ def one_width(
     )
     sizes["training_bytes"] = target_weight_bytes(model)
 
-    losses, rows = {}, [rtn]
+    losses, rows, base = {}, [rtn], None
     for method, scales_only in (("scales only", True), ("LR-QAT", False)):
-        model = experiment.adapted(bits)
+        calibrated = None if scales_only else experiment.setup.starts.get(bits)
+        if calibrated is not None:
+            began = time.perf_counter()
+            base = experiment.calibrated(bits, calibrated)
+            seconds = time.perf_counter() - began
+            # A fresh adapter adds nothing but the rounding.
+            perplexity = experiment.perplexity(experiment.adapted(bits, base))
+            rows.append(Row(method="calibrated", perplexity=perplexity, seconds=seconds, **sizes))
+        model = experiment.adapted(bits, base)
         if scales_only:
             freeze_factors(model)
         trainable, _ = model.get_nb_trainable_parameters()
         seconds, losses[method] = experiment.train(
-            model, f"{method}, {bits} bits", scales_only=scales_only
+            model, f"{method}, {bits} bits", scales_only=scales_only, start=calibrated
         )
         perplexity = experiment.perplexity(model)
         rows.append(
@@ -356,7 +412,7 @@ def one_width(
         if not lrqat.perplexity < row.perplexity
     ]
     checks = {
-        "reloaded in a fresh process": experiment.reloaded_perplexity(adapter),
+        "reloaded in a fresh process": experiment.reloaded_perplexity(adapter, base),
         "merged into plain linear layers": experiment.perplexity(model.merge_and_unload()),
     }
     failures += [

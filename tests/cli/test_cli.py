@@ -672,7 +672,8 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
     assert "all checks passed" in capsys.readouterr().out
     rows = json.loads(Path("demo/table.json").read_text())
     methods = ["round-to-nearest", "scales only", "LR-QAT"]
-    expected = [("unquantised", None)] + [(method, bits) for bits in (3, 2) for method in methods]
+    expected = [("unquantised", None), *((method, 3) for method in methods)]
+    expected += [(method, 2) for method in (*methods[:2], "calibrated", methods[2])]
     assert [(row["method"], row["bits"]) for row in rows] == expected
     # 7 x 32 x 32 weights of 4 bytes or of 3 bits, and 7 x 32 scales of 2 bytes.
     weights, scales = 7 * 32 * 32, 7 * 32
@@ -686,9 +687,11 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
 
 
 def test_a_demo_that_fails_says_why_and_ends_non_zero(small_demo, monkeypatch, capsys):
-    monkeypatch.setattr(run.Experiment, "reloaded_perplexity", lambda self, adapter: 1.0)
+    monkeypatch.setattr(run.Experiment, "reloaded_perplexity", lambda self, adapter, base: 1.0)
     # What does not move cannot beat trained scales.
-    still = dataclasses.replace(run.SETUPS["tiny"], learning_rate=1e-30, scale_learning_rate=1e-30)
+    still = dataclasses.replace(
+        run.SETUPS["tiny"], learning_rate=1e-30, scale_learning_rate=1e-30, starts={}
+    )
     monkeypatch.setitem(run.SETUPS, "tiny", still)
     assert main(["demo", "--bits", "2", "--output", "demo"]) == 1
     said = capsys.readouterr()
