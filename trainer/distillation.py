@@ -199,8 +199,8 @@ class Distillation(TrainerPart):
         unused = () if whole.config.is_encoder_decoder else ("labels",)
         with torch.no_grad(), self._hidden_states(whole) as hidden:
             output = teacher(**{n: v for n, v in inputs.items() if n not in unused})
-            found = None if hidden is None else self._found(hidden)
-        return self._target.record(output.logits, found)
+            compared = output.logits if hidden is None else self._found(hidden)
+        return self._target.record(compared)
 
     def _hidden_states(self, model: Any) -> AbstractContextManager[LastHiddenStates | None]:
         assert self._target is not None
@@ -305,11 +305,7 @@ class Distillation(TrainerPart):
             and self.loss_is_scaled_for_ga is not False
         )
         divergence = self._target.loss(
-            logits,
-            hidden_states,
-            self._recorded(inputs),
-            scored,
-            num_items_in_batch if summed else None,
+            compared, self._recorded(inputs), scored, num_items_in_batch if summed else None
         )
         if summed and self.args.average_tokens_across_devices:
             devices = self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu

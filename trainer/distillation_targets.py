@@ -18,7 +18,7 @@ Recorded = dict[str, Tensor]
 
 
 class Target(Protocol):
-    """What is compared."""
+    """What is compared: an output, which is the last hidden states or the logits."""
 
     name: str
     needs_hidden_states: bool
@@ -26,13 +26,12 @@ class Target(Protocol):
     def layout(self, config: Any) -> Layout | None:
         """What a cache holds for each token, by the teacher's config; None: it cannot be cached."""
 
-    def record(self, logits: Tensor, hidden_states: Tensor | None) -> Recorded:
-        """What is kept of a teacher's output."""
+    def record(self, output: Tensor) -> Recorded:
+        """What is kept of the teacher's output."""
 
     def loss(
         self,
-        logits: Tensor,
-        hidden_states: Tensor | None,
+        output: Tensor,
         recorded: Recorded,
         scored: Tensor,
         num_items: Tensor | int | None,
@@ -51,24 +50,18 @@ class Predictions:
     def layout(self, config: Any) -> Layout | None:
         return None
 
-    def record(self, logits: Tensor, hidden_states: Tensor | None) -> Recorded:
-        return {"logits": logits}
+    def record(self, output: Tensor) -> Recorded:
+        return {"logits": output}
 
     def loss(
         self,
-        logits: Tensor,
-        hidden_states: Tensor | None,
+        output: Tensor,
         recorded: Recorded,
         scored: Tensor,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        return distillation_loss(
-            logits,
-            recorded["logits"],
-            scored,
-            temperature=self.temperature,
-            num_items=num_items,
-        )
+        how: Any = {"temperature": self.temperature, "num_items": num_items}
+        return distillation_loss(output, recorded["logits"], scored, **how)
 
 
 class TopPredictions:
@@ -86,9 +79,9 @@ class TopPredictions:
             "tokens": ((k,), torch.int32),
         }
 
-    def record(self, logits: Tensor, hidden_states: Tensor | None) -> Recorded:
-        scaled = logits.float() / self.temperature
-        top, tokens = scaled.topk(min(self.k, logits.shape[-1]))
+    def record(self, output: Tensor) -> Recorded:
+        scaled = output.float() / self.temperature
+        top, tokens = scaled.topk(min(self.k, output.shape[-1]))
         return {
             "log_probabilities": top - scaled.logsumexp(-1, keepdim=True),
             "tokens": tokens.int(),
@@ -96,20 +89,14 @@ class TopPredictions:
 
     def loss(
         self,
-        logits: Tensor,
-        hidden_states: Tensor | None,
+        output: Tensor,
         recorded: Recorded,
         scored: Tensor,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        return top_predictions_loss(
-            logits,
-            recorded["log_probabilities"],
-            recorded["tokens"],
-            scored,
-            temperature=self.temperature,
-            num_items=num_items,
-        )
+        how: Any = {"temperature": self.temperature, "num_items": num_items}
+        top = recorded["log_probabilities"], recorded["tokens"]
+        return top_predictions_loss(output, *top, scored, **how)
 
 
 class HiddenStates:
@@ -120,22 +107,17 @@ class HiddenStates:
     def layout(self, config: Any) -> Layout | None:
         return {"hidden_states": ((config.hidden_size,), torch.bfloat16)}
 
-    def record(self, logits: Tensor, hidden_states: Tensor | None) -> Recorded:
-        assert hidden_states is not None
-        return {"hidden_states": hidden_states}
+    def record(self, output: Tensor) -> Recorded:
+        return {"hidden_states": output}
 
     def loss(
         self,
-        logits: Tensor,
-        hidden_states: Tensor | None,
+        output: Tensor,
         recorded: Recorded,
         scored: Tensor,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        assert hidden_states is not None
-        return hidden_states_loss(
-            hidden_states, recorded["hidden_states"], scored, num_items=num_items
-        )
+        return hidden_states_loss(output, recorded["hidden_states"], scored, num_items=num_items)
 
 
 class LastHiddenStates:

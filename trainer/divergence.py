@@ -9,7 +9,9 @@ Network", arXiv 1503.02531; Lee et al., "RILQ", arXiv 2412.01129, for the hidden
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 
 CHUNK_ELEMENTS = 1 << 22  # of the logits that are widened to float32 at once
+# For some tokens: terms whose sum is the divergence, and its gradient by the logits / T.
+Distance: TypeAlias = tuple[Tensor, Tensor]
 
 
 def distillation_loss(
@@ -42,13 +46,8 @@ def distillation_loss(
             f"{tuple(student.shape)}; the teacher must have the student's vocabulary and see the "
             "same tokens"
         )
-    return _Divergence.apply(
-        student.reshape(-1, student.shape[-1]),
-        teacher.reshape(-1, teacher.shape[-1]),
-        scored.reshape(-1),
-        _divisor(scored, num_items),
-        temperature,
-    )
+    distance = partial(_from_predictions, temperature=temperature)
+    return _divergence(student, scored, temperature, num_items, distance, teacher)
 
 
 def top_predictions_loss(
@@ -68,14 +67,8 @@ def top_predictions_loss(
         tokens: int (..., k), which tokens these are.
         scored, temperature, num_items: as in `distillation_loss`.
     """
-    return _TopDivergence.apply(
-        student.reshape(-1, student.shape[-1]),
-        log_probabilities.reshape(-1, log_probabilities.shape[-1]),
-        tokens.reshape(-1, tokens.shape[-1]),
-        scored.reshape(-1),
-        _divisor(scored, num_items),
-        temperature,
-    )
+    top = log_probabilities, tokens
+    return _divergence(student, scored, temperature, num_items, _from_top_predictions, *top)
 
 
 def hidden_states_loss(
@@ -105,25 +98,67 @@ def hidden_states_loss(
     return (distance / size).sum() / _divisor(scored, num_items).to(dtype)
 
 
+def _divergence(
+    student: Tensor,
+    scored: Tensor,
+    temperature: float,
+    num_items: Tensor | int | None,
+    distance: Callable[..., Distance],
+    *teacher: Tensor,
+) -> Tensor:
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (student, *teacher)]
+    settings = scored.reshape(-1), _divisor(scored, num_items), temperature, distance
+    return _Divergence.apply(flat[0], *settings, *flat[1:])
+
+
 def _divisor(scored: Tensor, num_items: Tensor | int | None) -> Tensor:
     found = scored.sum() if num_items is None else torch.as_tensor(num_items, device=scored.device)
     return found.clamp(min=1)
 
 
+def _from_predictions(log_s: Tensor, teacher: Tensor, *, temperature: float) -> Distance:
+    log_t = (teacher.to(log_s.dtype) / temperature).log_softmax(-1)
+    p_t = log_t.exp()
+    # A token that both models exclude has the logit -inf.
+    terms = torch.where(p_t != 0, p_t * (log_t - log_s), 0)
+    return terms, log_s.exp_().sub_(p_t)
+
+
+def _from_top_predictions(log_s: Tensor, log_probabilities: Tensor, tokens: Tensor) -> Distance:
+    """With ``q`` the student's probabilities, the gradient is ``q - p``: ``p`` shares what the
+    teacher gives to the other tokens among them as ``q`` does.
+    """
+    tiny = torch.finfo(log_s.dtype).tiny
+    chosen = tokens.long()
+    log_t, log_q = log_probabilities.to(log_s.dtype), log_s.gather(-1, chosen)
+    p_t = log_t.exp()
+    # What is left for all other tokens; rounding may take it below 0.
+    rest_t = (1 - p_t.sum(-1, keepdim=True)).clamp(min=0)
+    rest_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+    terms = torch.where(p_t != 0, p_t * (log_t - log_q), 0)
+    rest = rest_t * (rest_t.clamp(min=tiny) / rest_q).log()
+    q = log_s.exp_()
+    of_top = q.gather(-1, chosen) - p_t
+    q.mul_(1 - rest_t / rest_q).scatter_(-1, chosen, of_top)
+    return torch.cat([terms, rest], dim=-1), q
+
+
 class _Divergence(torch.autograd.Function):
     """Forward computes the gradient too, some tokens at a time.
 
-    Autograd would keep several float32 copies of the logits.
+    Autograd would keep several float32 copies of the logits. ``distance`` takes the student's log
+    probabilities, which it may overwrite, and rows of ``teacher``.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
         scored: Tensor,
         divisor: Tensor,
         temperature: float,
+        distance: Callable[..., Distance],
+        *teacher: Tensor,
     ) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
         total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)
@@ -133,13 +168,11 @@ class _Divergence(torch.autograd.Function):
             rows = slice(start, start + step)
             mask = scored[rows, None]
             log_s = (student[rows].to(dtype) / temperature).log_softmax(-1)
-            log_t = (teacher[rows].to(dtype) / temperature).log_softmax(-1)
-            p_t = log_t.exp()
-            # `where` and not a product: what is not scored may hold anything, and a token that
-            # both models exclude has the logit -inf.
-            total += torch.where(mask & (p_t != 0), p_t * (log_t - log_s), 0).sum()
+            terms, difference = distance(log_s, *(tensor[rows] for tensor in teacher))
+            # `where` and not a product: what is not scored may hold anything.
+            total += torch.where(mask, terms, 0).sum()
             if grad is not None:
-                grad[rows] = torch.where(mask, log_s.exp_().sub_(p_t), 0).to(grad.dtype)
+                grad[rows] = torch.where(mask, difference, 0).to(grad.dtype)
         # Divided in backward only, where a scaler of float16 gradients has multiplied: the
         # smallest float16 is 6e-8.
         ctx.save_for_backward(grad, temperature / divisor)
@@ -149,52 +182,4 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, factor = ctx.saved_tensors
-        return grad * (grad_loss * factor), None, None, None, None
-
-
-class _TopDivergence(torch.autograd.Function):
-    """With ``q`` the student's probabilities, the gradient of the logits is ``(q - p) / T``, where
-    ``p`` shares what the teacher gives to the other tokens among them as ``q`` does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        log_probabilities: Tensor,
-        tokens: Tensor,
-        scored: Tensor,
-        divisor: Tensor,
-        temperature: float,
-    ) -> Tensor:
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        tiny = torch.finfo(dtype).tiny
-        total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)
-        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK_ELEMENTS // student.shape[-1])
-        for start in range(0, len(student), step):
-            rows = slice(start, start + step)
-            mask = scored[rows, None]
-            log_s = (student[rows].to(dtype) / temperature).log_softmax(-1)
-            chosen = tokens[rows].long()
-            log_t, log_q = log_probabilities[rows].to(dtype), log_s.gather(-1, chosen)
-            p_t = log_t.exp()
-            # What is left for all other tokens; rounding may take it below 0.
-            rest_t = (1 - p_t.sum(-1, keepdim=True)).clamp(min=0)
-            rest_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=tiny)
-            total += torch.where(mask & (p_t != 0), p_t * (log_t - log_q), 0).sum()
-            rest = rest_t * (rest_t.clamp(min=tiny) / rest_q).log()
-            total += torch.where(mask, rest, 0).sum()
-            if grad is not None:
-                q = log_s.exp_()
-                of_top = q.gather(-1, chosen) - p_t
-                q.mul_(1 - rest_t / rest_q).scatter_(-1, chosen, of_top)
-                grad[rows] = torch.where(mask, q, 0).to(grad.dtype)
-        ctx.save_for_backward(grad, temperature / divisor)
-        return total * (temperature**2 / divisor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad, factor = ctx.saved_tensors
-        return grad * (grad_loss * factor), None, None, None, None, None
+        return grad * (grad_loss * factor), *[None] * (len(ctx.needs_input_grad) - 1)

@@ -34,6 +34,17 @@ class Ranges:
     estimator: str
     p: float
 
+    def find(self, weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of a weight (out, in), each (out, groups); no zero point: None."""
+        scale, zero_point = estimate_range(
+            weight,
+            format.grid,
+            estimator=self.estimator,
+            scale_dtype=format.scale_dtype,
+            p=self.p,
+        )
+        return scale, None if format.grid.symmetric else zero_point
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedBlock:
@@ -85,15 +96,8 @@ class BlockAtWork:
         """A weight with the scale and zero point that range estimation gives it."""
         format, ranges = self.formats[name], self.ranges
         weight = self.weight(name)
-        scale, zero_point = estimate_range(
-            weight,
-            format.grid,
-            estimator=ranges.estimator,
-            scale_dtype=format.scale_dtype,
-            p=ranges.p,
-        )
-        offset = None if format.grid.symmetric else zero_point
-        return TrainedWeight(weight, scale, offset, format, weight.dtype)
+        scale, zero_point = ranges.find(weight, format)
+        return TrainedWeight(weight, scale, zero_point, format, weight.dtype)
 
     def run(self, batch: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output for one batch of the rounded model, with ``weights`` (out, in)."""

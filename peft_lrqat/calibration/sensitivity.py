@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..quant import WeightFormat
-from ..quant.ranges import estimate_range
 from .calibrate import Ranges
 from .replay import Batch
 from .weights import rounded, store
@@ -67,14 +66,7 @@ def measure_costs(
         plain = _matrix(modules[name], weight.detach()).float()
         for bits, format in formats[name].items():
             if (name, bits) not in found:
-                scale, zero_point = estimate_range(
-                    plain,
-                    format.grid,
-                    estimator=ranges.estimator,
-                    scale_dtype=format.scale_dtype,
-                    p=ranges.p,
-                )
-                found[name, bits] = scale, None if format.grid.symmetric else zero_point
+                found[name, bits] = ranges.find(plain, format)
             stored = store(plain, *found[name, bits], format)
             error = rounded(stored, format, plain.dtype).sub_(plain).square_()
             cost = float(error.mul_(squared).sum(dtype=torch.float64))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from peft_lrqat.base.calibrated import CalibratedStart
@@ -19,11 +18,11 @@ from peft_lrqat.calibration.methods import METHODS
 from peft_lrqat.calibration.reconstruct import Reconstruction
 from peft_lrqat.quant.grid import SCALE_DTYPES
 from peft_lrqat.shared.plotting import require_matplotlib
-from peft_lrqat.trainer.data import load_blocks
 
 from .fields import config_values, given_names, options_of
 from .options import JsonOptions, ModelOptions
 from .parser import Parser, print_table
+from .sample import SampleOptions
 
 
 logger = logging.get_logger(__name__)
@@ -83,7 +82,7 @@ class PrepareArguments(ModelOptions, JsonOptions):
 
 
 @dataclass(kw_only=True)
-class CalibrationArguments:
+class CalibrationArguments(SampleOptions):
     """How the integers are chosen, and on which text."""
 
     _argument_group_name = "calibration"
@@ -103,9 +102,6 @@ class CalibrationArguments:
             "Hub, as for `lrqat train`"
         },
     )
-    split: str = field(default="train", metadata={"help": "split of --dataset, if it has several"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    block_size: int = field(default=512, metadata={"help": "tokens in a calibration example"})
     calibration_tokens: int = field(
         default=65_536, metadata={"help": "tokens of --dataset that are used, chosen at random"}
     )
@@ -120,21 +116,8 @@ class CalibrationArguments:
             raise ValueError(
                 f"--method {self.method} needs --dataset, a text like the one the model is for"
             )
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
-        blocks: Any = load_blocks(
-            self.dataset,
-            tokenizer,
-            block_size=self.block_size,
-            split=self.split,
-            text_column=self.text_column,
-        )
-        wanted = max(1, self.calibration_tokens // self.block_size)
-        if len(blocks) < wanted:
-            logger.warning(
-                f"--dataset has {len(blocks) * self.block_size:,} tokens in whole blocks, which "
-                f"is less than --calibration_tokens {self.calibration_tokens:,}; all are used"
-            )
-        return blocks.shuffle(seed=0).select(range(min(wanted, len(blocks))))
+        wanted = self.calibration_tokens
+        return self.sample(self.dataset, model, revision, wanted, "--calibration_tokens")
 
 
 def run_prepare(argv: Sequence[str]) -> int:

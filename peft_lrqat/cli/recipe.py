@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_lrqat.base.bits import as_pattern, choose_bits
 from peft_lrqat.base.config import LowBitConfig
@@ -18,12 +17,12 @@ from peft_lrqat.formats.linear import linear_names
 from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant.grid import Grid
-from peft_lrqat.trainer.data import load_blocks
 from peft_lrqat.trainer.pipeline import load_model
 
 from .fields import given_names
 from .options import JsonOptions
 from .parser import Parser
+from .sample import SampleOptions
 
 
 @dataclass(kw_only=True)
@@ -44,7 +43,7 @@ class RecipeForArguments(JsonOptions):
 
 
 @dataclass(kw_only=True)
-class AverageArguments:
+class AverageArguments(SampleOptions):
     """Bits for each layer, by what rounding it costs on a text."""
 
     _argument_group_name = "bits for each layer (--average_bits)"
@@ -62,9 +61,6 @@ class AverageArguments:
             "help": "text: files, a directory or a data set on the Hub, as for `lrqat train`"
         },
     )
-    split: str = field(default="train", metadata={"help": "split of --dataset, if it has several"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    block_size: int = field(default=512, metadata={"help": "tokens in an example"})
     tokens: int = field(
         default=32_768, metadata={"help": "tokens of --dataset that are used, chosen at random"}
     )
@@ -75,20 +71,6 @@ class AverageArguments:
     symmetric: bool = field(
         default=True, metadata={"help": "signed integers without a zero point, without --for"}
     )
-
-    def rows(self, model: str) -> Dataset:
-        """The examples, blocks of token ids with labels."""
-        assert self.dataset is not None
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        blocks: Any = load_blocks(
-            self.dataset,
-            tokenizer,
-            block_size=self.block_size,
-            split=self.split,
-            text_column=self.text_column,
-        )
-        wanted = max(1, self.tokens // self.block_size)
-        return blocks.shuffle(seed=0).select(range(min(wanted, len(blocks))))
 
 
 def run_recipe(argv: Sequence[str]) -> int:
@@ -176,7 +158,7 @@ def _by_layer(args: RecipeForArguments, average: AverageArguments, runtime: str 
         fused = chosen.fused
     bits = choose_bits(
         model,
-        average.rows(args.model),
+        average.sample(average.dataset, args.model, None, average.tokens, "--tokens"),
         LowBitConfig(**fields),
         average_bits=average.average_bits,
         widths=widths,
