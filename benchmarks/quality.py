@@ -16,8 +16,10 @@ import argparse
 import hashlib
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-balanced-g32": {"bits": 2, "balanced": True, "group_size": 32},
 }
 UNQUANTISED = "unquantised"
+TUNED = "tuned, blocks"
 DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
 # What is written beside a figure.
 OPTIONS = (
@@ -70,6 +73,8 @@ OPTIONS = (
     "window",
     "epochs",
     "calibration_blocks",
+    "reconstruction_rate",
+    "first_steps",
     "steps",
     "batch_size",
     "rank",
@@ -78,6 +83,8 @@ OPTIONS = (
     "scales_only_learning_rate",
     "distillation_weight",
     "full_rate",
+    "lora_rate",
+    "unquantised_rate",
 )
 
 
@@ -95,7 +102,7 @@ class Run:
     @property
     def file(self) -> str:
         name = "-".join(str(part) for part in asdict(self).values())
-        return f"{name.replace(' ', '-')}.json"
+        return f"{name.replace(', ', '-').replace(' ', '-')}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +117,27 @@ class Place:
     args: argparse.Namespace
     bases: Path
 
-    def plain(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.args.dtype)
+    def load(self, folder: Path) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.args.dtype)
+        return model.to(self.args.device)
+
+    def plain(self, run: Run) -> PreTrainedModel:
+        """The unquantised model that a run starts from."""
+        if run.start != TUNED:
+            return self.load(self.model)
+        folder = self.bases / f"{TUNED.replace(' ', '-')}-{self.args.first_steps}-{run.seed}"
+        if not folder.exists():
+            tuned: Any = lora(self, run, self.load(self.model), steps=self.args.first_steps)
+            whole = Path(tempfile.mkdtemp(dir=self.bases.parent))
+            tuned.merge_and_unload().save_pretrained(whole)
+            with suppress(OSError):  # another process was faster
+                whole.rename(folder)
+        return self.load(folder)
+
+    def left(self, run: Run) -> int:
+        """Steps of a run that are left for the training on the grid."""
+        steps: int = self.args.steps
+        return steps - self.args.first_steps if run.start == TUNED else steps
 
     def blocks(self, seed: int, count: int) -> Dataset:
         """Examples chosen by the seed; calibration and training take them from the front."""
@@ -132,48 +158,54 @@ class Place:
 # Starts
 
 
-def nearest(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+def nearest(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """Each weight rounded to the nearest point of its grid."""
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         place.model, dtype=place.args.dtype, quantization_config=config
     )
+    return model.to(place.args.device)
 
 
-def gptq(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+def gptq(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """GPTQ's integers, with the fractions that are left of them."""
     start = CalibratedStart(
-        method=GPTQ(), dataset=place.blocks(seed, place.args.calibration_blocks), progress=False
+        method=GPTQ(), dataset=place.blocks(run.seed, place.args.calibration_blocks), progress=False
     )
-    return calibrate_low_bit(place.plain(), config, start)
+    return calibrate_low_bit(place.plain(run), config, start)
 
 
-def blocks(place: Place, config: LowBitConfig, seed: int) -> PreTrainedModel:
+def blocks(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """Block reconstruction."""
     start = CalibratedStart(
-        method=Reconstruction(epochs=place.args.epochs, seed=seed),
-        dataset=place.blocks(seed, place.args.calibration_blocks),
+        method=Reconstruction(
+            epochs=place.args.epochs, learning_rate=place.args.reconstruction_rate, seed=run.seed
+        ),
+        dataset=place.blocks(run.seed, place.args.calibration_blocks),
         progress=False,
     )
-    return calibrate_low_bit(place.plain(), config, start)
+    return calibrate_low_bit(place.plain(run), config, start)
 
 
-Start = Callable[[Place, LowBitConfig, int], PreTrainedModel]
-STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks}
+Start = Callable[[Place, Run, LowBitConfig], PreTrainedModel]
+# The last one trains the unquantised model first, with LoRA on the first --first_steps batches; its
+# blocks are reconstructed, it is the teacher, and the other batches are for the training that
+# follows.
+STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks, TUNED: blocks}
 
 
 def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
     """The base that a run starts from, made once for all trainings, and the seconds that took."""
-    folder = place.bases / f"{run.setting}-{run.start}-{run.seed}"
+    first = f"-{place.args.first_steps}" if run.start == TUNED else ""
+    folder = place.bases / f"{run.setting}-{run.start.replace(', ', '-')}{first}-{run.seed}"
     seconds = folder / "seconds.json"
     if not seconds.exists():
         config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting])
         begin = time.perf_counter()
-        base = STARTS[run.start](place, config, run.seed)
+        base = STARTS[run.start](place, run, config)
         took = time.perf_counter() - begin
         base.save_pretrained(folder)
         seconds.write_text(json.dumps(took))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=place.args.dtype)
-    return model, json.loads(seconds.read_text())
+    return place.load(folder), json.loads(seconds.read_text())
 
 
 # Trainings
@@ -223,28 +255,30 @@ def _adapted(
         ),
         distillation_weight=args.distillation_weight if fields else 0.0,
         distillation_cache=str(Path(args.work) / "teacher"),
-        **_options(args, run.seed),
+        **_options(place, run, place.left(run)),
         **fields,
     )
     trainer = LRQATTrainer(
         model=adapted,
         args=options,
-        train_dataset=_training_set(place, run),
+        train_dataset=_training_set(place, run, place.left(run)),
         data_collator=default_data_collator,
-        teacher_model=place.plain() if options.distillation_weight else None,
+        teacher_model=place.plain(run) if options.distillation_weight else None,
     )
     trainer.train()
     return adapted
 
 
-def lora(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+def lora(place: Place, run: Run, model: PreTrainedModel, steps: int | None = None) -> nn.Module:
     """Plain LoRA on the unquantised model."""
     config = LoraConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", r=place.args.rank, lora_alpha=32
     )
     adapted = get_peft_model(model, config)
-    groups = [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": 5e-4}]
-    return _train_in_full(place, run, adapted, groups)
+    groups = [
+        {"params": [p for p in adapted.parameters() if p.requires_grad], "lr": place.args.lora_rate}
+    ]
+    return _train_in_full(place, run, adapted, groups, steps or place.args.steps, first=True)
 
 
 def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
@@ -263,7 +297,7 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
                 groups.append({"params": [trained.zero_point], "lr": place.args.full_rate / 5})
         elif run.setting == UNQUANTISED and isinstance(module, nn.Linear) and "lm_head" not in name:
             module.float().requires_grad_(True)
-            groups.append({"params": [module.weight], "lr": 2e-5})
+            groups.append({"params": [module.weight], "lr": place.args.unquantised_rate})
     if run.setting != UNQUANTISED:
         # The Trainer would ask for an adapter.
         vars(model).pop("hf_quantizer")
@@ -271,8 +305,9 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
         vars(model)["is_quantized"] = False
     if run.setting == UNQUANTISED:
         # Master weights in float32; products in bfloat16, as under a grid.
-        return _train_in_full(place, run, model, groups, bf16=place.args.dtype == "bfloat16")
-    return _train_in_full(place, run, model, groups)
+        bf16 = place.args.dtype == "bfloat16"
+        return _train_in_full(place, run, model, groups, place.args.steps, bf16=bf16)
+    return _train_in_full(place, run, model, groups, place.left(run))
 
 
 class FullQAT(nn.Module):
@@ -292,16 +327,22 @@ class FullQAT(nn.Module):
 
 
 def _train_in_full(
-    place: Place, run: Run, model: nn.Module, groups: list[dict[str, Any]], **fields: Any
+    place: Place,
+    run: Run,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    steps: int,
+    *,
+    first: bool = False,
+    **fields: Any,
 ) -> nn.Module:
-    options = TrainingArguments(**_options(place.args, run.seed), warmup_steps=0.1, **fields)
+    options = TrainingArguments(**_options(place, run, steps), warmup_steps=0.1, **fields)
     optimizer = AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
-    steps = place.args.steps
     schedule = get_scheduler("linear", optimizer, round(0.1 * steps), steps)
     trainer = Trainer(
         model=model,
         args=options,
-        train_dataset=_training_set(place, run),
+        train_dataset=_training_set(place, run, steps, first=first),
         data_collator=default_data_collator,
         optimizers=(optimizer, schedule),
     )
@@ -309,23 +350,27 @@ def _train_in_full(
     return model
 
 
-def _training_set(place: Place, run: Run) -> Dataset:
-    count = place.args.steps * place.args.batch_size
+def _training_set(place: Place, run: Run, steps: int, *, first: bool = False) -> Dataset:
+    """The rows of ``steps`` batches; ``first``, or those that come last."""
     # A short text is seen several times.
-    return place.blocks(run.seed, min(count, len(place.train_blocks)))
+    total = min(place.args.steps * place.args.batch_size, len(place.train_blocks))
+    count = min(steps * place.args.batch_size, total)
+    rows = place.blocks(run.seed, total)
+    return rows.select(range(count) if first else range(total - count, total))
 
 
-def _options(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def _options(place: Place, run: Run, steps: int) -> dict[str, Any]:
+    args = place.args
     return {
         "output_dir": str(Path(args.work) / "trainer"),
-        "max_steps": args.steps,
+        "max_steps": steps,
         "per_device_train_batch_size": args.batch_size,
-        "seed": seed,
+        "seed": run.seed,
         "save_strategy": "no",
         "disable_tqdm": True,
         "logging_strategy": "no",
         "report_to": [],
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": args.device == "cpu",
     }
 
 
@@ -350,7 +395,7 @@ def perform(place: Place, run: Run) -> dict[str, Any]:
     args = place.args
     set_seed(run.seed)
     if run.setting == UNQUANTISED:
-        model, calibrated = place.plain(), 0.0
+        model, calibrated = place.plain(run), 0.0
     else:
         model, calibrated = started(place, run)
     begin = time.perf_counter()
@@ -364,6 +409,7 @@ def perform(place: Place, run: Run) -> dict[str, Any]:
         "calibration_seconds": round(calibrated, 1),
         "training_seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "data": data_digest(place),
         "options": {name: getattr(args, name) for name in OPTIONS},
     }
@@ -397,14 +443,15 @@ def find_place(args: argparse.Namespace) -> Place:
     else:
         made = load_blocks(args.train, tokenizer, block_size=args.window)
         file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
+    options = f"{args.epochs}-{args.calibration_blocks}-{args.reconstruction_rate}"
     return Place(
         model=model,
         text=text,
         train_blocks=made,
-        heldout=load_tokens(str(file), tokenizer)[: args.heldout_tokens],
+        heldout=load_tokens(str(file), tokenizer)[args.heldout_skip :][: args.heldout_tokens],
         tokenizer=tokenizer,
         args=args,
-        bases=work / f"bases-{Path(args.model).name}-{text}-{args.epochs}",
+        bases=work / f"bases-{Path(args.model).name}-{text}-{options}",
     )
 
 
@@ -510,7 +557,7 @@ def plot(
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -520,6 +567,9 @@ def main() -> None:
     parser.add_argument("--train", help="a file of plain text; default: help topics of CPython")
     parser.add_argument("--heldout", help="a file of plain text, with --train")
     parser.add_argument("--heldout_tokens", type=int, default=16_384)
+    parser.add_argument(
+        "--heldout_skip", type=int, default=0, help="tokens before those; to choose settings by"
+    )
     parser.add_argument("--settings", nargs="+", default=DEFAULT_SETTINGS)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--trainings", nargs="+", default=["none", "scales", "lrqat"])
@@ -527,7 +577,13 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens in an example")
     parser.add_argument("--calibration_blocks", type=int, default=64, help="examples")
     parser.add_argument("--epochs", type=int, default=3, help="of block reconstruction")
+    parser.add_argument(
+        "--reconstruction_rate", type=float, default=0.03, help="of weights, in steps of the grid"
+    )
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--first_steps", type=int, default=30, help=f'of the unquantised model, with "{TUNED}"'
+    )
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="of A and B")
@@ -537,11 +593,21 @@ def main() -> None:
     parser.add_argument(
         "--full_rate", type=float, default=0.01, help="of full QAT, in steps of the grid"
     )
+    parser.add_argument("--lora_rate", type=float, default=5e-4, help="of LoRA, unquantised")
+    parser.add_argument(
+        "--unquantised_rate", type=float, default=2e-5, help="of all weights, unquantised"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", default="quality-benchmark", help="for bases")
     parser.add_argument(
         "--results", default=str(Path(__file__).parent / "results" / "quality"), help="for results"
     )
     parser.add_argument("--plot", help="a PNG file, with `table`")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     for name, known in (("settings", [*SETTINGS, UNQUANTISED]), ("trainings", list(TRAININGS))):
         if unknown := [value for value in getattr(args, name) if value not in known]:

@@ -95,7 +95,7 @@ class GPTQ:
                         scale_dtype=format.scale_dtype,
                         p=ranges.p,
                     )
-                step, zero = scale[:, group], zero_point[:, group].float()
+                step, zero = scale[:, group], zero_point[:, group].float() - grid.shift
                 codes = (W[:, j] / step + zero).round_().clamp_(grid.qmin, grid.qmax)
                 error = (W[:, j] - (codes - zero) * step) / U[j, j]
                 W[:, j + 1 : block.stop] -= torch.outer(error, U[j, j + 1 : block.stop])
