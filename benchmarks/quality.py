@@ -113,6 +113,7 @@ class Place:
     text: str
     train_blocks: Dataset  # of --window tokens
     heldout: Tensor  # (T,) token ids
+    chosen_by: Tensor  # (T,) the ones behind those, to choose settings by; may be empty
     tokenizer: Any
     args: argparse.Namespace
     bases: Path
@@ -128,6 +129,7 @@ class Place:
         folder = self.bases / f"{TUNED.replace(' ', '-')}-{self.args.first_steps}-{run.seed}"
         if not folder.exists():
             tuned: Any = lora(self, run, self.load(self.model), steps=self.args.first_steps)
+            self.bases.mkdir(parents=True, exist_ok=True)
             whole = Path(tempfile.mkdtemp(dir=self.bases.parent))
             tuned.merge_and_unload().save_pretrained(whole)
             with suppress(OSError):  # another process was faster
@@ -148,11 +150,11 @@ class Place:
             )
         return self.train_blocks.shuffle(seed=seed).select(range(count))
 
-    def perplexity(self, model: nn.Module) -> float:
+    def perplexity(self, model: nn.Module, tokens: Tensor) -> float:
         found = evaluate_perplexity(
-            model, self.heldout, window=self.args.window, batch_size=4, progress=False
+            model, tokens, window=self.args.window, batch_size=4, progress=False
         )
-        return found["perplexity"]
+        return round(found["perplexity"], 3)
 
 
 # Starts
@@ -402,9 +404,12 @@ def perform(place: Place, run: Run) -> dict[str, Any]:
     trained = TRAININGS[run.training](place, run, model)
     seconds = time.perf_counter() - begin
     tokens = 0 if run.training == "none" else args.steps * args.batch_size * args.window
+    trained.eval()
+    chosen_by = place.chosen_by
     return {
         **asdict(run),
-        "perplexity": round(place.perplexity(trained.eval()), 3),
+        "perplexity": place.perplexity(trained, place.heldout),
+        "chosen_by": place.perplexity(trained, chosen_by) if len(chosen_by) else None,
         "tokens": tokens,
         "calibration_seconds": round(calibrated, 1),
         "training_seconds": round(seconds, 1),
@@ -443,12 +448,14 @@ def find_place(args: argparse.Namespace) -> Place:
     else:
         made = load_blocks(args.train, tokenizer, block_size=args.window)
         file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
+    heldout = load_tokens(str(file), tokenizer)
     options = f"{args.epochs}-{args.calibration_blocks}-{args.reconstruction_rate}"
     return Place(
         model=model,
         text=text,
         train_blocks=made,
-        heldout=load_tokens(str(file), tokenizer)[args.heldout_skip :][: args.heldout_tokens],
+        heldout=heldout[: args.heldout_tokens],
+        chosen_by=heldout[args.heldout_tokens :][: args.heldout_tokens],
         tokenizer=tokenizer,
         args=args,
         bases=work / f"bases-{Path(args.model).name}-{text}-{options}",
@@ -567,9 +574,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", help="a file of plain text; default: help topics of CPython")
     parser.add_argument("--heldout", help="a file of plain text, with --train")
     parser.add_argument("--heldout_tokens", type=int, default=16_384)
-    parser.add_argument(
-        "--heldout_skip", type=int, default=0, help="tokens before those; to choose settings by"
-    )
     parser.add_argument("--settings", nargs="+", default=DEFAULT_SETTINGS)
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     parser.add_argument("--trainings", nargs="+", default=["none", "scales", "lrqat"])

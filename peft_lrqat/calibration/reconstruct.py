@@ -23,6 +23,9 @@ from .calibrate import BlockAtWork, block_loss
 from .weights import StoredLinear, TrainedWeight
 
 
+REPORTED_EVERY = 8  # batches
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """How a block is reconstructed."""
@@ -53,7 +56,8 @@ class Reconstruction:
         schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
         order = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
-            for batch in torch.randperm(len(work.targets), generator=order).tolist():
+            batches = torch.randperm(len(work.targets), generator=order).tolist()
+            for number, batch in enumerate(batches):
                 with torch.enable_grad():
                     output = work.run(batch, {name: weight() for name, weight in trained.items()})
                     loss = block_loss(output, work.targets[batch], work.masks[batch])
@@ -61,7 +65,8 @@ class Reconstruction:
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                report(float(loss.detach()))
+                if number % REPORTED_EVERY == 0:  # on a GPU, it waits for the number
+                    report(float(loss.detach()))
         return {name: weight.stored() for name, weight in trained.items()}
 
     def _optimizer(self, trained: list[TrainedWeight]) -> Adam:

@@ -21,6 +21,8 @@ from .grid import Grid, effective_scale
 
 # The search tries these shares of the min-max range.
 SEARCH_SHARES = [1.0 - 0.8 * k / 64 for k in range(65)]
+# Shares between two looks whether smaller ones can still win; on a GPU, a look waits.
+CHECKED_EVERY = 4
 
 
 def _scale_and_zero_point(
@@ -96,12 +98,13 @@ def lp_range(groups: Tensor, grid: Grid, scale_dtype: str, p: float) -> tuple[Te
     few = min(16, -(-groups.shape[-1] // 64))
     extremes = groups.topk(few).values, groups.topk(few, largest=False).values
     coordinate, rounded = torch.empty_like(groups), torch.empty_like(groups)
-    for share in SEARCH_SHARES:
+    for number, share in enumerate(SEARCH_SHARES):
         scale, zero_point = _scale_and_zero_point(low, high, share, grid, scale_dtype)
         step, offset = scale.unsqueeze(-1), zero_point.unsqueeze(-1).float()
         # This loss only grows as the share shrinks; the margin is far larger than any rounding.
         if (
             grid.symmetric
+            and number % CHECKED_EVERY == 0
             and (_clipping_loss(extremes, step, unit, grid, p) > 1.001 * best_loss).all()
         ):
             break
