@@ -128,19 +128,20 @@ def _from_top_predictions(log_s: Tensor, log_probabilities: Tensor, tokens: Tens
     """With ``q`` the student's probabilities, the gradient is ``q - p``: ``p`` shares what the
     teacher gives to the other tokens among them as ``q`` does.
     """
-    tiny = torch.finfo(log_s.dtype).tiny
     chosen = tokens.long()
     log_t, log_q = log_probabilities.to(log_s.dtype), log_s.gather(-1, chosen)
     p_t = log_t.exp()
     # What is left for all other tokens; rounding may take it below 0.
     rest_t = (1 - p_t.sum(-1, keepdim=True)).clamp(min=0)
-    rest_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+    # Summed and not 1 minus the chosen ones: of a student that is sure, nothing is left by then.
+    log_s.scatter_(-1, chosen, -torch.inf)
+    rest_q = log_s.logsumexp(-1, keepdim=True)
     terms = torch.where(p_t != 0, p_t * (log_t - log_q), 0)
-    rest = rest_t * (rest_t.clamp(min=tiny) / rest_q).log()
-    q = log_s.exp_()
-    of_top = q.gather(-1, chosen) - p_t
-    q.mul_(1 - rest_t / rest_q).scatter_(-1, chosen, of_top)
-    return torch.cat([terms, rest], dim=-1), q
+    others = (rest_t != 0) & (rest_q != -torch.inf)  # False where there are none
+    rest = torch.where(others, rest_t * (rest_t.log() - rest_q), 0)
+    shares = (log_s - rest_q).exp_().mul_(rest_t).masked_fill_(~others, 0)
+    gradient = log_s.exp_().sub_(shares).scatter_(-1, chosen, log_q.exp() - p_t)
+    return torch.cat([terms, rest], dim=-1), gradient
 
 
 class _Divergence(torch.autograd.Function):

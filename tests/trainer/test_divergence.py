@@ -23,9 +23,12 @@ def top(teacher, k, temperature):
 
 def naive(student, teacher, scored, k, temperature):
     """KL between two distributions over the k tokens and "any other token"."""
-    p, tokens = (teacher / temperature).softmax(-1).topk(k)
-    q = (student / temperature).softmax(-1).gather(-1, tokens)
-    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=-1) for x in (p, q))
+    p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+    tokens = p.topk(k).indices
+    p, q = (
+        torch.cat([x.gather(-1, tokens), x.scatter(-1, tokens, 0).sum(-1, keepdim=True)], dim=-1)
+        for x in (p, q)
+    )
     each = (p * (p / q).log()).sum(-1)
     return temperature**2 * each[scored].mean()
 
@@ -46,6 +49,27 @@ def test_top_predictions_follow_the_formula(temperature, k, chunk, monkeypatch):
     # What the k tokens leave for all others is a small difference of large numbers.
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)
     assert (grads[0][~SCORED] == 0).all()
+
+
+@pytest.mark.parametrize("sure", [10.0, 20.0, 100.0])
+def test_a_student_that_is_sure_gets_a_bounded_gradient(sure):
+    """In float32 nothing is left of 1 for the other tokens, but their logits still tell."""
+    student, teacher = logits(1.0)
+    student = (student + sure * (teacher == teacher.amax(-1, keepdim=True))).detach()
+    loss, grads = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        x = student.to(dtype).requires_grad_()
+        loss[dtype] = top_predictions_loss(x, *top(teacher, 3, 1.0), SCORED, temperature=1.0)
+        grads[dtype] = torch.autograd.grad(loss[dtype], x)[0].double()
+    log_q, chosen = student.log_softmax(-1), teacher.topk(3).indices
+    p = teacher.softmax(-1)
+    others = p.scatter(-1, chosen, 0).sum(-1, keepdim=True)
+    shared = others * log_q.scatter(-1, chosen, -torch.inf).softmax(-1)
+    expected = log_q.exp() - shared.scatter(-1, chosen, p.gather(-1, chosen))
+    expected[~SCORED] = 0
+    torch.testing.assert_close(grads[torch.float64], expected / SCORED.sum(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(*grads.values(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(loss[torch.float32].double(), loss[torch.float64], rtol=1e-4, atol=0)
 
 
 def test_all_tokens_are_the_whole_divergence():
