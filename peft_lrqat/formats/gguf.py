@@ -58,6 +58,7 @@ class Gguf(Format):
     scale_dtypes = ("bfloat16", "float16")
     takes_container_bits = False
     holds_embeddings = True
+    holds_balanced = True
     library_name = "gguf"
     tags = ("gguf",)
     snippet = f"""# llama.cpp: llama-cli -m {FILE}; or, with plain weights in memory:
@@ -66,6 +67,14 @@ from transformers import AutoConfig, {{auto_class}}
 path = "this repository or folder"
 config = AutoConfig.from_pretrained(path)
 model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"""
+
+    def stored_grid(self, grid: Grid, bits: int | None = None) -> Grid:
+        if grid.balanced and grid.bits == 8:
+            raise ValueError(
+                "gguf holds half steps of up to 7 bits; use format='packed' or 'dequantized', or"
+                " train with balanced=False"
+            )
+        return super().stored_grid(grid, bits)
 
     def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
         return (
@@ -198,9 +207,7 @@ class _Entry:
     def data(self, quantize: Callable[[Target], QuantizedLinear]) -> np.ndarray:
         if not isinstance(self.value, Target):
             return _plain(self._rows(self.value))
-        linear = quantize(self.value)
-        scale = linear.scale_as(torch.float16)
-        return ggml.encode(self.type, self._rows(linear.centered), self._rows(scale))
+        return ggml.encode(self.type, quantize(self.value), self._rows)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.heads is None else paired_rows(tensor, self.heads)

@@ -5,53 +5,128 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lrqat.formats.ggml import BLOCK_BYTES, BLOCK_SIZES, block_type, encode
+from peft_lrqat.formats.ggml import TYPES, block_type, encode
+from peft_lrqat.formats.linear import QuantizedLinear
 from peft_lrqat.quant.grid import Grid
 
 
 gguf = pytest.importorskip("gguf")
 
-RANGES = {"Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q8_0": (-128, 127), "TQ2_0": (-2, 1)}
+KINDS = {
+    "symmetric": {},
+    "asymmetric": {"symmetric": False},
+    "balanced": {"balanced": True},
+}
+GRIDS = {
+    f"{name}-{bits}": Grid(bits=bits, **fields)
+    for name, fields in KINDS.items()
+    for bits in range(2, 9 if name == "symmetric" else 8)
+}
+PAIRS = [
+    (kind, name)
+    for kind, type in TYPES.items()
+    for name, grid in GRIDS.items()
+    if type.holds(grid, type.size)
+]
 
 
-@pytest.mark.parametrize("kind", RANGES)
-@settings(max_examples=20, deadline=None)
+def make_linear(grid, rows, columns, groups, generator):
+    def integers(low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    codes = integers(grid.qmin, grid.qmax, rows, columns)
+    # Both ends are there.
+    codes[0, 0], codes[-1, -1] = grid.qmin, grid.qmax
+    scale = (torch.rand(rows, groups, generator=generator) + 0.01).bfloat16()
+    zero = None if grid.symmetric else integers(grid.qmin, grid.qmax, rows, groups)
+    if zero is not None:
+        zero[0, 0], zero[-1, -1] = grid.qmax, grid.qmin
+    return QuantizedLinear(
+        name="layer",
+        grid=grid,
+        codes=codes.to(torch.int8 if grid.symmetric else torch.uint8),
+        scale=scale,
+        zero_point=None if zero is None else zero.to(torch.uint8),
+        weight=torch.empty(rows, columns),
+        is_conv1d=False,
+    )
+
+
+def values(linear):
+    """The weight by its definition, in float64, which is exact."""
+    zero = -linear.grid.shift
+    if linear.zero_point is not None:
+        zero = linear.zero_point.double().repeat_interleave(linear.group_size, dim=1)
+    scale = linear.scale.double().repeat_interleave(linear.group_size, dim=1)
+    return scale * (linear.codes.double() - zero)
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@settings(max_examples=8, deadline=None)
 @given(
-    rows=st.integers(1, 3),
+    rows=st.integers(2, 3),
     blocks=st.integers(1, 3),
     per_channel=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_blocks_decode_to_scale_times_integer(kind, rows, blocks, per_channel, seed):
+def test_blocks_decode_to_the_values_of_the_grid(kind, name, rows, blocks, per_channel, seed):
     generator = torch.Generator().manual_seed(seed)
-    low, high = RANGES[kind]
-    columns = blocks * BLOCK_SIZES[kind]
-    codes = torch.randint(low, high + 1, (rows, columns), generator=generator, dtype=torch.int16)
-    scale = (torch.rand(rows, 1 if per_channel else blocks, generator=generator) + 0.01).half()
-    data = encode(kind, codes, scale)
-    assert data.shape == (rows, blocks * BLOCK_BYTES[kind])
+    columns = blocks * TYPES[kind].size
+    linear = make_linear(GRIDS[name], rows, columns, 1 if per_channel else blocks, generator)
+    data = encode(kind, linear)
+    assert data.shape == (rows, blocks * TYPES[kind].bytes)
     decoded = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
-    assert torch.equal(
-        decoded, codes * scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
-    )
+    assert torch.equal(decoded.double(), values(linear))
 
 
-def test_both_ends_of_every_grid_fit_its_blocks():
-    for bits in range(2, 9):
-        for symmetric in (True, False):
-            grid = Grid(bits=bits, symmetric=symmetric, group_size=32)
-            if bits == 8 and not symmetric:
-                continue
-            kind = block_type(grid, 64)
-            ends = (grid.qmin, grid.qmax) if symmetric else (-grid.qmax, grid.qmax)
-            assert RANGES[kind][0] <= ends[0]
-            assert ends[1] <= RANGES[kind][1]
+def test_every_kind_of_block_is_tested():
+    assert {kind for kind, _ in PAIRS} == set(TYPES)
+    for kind, type in TYPES.items():
+        assert (type.size, type.bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
 
 
-def test_two_bits_take_the_smallest_blocks_that_fit():
-    assert block_type(Grid(bits=2), 512) == "TQ2_0"
-    assert block_type(Grid(bits=2, group_size=256), 512) == "TQ2_0"
-    assert block_type(Grid(bits=2, group_size=128), 512) == "Q4_0"
-    assert block_type(Grid(bits=2), 64) == "Q4_0"
-    assert block_type(Grid(bits=2, symmetric=False), 512) == "Q4_0"
-    assert block_type(Grid(bits=4, symmetric=False), 512) == "Q5_0"
+def test_rows_change_places():
+    linear = make_linear(GRIDS["asymmetric-2"], 4, 256, 1, torch.Generator().manual_seed(0))
+    turned = encode("Q2_K", linear, lambda rows: rows.flip(0))
+    assert (turned == encode("Q2_K", linear)[::-1]).all()
+
+
+def test_scales_that_float16_does_not_hold_are_refused():
+    linear = make_linear(GRIDS["balanced-2"], 2, 256, 1, torch.Generator().manual_seed(0))
+    linear.scale.fill_(2.0**-24)  # held, but half of it is not
+    with pytest.raises(ValueError, match="2 of 2 scales of `layer`"):
+        encode("Q2_K", linear)
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "kind"),
+    [
+        ({"bits": 2}, 512, "TQ2_0"),
+        ({"bits": 2, "group_size": 256}, 512, "TQ2_0"),
+        ({"bits": 2, "group_size": 128}, 512, "Q4_0"),
+        ({"bits": 2}, 64, "Q4_0"),
+        ({"bits": 2, "symmetric": False}, 512, "Q2_K"),
+        ({"bits": 2, "symmetric": False}, 576, "Q4_0"),
+        ({"bits": 2, "balanced": True}, 512, "Q2_K"),
+        ({"bits": 2, "balanced": True, "group_size": 64}, 512, "Q4_0"),
+        ({"bits": 3}, 512, "Q3_K"),
+        ({"bits": 3}, 576, "Q4_0"),
+        ({"bits": 3, "symmetric": False}, 512, "Q4_0"),
+        ({"bits": 4}, 512, "Q4_0"),
+        ({"bits": 4, "symmetric": False}, 512, "Q4_K"),
+        ({"bits": 4, "symmetric": False, "group_size": 32}, 512, "Q5_0"),
+        ({"bits": 4, "balanced": True}, 512, "Q4_K"),
+        ({"bits": 5, "symmetric": False}, 512, "Q5_K"),
+        ({"bits": 6}, 512, "Q6_K"),
+        ({"bits": 7, "symmetric": False}, 512, "Q8_0"),
+    ],
+    ids=str,
+)
+def test_a_grid_takes_the_smallest_blocks_that_hold_it(fields, width, kind):
+    assert block_type(Grid(**fields), width) == kind
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("width", [32, 96, 256, 576])
+def test_every_grid_has_blocks(name, width):
+    assert TYPES[block_type(GRIDS[name], width)].holds(GRIDS[name], width)

@@ -82,7 +82,7 @@ def make_small():
     Its biases and norms differ from 0 and 1.
     """
 
-    def make(name, bits=4, group_size=32, **fields):
+    def make(name, grid=(("bits", 4), ("group_size", 32)), **fields):
         torch.manual_seed(0)
         defaults = {
             "vocab_size": 512,
@@ -102,12 +102,7 @@ def make_small():
         for parameter in base.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, std=0.3)
-        fields = {
-            "target_modules": "all-linear",
-            "bits": bits,
-            "group_size": group_size,
-            "init_weights": False,
-        }
+        fields = {"target_modules": "all-linear", "init_weights": False, **dict(grid)}
         return get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", **fields)).eval()
 
     return make
@@ -145,15 +140,30 @@ def test_transformers_loads_the_file_alone(name, make_small, tokenizer, tmp_path
         assert torch.equal(loaded(ids).logits, model(input_ids=ids).logits)
 
 
-@needs_llama_cpp
-def test_two_bits_in_llama_cpp(make_small, tokenizer, run_llama_cpp, tmp_path):
-    model = make_small(
-        "Llama", bits=2, group_size=-1, hidden_size=256, intermediate_size=256, head_dim=64
-    )
+@pytest.mark.parametrize(
+    ("grid", "blocks"),
+    [
+        ({"bits": 2}, "TQ2_0"),
+        ({"bits": 2, "symmetric": False}, "Q2_K"),
+        ({"bits": 2, "balanced": True, "group_size": 256}, "Q2_K"),
+        ({"bits": 3}, "Q3_K"),
+        ({"bits": 4, "symmetric": False, "group_size": 256}, "Q4_K"),
+        ({"bits": 4, "balanced": True}, "Q4_K"),
+        ({"bits": 5, "symmetric": False}, "Q5_K"),
+        ({"bits": 6}, "Q6_K"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_blocks_of_256_weights(grid, blocks, make_small, tokenizer, run_llama_cpp, tmp_path):
+    model = make_small("Llama", grid, hidden_size=256, intermediate_size=512, head_dim=64)
+    file = tmp_path / "out" / "model.gguf"
     export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
-    assert blocks_of(tmp_path / "out" / "model.gguf") == {"TQ2_0"}
-    assert verify_export(model, tmp_path / "out", format="gguf").exact
-    assert_llama_cpp_agrees(run_llama_cpp, model, tmp_path / "out" / "model.gguf", within=0.02)
+    assert blocks_of(file) == {blocks}
+    found = verify_export(model, tmp_path / "out", format="gguf")
+    assert found.exact
+    assert found.logits_difference == 0
+    if find_spec("xllamacpp") is not None:
+        assert_llama_cpp_agrees(run_llama_cpp, model, file, within=0.03)
 
 
 def test_a_model_that_gguf_is_not_written_for(make_peft, make_model, tokenizer, tmp_path):

@@ -57,9 +57,10 @@ def test_stored_bytes_are_those_of_the_tensors(format, bits, group_size, symmetr
     ("runtime", "bits", "group_size", "stored"),
     [
         ("llama.cpp", 2, 256, 2.0625),
-        ("llama.cpp", 3, 32, 4.5),
+        ("llama.cpp", 3, 256, 3.4375),
         ("llama.cpp", 4, 32, 4.5),
         ("llama.cpp", 5, 32, 5.5),
+        ("llama.cpp", 6, 256, 6.5625),
         ("llama.cpp", 8, 32, 8.5),
         ("vllm", 4, 128, 4.125),
         ("transformers", 3, 128, 3.125),
