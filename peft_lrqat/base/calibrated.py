@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -155,9 +156,22 @@ class CalibratedStart:
             known=known,
             progress=self.progress,
         )
-        for block, result in calibration.run():
-            self.losses[block.name] = (result.before, result.after)
-            done(block.name, result)
+        with _frozen(model):
+            for block, result in calibration.run():
+                self.losses[block.name] = (result.before, result.after)
+                done(block.name, result)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model itself gets a gradient: norms and biases stay as they are."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -79,6 +79,21 @@ def test_adapters_start_from_the_calibrated_integers(make_base, start, tmp_path)
     assert torch.equal(model.merge_and_unload()(ids).logits, logits)
 
 
+@pytest.mark.parametrize("method", ["blocks", "gptq"])
+def test_other_parameters_are_left_as_they_are(method, make_base, start):
+    model = make_base("llama")
+    model.lm_head.requires_grad_(False)
+    before = {n: (p.requires_grad, p.clone()) for n, p in model.named_parameters()}
+    calibrate_low_bit(model, LowBitConfig(**SETTINGS), start(method))
+    kept = {n: p for n, p in model.named_parameters() if n in before}
+    assert {"lm_head.weight", "model.norm.weight"} <= kept.keys()
+    for name, parameter in kept.items():
+        trained, value = before[name]
+        assert parameter.grad is None
+        assert parameter.requires_grad == trained
+        assert torch.equal(parameter, value)
+
+
 def test_an_interrupted_run_goes_on_after_the_last_block(make_base, start, tmp_path, monkeypatch):
     make_base("llama").save_pretrained(tmp_path / "plain")
     settings = LowBitConfig(**SETTINGS)
