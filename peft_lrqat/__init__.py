@@ -22,8 +22,14 @@ from .lrqat.config import LRQATConfig
 from .lrqat.layer import LRQATLayer, LRQATLinear
 from .lrqat.model import LRQATModel
 from .lrqat.size import deployed_weight_bytes, target_weight_bytes
-from .registration import override_load_adapter, override_save_pretrained, register
+from .registration import (
+    override_hotswap,
+    override_load_adapter,
+    override_save_pretrained,
+    register,
+)
 from .shared.adapter_files import sign_adapter
+from .shared.hotswap import hotswap_adapter
 from .shared.model_files import sign_model
 
 
@@ -90,6 +96,7 @@ __all__ = [
     "dequantize_adapter",
     "evaluate_perplexity",
     "export_model",
+    "hotswap_adapter",
     "load_blocks",
     "load_low_bit",
     "load_quantized",
@@ -123,3 +130,4 @@ register_low_bit()
 override_push_to_hub()
 override_load_adapter()
 override_save_pretrained()
+override_hotswap()

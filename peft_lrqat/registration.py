@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    PeftType,
+    hotswap,
+    register_peft_method,
+)
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -21,6 +27,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .activations import attention
 from .shared.adapter_files import check_adapter, read_config, sign_adapter
 from .shared.config import CARDS, AdapterConfig
+from .shared.hotswap import hotswap_adapter
 from .shared.integrity import is_signed
 from .shared.model_files import is_stored_base, sign_settings
 from .shared.saved import check_trained_is_saved
@@ -110,7 +117,37 @@ def override_save_pretrained() -> None:
     _override(PreTrainedModel, "save_pretrained", _save_natively)
 
 
-def _override(owner: type, name: str, method: Callable[..., Any]) -> None:
+def override_hotswap() -> None:
+    """Lets PEFT's hot-swapping take adapters of this package. Calling it again changes nothing."""
+    _override(hotswap, "hotswap_adapter", _hotswap_adapter)
+    _override(hotswap, "check_hotswap_configs_compatible", _check_hotswap)
+
+
+def _hotswap_adapter(
+    inherited: Callable[..., Any],
+    model: Any,
+    model_name_or_path: str,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    own = has_own_adapter(model)
+    function = hotswap_adapter if own else inherited
+    function(model, model_name_or_path, adapter_name, *args, **kwargs)
+
+
+def _check_hotswap(inherited: Callable[..., Any], config0: PeftConfig, config1: PeftConfig) -> None:
+    """Names our function where PEFT's own was imported before this package."""
+    for config in (config0, config1):
+        if config.peft_type in OWN_TYPES:
+            raise ValueError(
+                f"PEFT cannot hot-swap {config.peft_type.value} adapters; use "
+                "`from peft_lrqat import hotswap_adapter`, which takes the same arguments"
+            )
+    inherited(config0, config1)
+
+
+def _override(owner: Any, name: str, method: Callable[..., Any]) -> None:
     inherited = getattr(owner, name)
     # functools.wraps hands the mark on, so that a method that somebody put around this one is
     # left in place, too.

@@ -103,6 +103,14 @@ class LoRAQuantLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=True)
 
+    def take_over(self, adapter_name: str, other: str) -> None:
+        """Makes an adapter what another one is, see `hotswap_adapter`."""
+        for name, tensor in self.tensors(other).items():
+            getattr(self, name)[adapter_name] = tensor
+        self.format[adapter_name] = self.format[other]
+        self.scaling[adapter_name] = self.scaling[other]
+        self._forget(adapter_name)
+
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """Returns the tensors of an adapter by their names on the layer."""
         return {

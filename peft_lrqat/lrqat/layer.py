@@ -29,6 +29,7 @@ from ..quant import (
     quantized_weight,
 )
 from ..shared.casts import keep_values
+from ..shared.hotswap import write_into
 
 
 if TYPE_CHECKING:
@@ -121,6 +122,18 @@ class LRQATLayer(BaseTunerLayer):
         self._verified: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+
+    def take_over(self, adapter_name: str, other: str) -> None:
+        """Makes an adapter what another one is, see `hotswap_adapter`."""
+        for parameters in (self.lrqat_A, self.lrqat_B, self.lrqat_scale):
+            write_into(parameters, adapter_name, parameters[other])
+        settings: list[dict[str, Any]] = [self.r, self.lora_alpha, self.scaling]
+        for values in (*settings, self.pass_through, self.verify_base, self.activations):
+            if values[adapter_name] != values[other]:
+                values[adapter_name] = values[other]
+        self.lrqat_fingerprint[adapter_name] = self.lrqat_fingerprint[other]
+        self._verified.pop(adapter_name, None)
+        self._verify_base(adapter_name)
 
     def update_layer(self, adapter_name: str, config: LRQATConfig) -> None:
         """Adds an adapter that starts from round-to-nearest of the downcast weight."""
