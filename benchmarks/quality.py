@@ -19,8 +19,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -480,11 +482,27 @@ def run_all(args: argparse.Namespace) -> None:
         for training in args.trainings
         if training in ("none", "full") or (training == "lora") == (setting == UNQUANTISED)
     ]
+    by_base: dict[tuple[str, str, int], list[Run]] = {}
     for run in dict.fromkeys(wanted):
-        file = results / run.file
-        if file.exists():
-            continue
+        if not (results / run.file).exists():
+            by_base.setdefault((run.setting, run.start, run.seed), []).append(run)
+    if args.workers == 1:
+        for runs in by_base.values():
+            perform_all(args, runs)
+        return
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(perform_all, args, runs) for runs in by_base.values()]:
+            done.result()
+
+
+def perform_all(args: argparse.Namespace, runs: list[Run]) -> None:
+    """The runs of one base, one after another; each leaves its file, whole or not at all."""
+    disable_progress_bar()
+    set_verbosity_error()
+    place = find_place(args)
+    for run in runs:
         found = perform(place, run)
+        file = Path(args.results) / run.file
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(found, indent=2) + "\n")
         temporary.replace(file)
@@ -597,6 +615,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--full_rate", type=float, default=0.01, help="of full QAT, in steps of the grid"
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="bases worked on at once; small models leave room"
+    )
     parser.add_argument("--lora_rate", type=float, default=5e-4, help="of LoRA, unquantised")
     parser.add_argument(
         "--unquantised_rate", type=float, default=2e-5, help="of all weights, unquantised"
@@ -618,8 +639,6 @@ def main() -> None:
             parser.error(f"--{name} knows {', '.join(known)}, but not {unknown[0]}")
     if (args.train is None) != (args.heldout is None):
         parser.error("give --train and --heldout together")
-    disable_progress_bar()
-    set_verbosity_error()
     if args.action == "table":
         print_table(args)
     else:

@@ -47,10 +47,26 @@ def store(
     )
     for rows in row_blocks(len(weight), weight.shape[1], weight.device):
         zero = None if offset is None else offset[rows]
-        phi[rows] = format.encode(grid.units(weight.detach()[rows].float(), step[rows], zero))
+        units = grid.units(weight.detach()[rows].float(), step[rows], zero)
+        phi[rows] = _without_ties(format.encode(units), format)
     return StoredLinear(
         phi=phi, scale=step, zero_point=None if offset is None else offset.to(torch.uint8)
     )
+
+
+def _without_ties(phi: Tensor, format: WeightFormat) -> Tensor:
+    """Moves fixed-point values halfway between two integers one unit towards the one they round to.
+
+    The first step of an adapter, however small, would tip all of them over at once: at 2 bits one
+    weight in 64, which is enough to ruin a calibrated model.
+    """
+    if format.downcast != "fixed8":
+        return phi
+    grid = format.grid
+    units = format.decode(phi)
+    whole = units.round().clamp_(grid.qmin, grid.qmax)
+    towards = (whole - units).sign().to(phi.dtype)
+    return torch.where((whole - units).abs() == 0.5, phi + towards, phi)
 
 
 def rounded(stored: StoredLinear, format: WeightFormat, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from formula import straight_through
 
-from peft_lrqat.calibration.weights import TrainedWeight, rounded
+from peft_lrqat.calibration.weights import TrainedWeight, rounded, store
 from peft_lrqat.quant import DOWNCASTS, Grid, WeightFormat, effective_scale, estimate_range
 
 
@@ -69,3 +69,27 @@ def test_what_is_stored_is_what_was_trained(bits, symmetric, group_size, downcas
     assert torch.equal(rounded(stored, made.format, dtype), made().detach())
     assert stored.phi.dtype == made.format.storage_dtype
     assert torch.equal(stored.scale, effective_scale(stored.scale, "bfloat16"))
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "balanced"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_fixed_point_value_is_halfway_between_two_integers(bits, kind):
+    """The first step of training would tip all of those over, however small it is."""
+    grid = Grid(bits=bits, symmetric=kind != "asymmetric", balanced=kind == "balanced")
+    format = WeightFormat(
+        grid=grid, downcast="fixed8", scale_dtype="bfloat16", in_features=4 * 2**bits
+    )
+    units = torch.arange(grid.qmin - 1, grid.qmax + 1, 0.25)[None, : format.in_features]
+    units = torch.nn.functional.pad(units, (0, format.in_features - units.shape[1]), value=0.5)
+    scale = torch.ones(1, 1)
+    zero_point = None if grid.symmetric else torch.full((1, 1), 1.0)
+    weight = grid.values(units.clone(), scale, zero_point)
+    found = store(weight, scale, zero_point, format)
+    plain = format.encode(grid.units(weight, scale, zero_point))
+    stored, expected = format.decode(found.phi), format.decode(plain)
+    assert (stored - stored.round()).abs().max() < 0.5
+    ties = (expected - expected.round()).abs() == 0.5
+    assert ties.any() == (bits < 8)
+    assert torch.equal(stored.round(), expected.round())
+    assert torch.equal(stored[~ties], expected[~ties])
+    assert ((stored - expected)[ties].abs() == 2.0 ** (bits - 8)).all()
