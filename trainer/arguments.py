@@ -59,8 +59,12 @@ class LRQATArguments(Base):
         default=None,
         metadata={"help": "peak learning rate of the factors B; default: --learning_rate"},
     )
-    scale_learning_rate: float = field(
-        default=1e-4, metadata={"help": "peak learning rate of the scales"}
+    scale_learning_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "peak learning rate of the scales; default: 1e-4, or on a calibrated base a"
+            " hundredth of their mean"
+        },
     )
     scale_weight_decay: float = field(
         default=0.0,

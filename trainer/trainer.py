@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftModel
@@ -15,6 +16,7 @@ from .distillation import Distillation
 from .figures import LRQATCallback
 from .finite import FiniteRuns
 from .optimizer import GroupedOptimizer
+from .rates import usual_scale_rate
 from .record import Publishing, TrainingRecord
 from .reference import ReferencePolicy
 
@@ -72,6 +74,10 @@ class LRQATTrainerMixin(
                 f"the model ({type(self.model).__name__}) has no LR-QAT layers; wrap it first: "
                 "`model = get_peft_model(model, LRQATConfig(target_modules='all-linear'))`"
             )
+        if self.args.scale_learning_rate is None:
+            # A copy, so that the user's arguments may serve for another model.
+            self.args = copy.copy(self.args)
+            self.args.scale_learning_rate = usual_scale_rate(self.model)
         self.add_teacher(teacher_model)
         LRQATCallback.attach(self)
 

@@ -162,7 +162,7 @@ def test_options_become_the_config(words, expected):
 
 def test_training_defaults_are_the_recipe():
     args = parse(["--output_dir", "out"], LRQATTrainingArguments)
-    assert (args.learning_rate, args.scale_learning_rate, args.weight_decay) == (5e-3, 1e-4, 0)
+    assert (args.learning_rate, args.scale_learning_rate, args.weight_decay) == (5e-3, None, 0)
     assert (args.A_learning_rate, args.B_learning_rate, args.distillation_weight) == (None, None, 0)
     assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.95, 1.0)
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.report_to) == (

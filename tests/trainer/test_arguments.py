@@ -18,7 +18,7 @@ def arguments(**fields):
 def test_defaults_are_the_recipe():
     args = arguments()
     assert (args.learning_rate, args.A_learning_rate, args.B_learning_rate) == (5e-3, None, None)
-    assert (args.scale_learning_rate, args.weight_decay, args.scale_weight_decay) == (1e-4, 0, 0)
+    assert (args.scale_learning_rate, args.weight_decay, args.scale_weight_decay) == (None, 0, 0)
     assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
     assert (args.max_grad_norm, args.factor_max_grad_norm) == (1.0, 0.01)
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.logging_steps) == (

@@ -9,7 +9,14 @@ from torch import nn
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from peft_lrqat.trainer import LRQATOptimizerFactory, clip_by_group, parameter_groups
+from peft_lrqat import CalibratedStart, LowBitConfig, LRQATLinear, calibrate_low_bit
+from peft_lrqat.trainer import (
+    LRQATOptimizerFactory,
+    LRQATTrainer,
+    LRQATTrainingArguments,
+    clip_by_group,
+    parameter_groups,
+)
 from peft_lrqat.trainer.arguments import OWN_GROUPS
 from peft_lrqat.trainer.rates import setting_name
 
@@ -435,3 +442,32 @@ def test_model_with_nothing_to_train_is_refused():
         match=r"no trainable parameters; wrap it with get_peft_model\(model, LRQATConfig",
     ):
         LRQATOptimizerFactory()(nn.Linear(2, 2).requires_grad_(False), **RATES)
+
+
+def test_the_usual_rate_of_the_scales_follows_a_calibrated_base(
+    make_base, make_config, token_rows, tmp_path
+):
+    rows = token_rows(4, 8)
+    args = LRQATTrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no"
+    )
+
+    def rate_of(base, **fields):
+        config = make_config(**fields)
+        config.range_estimator = "lp"
+        model = get_peft_model(base, config)
+        trainer = LRQATTrainer(model=model, args=args, train_dataset=rows)
+        trainer.create_optimizer()
+        group = next(g for g in trainer.optimizer.param_groups if g["name"] == "scales")
+        assert trainer.args.scale_learning_rate == group["initial_lr"]
+        layers = [m for m in model.modules() if isinstance(m, LRQATLinear)]
+        return group["initial_lr"], layers
+
+    assert rate_of(make_base("llama"), bits=4)[0] == 1e-4
+    start = CalibratedStart(method="gptq", dataset=rows, progress=False)
+    base = calibrate_low_bit(make_base("llama"), LowBitConfig(bits=4, downcast="fixed8"), start)
+    rate, layers = rate_of(base)
+    means = torch.tensor([float(layer.base_layer.scale0.mean()) for layer in layers])
+    assert rate == pytest.approx(0.01 * float(means.mean()), rel=1e-5)
+    # The same arguments served for both models.
+    assert args.scale_learning_rate is None
