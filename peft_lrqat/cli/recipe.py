@@ -4,8 +4,8 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -153,8 +153,12 @@ def _by_layer(args: RecipeForArguments, average: AverageArguments, runtime: str 
         chosen = runtime_named(runtime)
         shapes = linear_names(model).values()
         fields = chosen.preset(int(average.average_bits), average.symmetric, shapes)
-        symmetric = bool(fields["symmetric"])
-        widths = chosen.bits if symmetric else chosen.asymmetric_bits
+        grid = Grid(
+            bits=2, symmetric=bool(fields["symmetric"]), group_size=cast(int, fields["group_size"])
+        )
+        widths = tuple(
+            b for b in ALL_BITS if chosen.why_not(replace(grid, bits=b), "bfloat16") is None
+        )
         fused = chosen.fused
     bits = choose_bits(
         model,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..quant.grid import Grid
 from ..shared.checks import check_choice
-from .base import ALL_BITS, Format, in_words
+from .base import Format, in_words
 from .linear import Target
 from .sizes import StoredBits, stored_bits
 from .table import FORMATS
@@ -23,8 +23,6 @@ class Runtime:
 
     name: str
     format: Format
-    bits: tuple[int, ...] = ALL_BITS
-    asymmetric_bits: tuple[int, ...] = ALL_BITS
     group_sizes: tuple[int, ...] | None = None  # None: all that the format holds; -1: a row
     presets: tuple[int, ...]  # group sizes, the best first
     # Layers that the runtime joins into one, which must be quantised alike.
@@ -32,15 +30,6 @@ class Runtime:
 
     def why_not(self, grid: Grid, scale_dtype: str, in_features: int | None = None) -> str | None:
         """Why the runtime does not run weights on ``grid``, and what it runs; None if it does."""
-        if grid.bits not in self.bits:
-            return (
-                f"{self.name} runs weights of {in_words(self.bits)} bits, but `bits` is {grid.bits}"
-            )
-        if not grid.symmetric and grid.bits not in self.asymmetric_bits:
-            return (
-                f"{self.name} runs asymmetric weights of {in_words(self.asymmetric_bits)} bits,"
-                f" but `bits` is {grid.bits}; use symmetric=True"
-            )
         if self.group_sizes is not None and grid.group_size not in self.group_sizes:
             return (
                 f"{self.name} runs group sizes {in_words(self.group_sizes)} (-1: one scale per"
@@ -122,13 +111,11 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime(
             name="transformers", format=FORMATS["compressed-tensors"], presets=(128, 64, 32, -1)
         ),
-        # Its kernels: 4 and 8 bits (with zero points only 4), one scale per row or per 32, 64 or
-        # 128 weights.
+        # By the source of release 0.33: on NVIDIA's GPUs, 4 and 8 bits in its own kernels, which
+        # take one scale per row or per 32, 64 or 128 weights, and all other widths by Humming.
         Runtime(
             name="vllm",
             format=FORMATS["compressed-tensors"],
-            bits=(4, 8),
-            asymmetric_bits=(4,),
             group_sizes=(-1, 32, 64, 128),
             presets=(128, 64, 32, -1),
             fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),

@@ -630,8 +630,8 @@ def test_an_export_without_a_comparison(base, capsys):
         (["recipe"], "the following arguments are required: --for"),
         (["recipe", "--for", "onnx"], "invalid choice: 'onnx'"),
         (
-            ["recipe", "--for", "vllm", "--bits", "3"],
-            "vllm runs weights of 4, 8 bits, but `bits` is 3",
+            ["recipe", "--for", "llama.cpp", "--bits", "8", "--no_symmetric"],
+            "gguf holds asymmetric weights of 2, 3, 4, 5, 6, 7 bits, but these have 8",
         ),
         (
             ["recipe", "--for", "llama.cpp", "--activation_bits", "8"],

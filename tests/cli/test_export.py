@@ -116,7 +116,8 @@ def test_bits_by_layer_for_a_runtime(text, capsys):
     words += ["--dataset", str(text), "--block_size", "32", "--tokens", "64", "--json"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {found["bits"], *found["bits_pattern"].values()} == {4, 8}
+    assert {found["bits"], *found["bits_pattern"].values()} <= set(range(2, 9))
+    assert found["group_size"] in (-1, 32, 64, 128)
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,6 @@ def test_every_cell_of_a_format(name, tokenizer, tmp_path):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_a_preset_allows_can_be_exported(runtime, bits, make_model, tokenizer, tmp_path):
-    if runtime == "vllm" and bits not in (4, 8):
-        with pytest.raises(ValueError, match="vllm runs weights of 4, 8 bits"):
-            LRQATConfig.for_runtime(runtime, bits=bits, group_size=32)
-        return
     config = LRQATConfig.for_runtime(runtime, bits=bits, group_size=32)
     fields = {
         name: getattr(config, name) for name in ("bits", "group_size", "symmetric", "scale_dtype")
@@ -96,15 +92,6 @@ def test_presets():
     assert LRQATConfig.for_runtime("llama.cpp").group_size == 32
     assert LRQATConfig.for_runtime("transformers", bits=3, symmetric=False).symmetric is False
     for fields, message in (
-        ({"runtime": "vllm", "bits": 3}, "vllm runs weights of 4, 8 bits, but `bits` is 3"),
-        (
-            {"runtime": "vllm", "bits_pattern": {"down_proj": 6}},
-            "vllm runs weights of 4, 8 bits, but `bits` is 6",
-        ),
-        (
-            {"runtime": "vllm", "bits": 8, "symmetric": False},
-            "vllm runs asymmetric weights of 4 bits, but `bits` is 8",
-        ),
         (
             {"runtime": "vllm", "group_size": 96},
             r"group sizes -1, 32, 64, 128 \(-1: one scale per row\), but .* is 96",
