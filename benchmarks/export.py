@@ -44,7 +44,7 @@ def formula(format: str, bits: int, layers: list) -> int:
         block = ggml.block_type(grid, columns)
         total += {
             "compressed-tensors": lambda r, c, g, _: 4 * r * -(-c * bits // 32) + 2 * r * g + 16,
-            "gguf": lambda r, c, _, b: r * c // ggml.BLOCK_SIZES[b] * ggml.BLOCK_BYTES[b],
+            "gguf": lambda r, c, _, b: r * ggml.row_bytes(b, c),
             "gptq": lambda r, c, g, _: r * c * bits // 8 + 2 * r * g + g * r * bits // 8 + 4 * c,
             "packed": lambda r, c, g, _: r * packed_bytes(c, bits) + 2 * r * g,
             "dequantized": lambda r, c, *_: 2 * r * c,

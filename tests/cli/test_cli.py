@@ -629,10 +629,7 @@ def test_an_export_without_a_comparison(base, capsys):
     [
         (["recipe"], "the following arguments are required: --for"),
         (["recipe", "--for", "onnx"], "invalid choice: 'onnx'"),
-        (
-            ["recipe", "--for", "llama.cpp", "--bits", "8", "--no_symmetric"],
-            "gguf holds asymmetric weights of 2, 3, 4, 5, 6, 7 bits, but these have 8",
-        ),
+        (["recipe", "--for", "vllm", "--bits", "9"], "`bits` must be 2 to 8, but is 9"),
         (
             ["recipe", "--for", "llama.cpp", "--activation_bits", "8"],
             "llama.cpp rounds activations its own way",
