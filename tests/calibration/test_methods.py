@@ -139,6 +139,21 @@ def test_gptq_without_correlation_rounds_to_nearest():
     assert torch.equal(format.decode(stored.phi).round(), codes.round())
 
 
+def test_gptq_spreads_the_errors_of_a_balanced_grid():
+    """Columns that are all alike: what one loses by rounding, the others make up for."""
+    grid = Grid(bits=2, balanced=True)
+    format = WeightFormat(grid=grid, downcast="fixed8", scale_dtype="bfloat16", in_features=32)
+    weight = torch.rand(6, 32)  # to nearest, half of it is off by up to half a step
+    hessian = torch.ones(32, 32) + 1e-3 * torch.eye(32)
+    stored = GPTQ().round(weight, hessian, format, RANGES)
+    made = rounded(stored, format, torch.float32)
+    scale, _ = estimate_range(weight, grid, estimator="minmax", scale_dtype="bfloat16", p=4.0)
+    nearest = grid.units(weight, scale, None).round().clamp(grid.qmin, grid.qmax)
+    nearest = grid.values(nearest, scale, None)
+    lost, without = ((other - weight).sum(1).abs().mean() for other in (made, nearest))
+    assert lost < 0.3 * without
+
+
 def test_gptq_of_a_module_that_gets_no_finite_input(make_base):
     model = make_base("llama")
     with torch.no_grad():
