@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-balanced-g32": {"bits": 2, "balanced": True, "group_size": 32},
 }
 UNQUANTISED = "unquantised"
-TUNED = "tuned, blocks"
+TUNED = "tuned-blocks"
 DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
 # What is written beside a figure.
 OPTIONS = (
@@ -104,7 +104,7 @@ class Run:
     @property
     def file(self) -> str:
         name = "-".join(str(part) for part in asdict(self).values())
-        return f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        return f"{name.replace(' ', '-')}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Place:
         """The unquantised model that a run starts from."""
         if run.start != TUNED:
             return self.load(self.model)
-        folder = self.bases / f"{TUNED.replace(' ', '-')}-{self.args.first_steps}-{run.seed}"
+        folder = self.bases / f"tuned-{run.seed}"
         if not folder.exists():
             tuned: Any = lora(self, run, self.load(self.model), steps=self.args.first_steps)
             self.bases.mkdir(parents=True, exist_ok=True)
@@ -199,8 +199,7 @@ STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks, 
 
 def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
     """The base that a run starts from, made once for all trainings, and the seconds that took."""
-    first = f"-{place.args.first_steps}" if run.start == TUNED else ""
-    folder = place.bases / f"{run.setting}-{run.start.replace(', ', '-')}{first}-{run.seed}"
+    folder = place.bases / f"{run.setting}-{run.start}-{run.seed}"
     seconds = folder / "seconds.json"
     if not seconds.exists():
         config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting])
@@ -451,7 +450,7 @@ def find_place(args: argparse.Namespace) -> Place:
         made = load_blocks(args.train, tokenizer, block_size=args.window)
         file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
     heldout = load_tokens(str(file), tokenizer)
-    options = f"{args.epochs}-{args.calibration_blocks}-{args.reconstruction_rate}"
+    made_with = (args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps)
     return Place(
         model=model,
         text=text,
@@ -460,7 +459,7 @@ def find_place(args: argparse.Namespace) -> Place:
         chosen_by=heldout[args.heldout_tokens :][: args.heldout_tokens],
         tokenizer=tokenizer,
         args=args,
-        bases=work / f"bases-{Path(args.model).name}-{text}-{options}",
+        bases=work / "-".join(map(str, ("bases", Path(args.model).name, text, *made_with))),
     )
 
 

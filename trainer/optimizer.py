@@ -15,7 +15,7 @@ from transformers.utils import logging
 from peft_lrqat.shared.saved import check_trained_is_saved
 
 from .part import TrainerPart
-from .rates import FACTORS, GROUPS, check_rates, setting_name, usual_scale_rate
+from .rates import FACTORS, GROUPS, check_rates, setting_name
 
 
 logger = logging.get_logger(__name__)
@@ -40,13 +40,12 @@ class GroupedOptimizer(TrainerPart):
         """The Trainer's choice, with the parameter groups of LR-QAT for `create_optimizer`."""
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if model is not None:
-            scale_lr = args.scale_learning_rate
             kwargs["params"] = parameter_groups(
                 model,
                 lr=args.learning_rate,
                 lr_A=args.A_learning_rate,
                 lr_B=args.B_learning_rate,
-                scale_lr=usual_scale_rate(model) if scale_lr is None else scale_lr,
+                scale_lr=args.scale_learning_rate,
                 weight_decay=args.weight_decay,
                 scale_weight_decay=args.scale_weight_decay,
             )

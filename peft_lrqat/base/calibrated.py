@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..calibration.shelf import Shelf
 from ..calibration.weights import StoredLinear
 from ..quant import Grid, WeightFormat
 from ..shared.checks import check_choice
+from ..shared.frozen import frozen
 from ..shared.words import some
 from .config import LowBitConfig
 from .downcast import DowncastLinear
@@ -156,22 +156,10 @@ class CalibratedStart:
             known=known,
             progress=self.progress,
         )
-        with _frozen(model):
+        with frozen(model):  # norms and biases, too
             for block, result in calibration.run():
                 self.losses[block.name] = (result.before, result.after)
                 done(block.name, result)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model itself gets a gradient: norms and biases stay as they are."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _to(value: Any, device: torch.device) -> Any:

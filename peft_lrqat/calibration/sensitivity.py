@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..quant import WeightFormat
+from ..shared.frozen import frozen
 from .calibrate import Ranges
 from .replay import Batch
 from .weights import rounded, store
@@ -77,15 +78,15 @@ def measure_costs(
             costs[name][bits] += cost
         reached.add(name)
 
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
     training, reached = model.training, set[str]()
     hooks = []
     try:
-        model.eval().requires_grad_(False)
-        for name, weight in weights.items():
-            weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(lambda _, name=name: add(name)))
-        with torch.enable_grad():
+        model.eval()
+        with frozen(model), torch.enable_grad():
+            for name, weight in weights.items():
+                weight.requires_grad_(True)
+                hook = weight.register_post_accumulate_grad_hook(lambda _, name=name: add(name))
+                hooks.append(hook)
             for batch in batches:
                 loss = model(**batch).loss
                 if loss is None:
@@ -95,8 +96,6 @@ def measure_costs(
     finally:
         for hook in hooks:
             hook.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
         model.train(training)
     if missing := [name for name in formats if name not in reached]:
         raise ValueError(

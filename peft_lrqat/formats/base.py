@@ -63,7 +63,7 @@ class Format(ABC):
     scale_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     holds_conv1d: ClassVar[bool] = False
     holds_embeddings: ClassVar[bool] = False
-    holds_balanced: ClassVar[bool] = False  # if not, their values take a bit more
+    balanced_bits: ClassVar[tuple[int, ...]] = ()  # others take a bit more, as odd half steps
     is_small: ClassVar[bool] = True  # the point of its files
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
     library_name: ClassVar[str] = "transformers"  # in the metadata of the card
@@ -116,10 +116,10 @@ class Format(ABC):
         Raises:
             ValueError: the integers do not fit.
         """
-        if grid.balanced and not self.holds_balanced:
+        if grid.balanced and grid.bits not in self.balanced_bits:
             if grid.bits == 8:
                 raise ValueError(
-                    f"{self.name} holds no half steps, and integers of up to 8 bits; use"
+                    f"{self.name} holds values of half steps up to 7 bits; use"
                     " format='packed' or 'dequantized', or train with balanced=False"
                 )
             grid = grid.whole

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..quant.grid import Grid
-from .base import SafetensorsFormat
+from .base import ALL_BITS, SafetensorsFormat
 from .linear import QuantizedLinear, Target
 
 
@@ -15,7 +15,8 @@ class Dequantized(SafetensorsFormat):
     """The weights that the model computes with."""
 
     name = "dequantized"
-    holds_conv1d = holds_embeddings = holds_balanced = True
+    holds_conv1d = holds_embeddings = True
+    balanced_bits = ALL_BITS
     is_small = False
     snippet = """from transformers import {auto_class}
 

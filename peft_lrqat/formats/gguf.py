@@ -58,7 +58,7 @@ class Gguf(Format):
     scale_dtypes = ("bfloat16", "float16")
     takes_container_bits = False
     holds_embeddings = True
-    holds_balanced = True
+    balanced_bits = (2, 3, 4, 5, 6, 7)
     library_name = "gguf"
     tags = ("gguf",)
     snippet = f"""# llama.cpp: llama-cli -m {FILE}; or, with plain weights in memory:
@@ -67,14 +67,6 @@ from transformers import AutoConfig, {{auto_class}}
 path = "this repository or folder"
 config = AutoConfig.from_pretrained(path)
 model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"""
-
-    def stored_grid(self, grid: Grid, bits: int | None = None) -> Grid:
-        if grid.balanced and grid.bits == 8:
-            raise ValueError(
-                "gguf holds half steps of up to 7 bits; use format='packed' or 'dequantized', or"
-                " train with balanced=False"
-            )
-        return super().stored_grid(grid, bits)
 
     def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
         return (

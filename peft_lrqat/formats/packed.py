@@ -30,7 +30,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..quant.grid import SCALE_DTYPES, Grid
 from ..quant.packing import pack, packed_bytes, unpack
 from ..shared.names import PACKED_VERSIONS
-from .base import CONFIG_NAME, DeployedModel, Loaded, SafetensorsFormat
+from .base import ALL_BITS, CONFIG_NAME, DeployedModel, Loaded, SafetensorsFormat
 from .linear import QuantizedLinear, Target
 from .stored import StoredTensors, build
 
@@ -43,7 +43,8 @@ class Packed(SafetensorsFormat):
     """For `load_quantized`."""
 
     name = "packed"
-    holds_conv1d = holds_embeddings = holds_balanced = True
+    holds_conv1d = holds_embeddings = True
+    balanced_bits = ALL_BITS
     tags = ("packed",)
     checkpoint_names = False
     snippet = """from peft_lrqat.export import load_quantized

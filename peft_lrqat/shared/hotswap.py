@@ -49,8 +49,7 @@ def hotswap_adapter(
             f"there is no adapter `{adapter_name}` to swap; loaded are {some(known)}. Use "
             "load_adapter() to add one"
         )
-    layers = [module for module in model.modules() if hasattr(module, "take_over")]
-    if any(adapter_name in getattr(layer, "merged_adapters", ()) for layer in layers):
+    if any(adapter_name in getattr(m, "merged_adapters", ()) for m in model.modules()):
         raise ValueError(f"the adapter `{adapter_name}` is merged; call unmerge_adapter() first")
     fresh = f"{adapter_name}_swapped"
     while fresh in known:
@@ -97,7 +96,7 @@ def _check(old: PeftConfig, new: PeftConfig) -> None:
 
 def _take_over(model: nn.Module, adapter_name: str, fresh: str) -> None:
     having: dict[str, set[str]] = {adapter_name: set(), fresh: set()}
-    parts: list[tuple[str, nn.Module]] = []
+    parts: list[nn.Module] = []
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             present = module._adapters
@@ -109,13 +108,13 @@ def _take_over(model: nn.Module, adapter_name: str, fresh: str) -> None:
             if adapter in present:
                 names.add(name)
         if fresh in present:
-            parts.append((name, module))
+            parts.append(module)
     if differing := having[adapter_name] ^ having[fresh]:
         raise ValueError(
             f"the adapters have different layers: only one of them has {some(differing)}; delete "
             "the one and load the other"
         )
-    for _, module in parts:
+    for module in parts:
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save
             trained[adapter_name].load_state_dict(trained[fresh].state_dict())
