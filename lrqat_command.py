@@ -26,7 +26,11 @@ COMMANDS = {
         "prepare:run_prepare",
         "make a low-bit base of a model, or of a GPTQ, AWQ or compressed-tensors checkpoint",
     ),
-    "eval": ("evaluate:run_eval", "measure the perplexity of a model, with or without an adapter"),
+    "eval": ("evaluate:run_eval", "measure the perplexity of models, adapters, exports"),
+    "compare": (
+        "evaluate:run_compare",
+        "measure how far the predictions of models are from those of a reference",
+    ),
     "recipe": ("recipe:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),
     "quantize-adapter": (

@@ -608,7 +608,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="of A and B")
-    parser.add_argument("--scale_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--scale_learning_rate", type=float, help="default: the package's own")
     parser.add_argument("--scales_only_learning_rate", type=float, default=1e-3)
     parser.add_argument("--distillation_weight", type=float, default=0.5)
     parser.add_argument(

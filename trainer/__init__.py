@@ -2,6 +2,7 @@
 
 from .arguments import LRQATArguments, LRQATTrainingArguments
 from .checkpoint import last_complete_checkpoint
+from .comparison import Comparison, compare_models
 from .divergence import distillation_loss
 from .figures import LRQATCallback
 from .loraquant_callback import LoRAQuantCallback
@@ -10,6 +11,7 @@ from .trainer import LRQATTrainer, LRQATTrainerMixin
 
 
 __all__ = [
+    "Comparison",
     "LRQATArguments",
     "LRQATCallback",
     "LRQATOptimizerFactory",
@@ -18,6 +20,7 @@ __all__ = [
     "LRQATTrainingArguments",
     "LoRAQuantCallback",
     "clip_by_group",
+    "compare_models",
     "distillation_loss",
     "last_complete_checkpoint",
     "parameter_groups",

@@ -167,6 +167,12 @@ def load_tokens(
     return concatenate(tokenize(documents, tokenizer, text_column=text_column))
 
 
+def text_bytes(documents: AnyDataset, *, text_column: str = "text") -> int:
+    """UTF-8 bytes of all documents that `tokenize` does not leave out."""
+    texts = (row[text_column] for row in documents)
+    return sum(len(text.encode()) for text in texts if text and not text.isspace())
+
+
 def concatenate(tokens: Dataset) -> Tensor:
     """All rows of `tokenize` joined into one, (T,), int64."""
     rows: Iterable[Tensor] = (

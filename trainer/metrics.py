@@ -114,7 +114,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Perplexity of one long text, a row of token ids (T,), in windows of ``window`` tokens.
 
     ``stride`` None or equal to ``window``: windows do not overlap, the first token of each is not
@@ -126,10 +126,63 @@ def evaluate_perplexity(
     token but the first is scored exactly once, with at least ``window - stride`` tokens of context
     (after the first window). This is the procedure of the transformers documentation, "Perplexity
     of fixed-length models"; its figures are lower, so always state window and stride.
+
+    Returns a dict: ``perplexity``; ``nats_per_token``, its logarithm; ``tokens``, those scored; and
+    ``nats_standard_error`` of that logarithm, from the spread of the windows, None for one window.
+    """
+    metric = Perplexity(keep_in_memory=True)
+    windows = scored_windows(
+        model,
+        input_ids,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    sums, counts = [], []
+    for logits, labels in windows:
+        nats = preprocess_logits_for_metrics(logits, labels).cpu().numpy()
+        gold = labels[:, 1:].cpu().numpy()
+        metric.add_batch(predictions=nats, references=gold)
+        sums += nats.sum(-1, dtype=np.float64).tolist()  # 0 where not scored
+        counts += (gold != IGNORED).sum(-1).tolist()
+    error = standard_error(np.array(sums), np.array(counts))
+    return {**metric.compute(), "nats_standard_error": error}
+
+
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Of a mean over all tokens, ``sum(sums) / sum(counts)``; None for one window alone.
+
+    Args:
+        sums: float64 (windows,), of the tokens of a window.
+        counts: int (windows,), tokens of a window. Those of one window depend on each other, so
+            that windows, not tokens, are what is drawn: Cochran, "Sampling Techniques", the ratio
+            of two sums.
+    """
+    n = len(sums)
+    if n < 2:
+        return None
+    with np.errstate(invalid="ignore"):  # a ruined model has infinite nats
+        apart = sums - sums.sum() / counts.sum() * counts
+        return float(np.sqrt(n / (n - 1) * np.square(apart).sum()) / counts.sum())
+
+
+def scored_windows(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of each batch of windows, (batch, T, vocabulary), and its labels, (batch, T).
+
+    The windows are those of `evaluate_perplexity`. A token that is not scored has the label -100.
+    The model is in eval mode and no gradient is kept while the iterator runs.
     """
     check_window(model, input_ids, window=window, stride=stride, batch_size=batch_size)
     stride = window if stride is None else stride
-    metric = Perplexity(keep_in_memory=True)
     spans = list(_spans(len(input_ids), window, stride))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -137,22 +190,19 @@ def evaluate_perplexity(
         bar = tqdm(
             total=len(spans), desc="perplexity", unit="window", leave=False, disable=not progress
         )
-        with torch.no_grad(), bar:
+        with bar:
             for batch in _batches(spans, batch_size):
                 tokens = torch.stack([input_ids[start:end] for start, end, _ in batch])
                 tokens = tokens.to(device)
                 labels = tokens.clone()
                 for row, (start, _, first_scored) in zip(labels, batch, strict=True):
                     row[: first_scored - start] = IGNORED
-                logits = model(input_ids=tokens, use_cache=False).logits
-                nats = preprocess_logits_for_metrics(logits, labels)
-                metric.add_batch(
-                    predictions=nats.cpu().numpy(), references=labels[:, 1:].cpu().numpy()
-                )
+                with torch.no_grad():
+                    logits = model(input_ids=tokens, use_cache=False).logits
+                yield logits, labels
                 bar.update(len(batch))
     finally:
         model.train(was_training)
-    return metric.compute()
 
 
 def check_window(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
 from peft_lrqat.lrqat.card import describe_adapter
@@ -15,6 +16,9 @@ from peft_lrqat.shared.card import make_publishable
 
 from .part import TrainerPart
 from .rates import setting_name
+
+
+EXAMPLE_LENGTH = "tokens in an example"  # a setting of the record
 
 
 class TrainingRecord(TrainerPart):
@@ -98,6 +102,8 @@ class TrainingRecord(TrainerPart):
             "sequences per step": self.get_total_train_batch_size(args),
             "seed": args.seed,
         }
+        if (length := _example_length(self.train_dataset)) is not None:
+            settings[EXAMPLE_LENGTH] = length
         if args.distillation_weight:
             settings["distillation weight"] = args.distillation_weight
             settings["distillation temperature"] = args.distillation_temperature
@@ -122,6 +128,15 @@ class Publishing(TrainerPart):
             make_publishable(checkpoint_folder)  # the checkpoint may be uploaded as well
             shutil.copy(card, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _example_length(dataset: Any) -> int | None:
+    """Tokens in an example, where all are of one length as far as the first and last ones show."""
+    columns = getattr(dataset, "column_names", None) or []
+    if not isinstance(dataset, Dataset) or "input_ids" not in columns or len(dataset) == 0:
+        return None
+    first, last = (len(dataset[place]["input_ids"]) for place in (0, len(dataset) - 1))
+    return first if first == last else None
 
 
 def _named_groups(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

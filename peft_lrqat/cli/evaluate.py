@@ -1,26 +1,36 @@
-"""`lrqat eval`: the perplexity of a model, with or without an adapter."""
+"""`lrqat eval` and `lrqat compare`: perplexity of models, and how far apart they are."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftConfig, TaskType
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from peft_lrqat.trainer.data import load_tokens
+from peft_lrqat.shared.plotting import require_matplotlib
+from peft_lrqat.shared.staging import check_target
+from peft_lrqat.trainer.comparison import Comparison, compare_models
+from peft_lrqat.trainer.data import concatenate, load_documents, text_bytes, tokenize
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
-from peft_lrqat.trainer.pipeline import load_adapter, load_base
-from peft_lrqat.trainer.tokenizers import load_tokenizer
+from peft_lrqat.trainer.opening import Opened, is_adapter, open_model
+from peft_lrqat.trainer.record import EXAMPLE_LENGTH
 
-from .options import JsonOptions, ModelOptions, WindowOptions
-from .parser import Parser
+from .options import HeldOutOptions, JsonOptions, ModelOptions
+from .parser import Parser, print_columns
+
+
+DEFAULT_WINDOW = 512
 
 
 @dataclass(kw_only=True)
-class EvalArguments(ModelOptions, WindowOptions, JsonOptions):
-    """Which model is evaluated, and on which text."""
+class EvalArguments(ModelOptions, HeldOutOptions, JsonOptions):
+    """Which models are evaluated, and on which text."""
 
     adapter: str | None = field(
         default=None, metadata={"help": "LR-QAT adapter: a directory or a name on the Hub"}
@@ -28,78 +38,278 @@ class EvalArguments(ModelOptions, WindowOptions, JsonOptions):
     merge: bool = field(
         default=False, metadata={"help": "merge the adapter into plain linear layers first"}
     )
-    dataset: list[str] = field(
-        metadata={
-            "help": "text files, a directory with a data set, or a data set on the Hub as `name` "
-            "or `name:config`"
-        }
+
+
+@dataclass(kw_only=True)
+class CompareArguments(ModelOptions, HeldOutOptions, JsonOptions):
+    """On which text, and how it is shown."""
+
+    plot: str | None = field(
+        default=None, metadata={"help": "also draw the table, into this PNG or SVG file"}
     )
-    split: str = field(default="test", metadata={"help": "split of --dataset, if it has several"})
-    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
-    stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "tokens from one window to the next. Without it, windows do not overlap, and "
-            "an incomplete last window is dropped. Smaller than --window: every token but the "
-            "first is scored once, with more context"
-        },
-    )
-    batch_size: int = field(default=8, metadata={"help": "windows in a forward pass"})
 
 
 def run_eval(argv: Sequence[str]) -> int:
     """`lrqat eval`."""
     parser = Parser(
         "eval",
-        "[--model M] [--adapter DIR] --dataset D [D ...] [options]",
+        "(PATH [PATH ...] | --model M | --adapter DIR) --dataset D [D ...] [options]",
         [EvalArguments],
-        "Measures the perplexity of a causal language model on a text, with or without an adapter.",
-        "  lrqat eval --adapter out --dataset test.txt --window 1024\n"
+        "Measures the perplexity of causal language models on a text. PATH is an adapter, a\n"
+        "model, a low-bit base, an export or a GGUF file; of several, the result is one table.",
+        "  lrqat eval out --dataset test.txt --window 1024\n"
+        "  lrqat eval ./my-llama out out-packed model.gguf --dataset test.txt\n"
         "  lrqat eval --model ./my-llama --dataset test.txt --window 1024 --stride 512 --json",
     )
-    (args,) = parser.parse(argv)
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="what is measured")
+    args, more = parser.parse(argv)
     with parser.user_errors():
-        if args.model is None and args.adapter is None:
-            raise ValueError("give --model, --adapter, or both")
-        if args.merge and args.adapter is None:
-            raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
-        model: Any
-        if args.adapter is None:
-            name = args.model
-            model, tokenizer = load_base(name, args.dtype)
-        else:
-            config = PeftConfig.from_pretrained(args.adapter)
-            _check_task(config)
-            model = load_adapter(args.adapter, args.model, args.dtype)
-            tokenizer, _ = load_tokenizer(args.adapter, model.config.name_or_path)
-            name = args.model or config.base_model_name_or_path
-        tokens = load_tokens(
-            args.dataset, tokenizer, split=args.split, text_column=args.text_column
+        places = _places(args, more.paths)
+        text = _Text(args)
+        if args.merge and args.adapter is None and len(places) > 1:
+            raise ValueError("--merge is for one adapter; give it alone")
+    rows = []
+    for place in places:
+        with parser.user_errors():
+            opened = open_model(place, args.dtype, base=args.model if place != args.model else None)
+            if args.merge and opened.config is None:
+                raise ValueError("--merge merges an adapter; give one, or leave --merge out")
+            window = text.window(opened)
+            tokens = text.tokens(opened.tokenizer)
+            check_window(
+                opened.model, tokens, window=window, stride=args.stride, batch_size=args.batch_size
+            )
+        model = opened.model.merge_and_unload() if args.merge else opened.model
+        found = evaluate_perplexity(
+            model.to(PartialState().device),
+            tokens,
+            window=window,
+            stride=args.stride,
+            batch_size=args.batch_size,
         )
-        check_window(
-            model, tokens, window=args.window, stride=args.stride, batch_size=args.batch_size
+        base = None if opened.config is None else opened.config.base_model_name_or_path
+        bits = found["nats_per_token"] / math.log(2) * len(tokens) / text.bytes
+        rows.append(
+            {
+                "name": place,
+                "kind": opened.kind,
+                "model": args.model or base or place,
+                "window": window,
+                **found,
+                "bits_per_byte": bits,
+            }
         )
-
-    model = model.merge_and_unload() if args.merge else model
-    model = model.to(PartialState().device)
-    result = evaluate_perplexity(
-        model, tokens, window=args.window, stride=args.stride, batch_size=args.batch_size
-    )
+        del opened, model
     if args.json:
-        print(json.dumps(dataclasses.asdict(args) | {"model": name} | result))
-        return 0
-    overlap = f"stride {args.stride}" if args.stride else "not overlapping"
-    print(
-        f"perplexity {result['perplexity']:.4f} ({result['nats_per_token']:.4f} nats per token; "
-        f"{result['tokens']:,} tokens scored; windows of {args.window}, {overlap})"
-    )
+        _print_json(args, places, rows)
+    elif len(rows) == 1:
+        _print_one(rows[0], args.stride)
+    else:
+        _print_several(rows, args.stride)
     return 0
 
 
-def _check_task(config: PeftConfig) -> None:
-    """ValueError for an adapter that does not predict the next token."""
-    if config.task_type not in (None, TaskType.CAUSAL_LM):
-        raise ValueError(
-            "perplexity is measured of causal language models, but the `task_type` of this adapter"
-            f" is {config.task_type}; evaluate it in Python with the metric of its task"
+def run_compare(argv: Sequence[str]) -> int:
+    """`lrqat compare`."""
+    parser = Parser(
+        "compare",
+        "REFERENCE CANDIDATE [CANDIDATE ...] --dataset D [D ...] [options]",
+        [CompareArguments],
+        "Measures how far the predictions of models are from those of a reference, on a text:\n"
+        "perplexity, divergence from the reference, and how often both choose the same token.\n"
+        "Each is an adapter, a model, a low-bit base, an export or a GGUF file.",
+        "  lrqat compare ./my-llama out out-packed --dataset test.txt --plot compare.png\n"
+        "  lrqat compare out model-gguf --dataset test.txt --json",
+    )
+    parser.add_argument("reference", metavar="REFERENCE", help="what the others are compared with")
+    parser.add_argument("candidates", metavar="CANDIDATE", nargs="+", help="what is compared")
+    args, places = parser.parse(argv)
+    with parser.user_errors():
+        if args.plot is not None:
+            require_matplotlib()
+            check_target(args.plot)
+        text = _Text(args)
+        reference = open_model(places.reference, args.dtype)
+        tokens = text.tokens(reference.tokenizer)
+    device = PartialState().device
+    reference.model.to(device)
+    window: int | None = None if reference.config is None else text.window(reference)
+    found: dict[str, Comparison] = {}
+    for place in places.candidates:
+        with parser.user_errors():
+            candidate = open_model(place, args.dtype, base=args.model)
+            # One window for all rows of the table: the first adapter's that says its own.
+            window = window or text.window(candidate)
+            for opened in (reference, candidate):
+                check_window(
+                    opened.model,
+                    tokens,
+                    window=window,
+                    stride=args.stride,
+                    batch_size=args.batch_size,
+                )
+            _check_same_tokens(reference, candidate)
+            found[place] = compare_models(
+                reference.model,
+                candidate.model.to(device),
+                tokens,
+                window=window,
+                stride=args.stride,
+                batch_size=args.batch_size,
+            )
+        del candidate
+    if args.plot is not None:
+        plot_comparisons(found, args.plot)
+    if args.json:
+        rows = [{"name": place, **dataclasses.asdict(row)} for place, row in found.items()]
+        of = {"reference": places.reference, "window": window, "stride": args.stride}
+        print(json.dumps(of | {"dataset": args.dataset, "candidates": rows}))
+        return 0
+    print_columns(
+        ("against " + places.reference, "perplexity", "KL mean", "KL 99%", "same first choice"),
+        [
+            (
+                place,
+                f"{row.perplexity:.3f}",
+                _with_error(row.kl_mean, row.kl_error, 4),
+                f"{row.kl_99:.3f}",
+                _with_error(100 * row.same_top, _times(100, row.same_top_error), 2) + " %",
+            )
+            for place, row in found.items()
+        ],
+    )
+    count = next(iter(found.values())).tokens
+    print(f"{count:,} tokens scored; windows of {window}, {_overlap(args.stride)}; KL in nats")
+    return 0
+
+
+def plot_comparisons(found: dict[str, Comparison], file: str) -> None:
+    """A panel for each figure, a bar for each candidate, with its standard error."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, tuple[list[float], list[float | None]]] = {
+        "KL from the reference (nats)": (
+            [row.kl_mean for row in found.values()],
+            [row.kl_error for row in found.values()],
+        ),
+        "nats per token above the reference": (
+            [row.nats_difference for row in found.values()],
+            [row.nats_difference_error for row in found.values()],
+        ),
+        "other first choice (share)": (
+            [1 - row.same_top for row in found.values()],
+            [row.same_top_error for row in found.values()],
+        ),
+    }
+    height = 1.5 + 0.5 * len(found)
+    figure = Figure(figsize=(12, height), layout="constrained")
+    for axes, (title, (values, errors)) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        bars = axes.barh(list(found), values, xerr=[error or 0.0 for error in errors])
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.margins(x=0.2)
+        axes.set_title(title, fontsize=10)
+    axes.invert_yaxis()
+    figure.savefig(file, dpi=120)
+
+
+class _Text:
+    """The text that all models of a command are measured on."""
+
+    def __init__(self, args: Any) -> None:
+        self._args = args
+        self._documents: Any = load_documents(
+            args.dataset, split=args.split, text_column=args.text_column
         )
+        self.bytes = max(1, text_bytes(self._documents, text_column=args.text_column))
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        column = self._args.text_column
+        return concatenate(tokenize(self._documents, tokenizer, text_column=column))
+
+    def window(self, opened: Opened) -> int:
+        """What was asked for, else what the adapter was trained on."""
+        if self._args.window is not None:
+            return self._args.window
+        record = getattr(opened.config, "training_record", None) or {}
+        return int(record.get("settings", {}).get(EXAMPLE_LENGTH, DEFAULT_WINDOW))
+
+
+def _places(args: Any, paths: list[str]) -> list[str]:
+    """What is measured, in order."""
+    if paths:
+        if args.adapter is not None:
+            raise ValueError("give paths, or --adapter, not both")
+        return paths
+    if args.adapter is not None:
+        if not is_adapter(args.adapter):
+            raise ValueError(f"there is no adapter in {args.adapter}, here or on the Hub")
+        return [args.adapter]
+    if args.model is None:
+        raise ValueError("give PATH, or --model, --adapter, or both")
+    if args.merge:
+        raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
+    return [args.model]
+
+
+def _check_same_tokens(reference: Opened, candidate: Opened) -> None:
+    if reference.tokenizer.get_vocab() != candidate.tokenizer.get_vocab():
+        raise ValueError(
+            f"{candidate.name} has another tokenizer than {reference.name}, so their predictions "
+            "are of other tokens; compare models of one tokenizer, or use `lrqat eval`, whose bits "
+            "per byte can be compared"
+        )
+
+
+def _print_json(args: Any, places: list[str], rows: list[dict[str, Any]]) -> None:
+    options = dataclasses.asdict(args)
+    if len(rows) > 1:
+        print(json.dumps(options | {"models": rows}))
+        return
+    (row,) = rows
+    print(json.dumps(options | row))
+
+
+def _print_one(row: dict[str, Any], stride: int | None) -> None:
+    error = row["nats_standard_error"]
+    print(
+        f"perplexity {row['perplexity']:.4f} "
+        f"({_with_error(row['nats_per_token'], error, 4)} nats per token, "
+        f"{row['bits_per_byte']:.4f} bits per byte; {row['tokens']:,} tokens scored; windows of "
+        f"{row['window']}, {_overlap(stride)})"
+    )
+
+
+def _print_several(rows: list[dict[str, Any]], stride: int | None) -> None:
+    print_columns(
+        ("", "kind", "perplexity", "nats per token", "bits per byte", "tokens", "window"),
+        [
+            (
+                row["name"],
+                row["kind"],
+                f"{row['perplexity']:.3f}",
+                _with_error(row["nats_per_token"], row["nats_standard_error"], 4),
+                f"{row['bits_per_byte']:.4f}",
+                f"{row['tokens']:,}",
+                str(row["window"]),
+            )
+            for row in rows
+        ],
+    )
+    if len({row["window"] for row in rows}) > 1:
+        print("perplexity depends on the window; give --window to compare these")
+    print(f"± is one standard error, over windows; windows are {_overlap(stride)}")
+
+
+def _overlap(stride: int | None) -> str:
+    return f"stride {stride}" if stride else "not overlapping"
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    plain = f"{value:.{digits}f}"
+    return plain if error is None else f"{plain} ± {error:.{digits}f}"

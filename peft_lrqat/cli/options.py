@@ -31,6 +31,36 @@ class WindowOptions:
 
 
 @dataclass(kw_only=True)
+class HeldOutOptions:
+    """On which text models are measured, and in which windows."""
+
+    dataset: list[str] = field(
+        metadata={
+            "help": "text files, a directory with a data set, or a data set on the Hub as `name` "
+            "or `name:config`"
+        },
+    )
+    split: str = field(default="test", metadata={"help": "split of --dataset, if it has several"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens that the model sees at once; perplexity depends on it. Default: the "
+            "length of the examples that an adapter was trained on, where it says so, else 512"
+        },
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens from one window to the next. Without it, windows do not overlap, and "
+            "an incomplete last window is dropped. Smaller than --window: every token but the "
+            "first is scored once, with more context"
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "windows in a forward pass"})
+
+
+@dataclass(kw_only=True)
 class SourceOptions:
     """Which version and which folder of the adapter SOURCE is read."""
 

@@ -96,6 +96,14 @@ def escaped(option: dataclasses.Field) -> dict[str, str]:
     return {"help": option.metadata["help"].replace("%", "%%")}
 
 
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        first, *others = (f"{cell:{'>' if n else '<'}{widths[n]}}" for n, cell in enumerate(row))
+        print("  ".join([first, *others]).rstrip())
+
+
 def print_table(rows: dict[str, str]) -> None:
     """Prints names and values in two columns."""
     names, values = (max(map(len, column)) for column in (rows.keys(), rows.values()))

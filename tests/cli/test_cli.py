@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from transformers import (
 )
 
 from peft_lrqat import LRQATConfig
+from peft_lrqat.cli import evaluate as commands
 from peft_lrqat.cli import main
 from peft_lrqat.cli.adapters import RECIPE
 from peft_lrqat.cli.parser import Parser
@@ -257,6 +261,79 @@ def numbers(line):
     """The two perplexities in the line that `lrqat train` ends with."""
     words = line.replace(",", "").replace(";", "").split()
     return [float(word) for word in words if "." in word and word.replace(".", "").isdigit()]
+
+
+@pytest.fixture
+def kinds(base, tmp_path):
+    """An adapter and what is made of it: four more of the same predictions, and one packed."""
+    assert train(base, "--learning_rate", "2e-2", "--scale_dtype", "bfloat16") == 0
+    assert main(["export", "--adapter", "out", "--output", "ct"]) == 0
+    assert main(["export", "--adapter", "out", "--output", "gptq", "--format", "gptq"]) == 0
+    assert main(["export", "--adapter", "out", "--output", "gguf", "--format", "gguf"]) == 0
+    assert main(["export", "--adapter", "out", "--output", "own", "--format", "packed"]) == 0
+    assert main(["quantize-adapter", "out", "tiny"]) == 0
+    return ["out", "ct", "gptq", "gguf", "own"], "tiny"
+
+
+def test_eval_of_everything_that_holds_a_model(base, kinds, capsys, monkeypatch):
+    same, packed = kinds
+    capsys.readouterr()
+    options = ["--dataset", "text.txt", "--window", "16", "--json"]
+    assert main(["eval", str(base), *same, packed, *options]) == 0
+    found = json.loads(capsys.readouterr().out)["models"]
+    rows = {row["name"]: row for row in found}
+    assert list(rows) == [str(base), *same, packed]
+    for name in same:
+        assert rows[name]["perplexity"] == pytest.approx(rows["out"]["perplexity"], rel=1e-5), name
+    assert rows[packed]["perplexity"] != rows["out"]["perplexity"] != rows[str(base)]["perplexity"]
+    # One token per byte, and one that ends the text.
+    size = len(TEXT.encode())
+    per_byte = rows["out"]["nats_per_token"] / math.log(2) * (size + 1) / size
+    assert rows["out"]["bits_per_byte"] == pytest.approx(per_byte)
+    assert rows["out"]["nats_standard_error"] > 0
+    monkeypatch.setattr(commands, "DEFAULT_WINDOW", 32)  # the model's context is short
+    assert main(["eval", "out", "gguf", "--dataset", "text.txt"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    # The adapter was trained on examples of 16 tokens; the file says nothing of them.
+    assert re.fullmatch(r"out +LRQAT adapter .* 16", table[1])
+    assert re.fullmatch(r"gguf +GGUF file .* 32", table[2])
+    assert "give --window to compare these" in table[3]
+
+
+def test_compare(base, kinds, capsys):
+    _, packed = kinds
+    command = ["compare", "out", "ct", str(base), packed, "--dataset", "text.txt"]
+    capsys.readouterr()
+    assert main([*command, "--json", "--plot", "compare.png"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == "out"
+    assert found["window"] == 16
+    equal, unlike, near = found["candidates"]
+    assert equal["name"] == "ct"
+    assert abs(equal["kl_mean"]) < 1e-6
+    assert equal["same_top"] == 1.0
+    assert unlike["kl_mean"] > 1e-4
+    assert unlike["kl_99"] > unlike["kl_mean"]
+    assert unlike["kl_error"] > 0
+    assert near["nats_difference"] == pytest.approx(
+        near["nats_per_token"] - equal["nats_per_token"], abs=1e-6
+    )
+    assert Path("compare.png").stat().st_size > 5000
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["ct", str(base), packed]
+    assert "windows of 16, not overlapping" in lines[4]
+
+
+def test_compare_refuses_another_tokenizer(base, capsys, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(other)
+    line = refusal(capsys, ["compare", base, other, "--dataset", "text.txt", "--window", "16"])
+    assert "another tokenizer" in line
+    assert "bits per byte" in line
 
 
 def test_eval_prints_the_window(base, capsys):
@@ -774,7 +851,7 @@ def test_what_train_refuses(base, capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give --model, --adapter, or both"),
+        ([], "give PATH, or --model, --adapter, or both"),
         (["--model", "BASE", "--merge"], "--merge merges an adapter"),
         (["--model", "BASE", "--window", "33"], "33 is more than its 32 tokens"),
         (

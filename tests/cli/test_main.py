@@ -57,7 +57,7 @@ def test_help_names_every_command(capsys):
         (["xyz"], "`xyz` is not a command; use one of train, prepare,"),
         (
             ["eval", "--windw", "16", "--dataset", "x"],
-            "unknown: --windw 16; did you mean --window?",
+            "unknown: --windw; did you mean --window?",
         ),
         (["env", "--qqqqqq"], "unknown: --qqqqqq (options: lrqat env --help)"),
     ],

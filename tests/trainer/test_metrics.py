@@ -20,6 +20,7 @@ from peft_lrqat.trainer.metrics import (
     compute_metrics,
     evaluate_perplexity,
     preprocess_logits_for_metrics,
+    standard_error,
 )
 
 
@@ -143,6 +144,25 @@ def test_windows_side_by_side(model, text, batch_size):
     )
 
 
+def test_standard_error_is_that_of_a_ratio_of_sums(model, text):
+    windows = np.array([nats_by_hand(model, text[i : i + 8]) for i in range(0, 40, 8)])
+    expected = windows.mean(-1).std(ddof=1) / math.sqrt(len(windows))
+    found = evaluate_perplexity(model, text, window=8, progress=False)
+    assert found["nats_standard_error"] == pytest.approx(expected, rel=1e-4)
+    one = evaluate_perplexity(model, text[:8], window=8, progress=False)
+    assert one["nats_standard_error"] is None
+
+
+def test_standard_error_against_leaving_windows_out():
+    # The jackknife agrees to the first order, for windows of unlike length too.
+    generator = np.random.default_rng(0)
+    counts = generator.integers(50, 150, size=200)
+    sums = counts * generator.normal(3, 0.3, size=200)
+    left_out = (sums.sum() - sums) / (counts.sum() - counts)
+    jackknife = math.sqrt((len(sums) - 1) * left_out.var())
+    assert standard_error(sums, counts) == pytest.approx(jackknife, rel=0.02)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(
     ("length", "window", "stride"), [(45, 8, 3), (45, 16, 4), (8, 8, 1), (9, 8, 7), (45, 8, 1)]
@@ -179,6 +199,7 @@ def test_trainer_and_windows_agree(model, text, tmp_path):
     )
     windows = evaluate_perplexity(model, text[:40], window=8, batch_size=2, progress=False)
     metrics = trainer.evaluate()
+    assert windows.pop("nats_standard_error") > 0
     assert {name: metrics[f"eval_{name}"] for name in windows} == windows
     assert metrics["eval_loss"] == pytest.approx(windows["nats_per_token"], rel=1e-5)
     # The Trainer held one number per predicted token, not one per word of the vocabulary.

@@ -1,0 +1,141 @@
+"""Opens whatever holds a causal language model: a base, an adapter, an export, a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, TaskType
+from peft.utils import CONFIG_NAME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peft_lrqat.formats.table import FORMATS
+
+from .pipeline import find_file, load_adapter, load_base
+from .tokenizers import load_tokenizer
+
+
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model that can be run, in eval mode, with its tokenizer."""
+
+    name: str
+    kind: str  # in words
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: PeftConfig | None  # of an adapter
+
+
+def open_model(place: str, dtype: str | torch.dtype = "auto", *, base: str | None = None) -> Opened:
+    """The causal language model in a directory, in a GGUF file or on the Hub.
+
+    Args:
+        place: an adapter (LR-QAT, LoRA, packed), a model, a low-bit base, or an export.
+        dtype: of the model that is loaded. A GGUF file or a GPTQ export becomes plain weights.
+        base: of an adapter, if it is not the one that the adapter names.
+
+    Raises:
+        ValueError: there is no causal language model.
+    """
+    if is_adapter(place):
+        config = PeftConfig.from_pretrained(place)
+        check_task(config)
+        model = load_adapter(place, base, dtype)
+        tokenizer, _ = load_tokenizer(place, model.get_base_model().config.name_or_path)
+        kind = f"{getattr(config.peft_type, 'value', config.peft_type)} adapter"
+        return Opened(name=place, kind=kind, model=model, tokenizer=tokenizer, config=config)
+    if (file := gguf_file(place)) is not None:
+        return _open_gguf(place, file, dtype)
+    method = _method(place)
+    if method == "gptq" and Path(place).is_dir():
+        return _open_gptq(place, dtype)
+    model, tokenizer = load_base(place, dtype)
+    kind = "model" if method is None else f"{method} model"
+    return Opened(name=place, kind=kind, model=model.eval(), tokenizer=tokenizer, config=None)
+
+
+def is_adapter(place: str) -> bool:
+    """Whether a directory or repository holds an adapter of PEFT."""
+    return not Path(place).is_file() and find_file(place, CONFIG_NAME) is not None
+
+
+def gguf_file(place: str) -> Path | None:
+    """The GGUF file that ``place`` is, or the only one in that directory; None if there is none."""
+    path = Path(place)
+    if path.is_file() and path.suffix.lower() == GGUF:
+        return path
+    files = sorted(path.glob(f"*{GGUF}")) if path.is_dir() else []
+    if len(files) > 1:
+        raise ValueError(
+            f"{place} holds {len(files)} GGUF files; name one of them: "
+            f"{', '.join(file.name for file in files)}"
+        )
+    return files[0] if files else None
+
+
+def check_task(config: PeftConfig) -> None:
+    """ValueError for an adapter that does not predict the next token."""
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            "perplexity is measured of causal language models, but the `task_type` of this adapter"
+            f" is {config.task_type}; evaluate it in Python with the metric of its task"
+        )
+
+
+def _open_gptq(place: str, dtype: str | torch.dtype) -> Opened:
+    """A GPTQ checkpoint as plain weights: no reader of it is installed with this package."""
+    wanted = AutoConfig.from_pretrained(place).dtype if dtype == "auto" else dtype
+    if not isinstance(wanted, torch.dtype):
+        wanted = getattr(torch, wanted or "float32")
+    loaded = FORMATS["gptq"].load(Path(place), PreTrainedModel, wanted)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = loaded.model.eval()
+    return Opened(name=place, kind="gptq model", model=model, tokenizer=tokenizer, config=None)
+
+
+def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
+    folder = str(file.parent)
+    own = (file.parent / "config.json").exists()
+    # The folder's own config has what a GGUF file does not say; a bare file describes itself.
+    options: dict[str, Any] = {"config": AutoConfig.from_pretrained(folder)} if own else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        **options,
+    )
+    has_tokenizer = (file.parent / "tokenizer_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, **({} if has_tokenizer else {"gguf_file": file.name})
+    )
+    return Opened(
+        name=place, kind="GGUF file", model=model.eval(), tokenizer=tokenizer, config=None
+    )
+
+
+def _method(place: str) -> str | None:
+    """How the files of a model say that it is quantised."""
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(
+            f"{place} holds neither an adapter nor a model nor a GGUF file, and no such repository "
+            f"can be had from the Hub ({type(error).__name__})"
+        ) from error
+    entry: Any = getattr(config, "quantization_config", None)
+    if entry is None:
+        return None
+    return entry["quant_method"] if isinstance(entry, dict) else str(entry.quant_method)
