@@ -2,13 +2,14 @@
 
 The blocks of a page share one namespace and one directory, in which the names of the text exist:
 `MODEL` is one layer of the demo's model, `my-lora` and `lrqat-3bit` are adapters of it, `train.txt`
-and `heldout.txt` are texts. `model_path()` names that layer, too: with all six, most of the time
+and `heldout.txt` are texts, `chat.jsonl` has chats for `template.jinja`. `model_path()` names that layer, too: with all six, most of the time
 would go into the search for scales. Training is cut to a few steps. Shell blocks may call `lrqat`
 only.
 """
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -92,6 +93,12 @@ def places(tmp_path_factory) -> Path:
     for split in ("train", "heldout"):  # two blocks of 512 tokens each
         (folder / f"{split}.txt").write_text("\n\n".join(load_topics(split))[:5_000])
     (folder / "TEXT").write_text((folder / "train.txt").read_text())
+    answer = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": answer}) + "\n") * 20)
+    (folder / "template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     return folder
 
 

@@ -50,16 +50,22 @@ def load_documents(
     ``split`` chooses among the splits of a directory or hub data set. Files have only one split, so
     it has no effect on them.
     """
+    rows = load_rows(source, split=split, streaming=streaming)
+    return only_text(rows, text_column, source if isinstance(source, str) else ", ".join(source))
+
+
+def load_rows(
+    source: str | Sequence[str], *, split: str = "train", streaming: bool = False
+) -> AnyDataset:
+    """The rows of a source that `load_documents` takes, with all their columns."""
     names = [source] if isinstance(source, str) else list(source)
     if not names or "" in names:
         raise ValueError(f"a data set needs at least one file or name, but got {source!r}")
     if len(names) > 1 or Path(names[0]).is_file():
-        documents = _from_files(names, streaming)
-    elif Path(names[0]).is_dir():
-        documents = _choose_split(_from_directory(names[0], streaming), split, names[0])
-    else:
-        documents = _choose_split(_from_hub(names[0], streaming), split, names[0])
-    return _only_text(documents, text_column, ", ".join(names))
+        return _from_files(names, streaming)
+    if Path(names[0]).is_dir():
+        return _choose_split(_from_directory(names[0], streaming), split, names[0])
+    return _choose_split(_from_hub(names[0], streaming), split, names[0])
 
 
 def tokenize(
@@ -272,7 +278,8 @@ def _choose_split(dataset: Any, split: str, name: str) -> AnyDataset:
     return dataset[split]
 
 
-def _only_text(documents: AnyDataset, text_column: str, name: str) -> AnyDataset:
+def only_text(documents: AnyDataset, text_column: str, name: str) -> AnyDataset:
+    """The text column alone; ValueError, with the data set's ``name``, if there is none."""
     # A stream may know its columns only after its first row.
     columns = documents.column_names or list(next(iter(documents), {}))
     if not columns:

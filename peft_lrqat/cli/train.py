@@ -3,16 +3,27 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from accelerate import PartialState
 from peft import get_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.shared.config import AdapterConfig
 from peft_lrqat.trainer import LRQATTrainingArguments, last_complete_checkpoint
+from peft_lrqat.trainer.chats import (
+    CLOSE,
+    OPEN,
+    check_packing,
+    is_chat,
+    make_chat_blocks,
+    marked,
+)
 from peft_lrqat.trainer.checkpoint import check_no_checkpoints, why_incomplete
-from peft_lrqat.trainer.data import load_blocks
+from peft_lrqat.trainer.data import load_rows, make_blocks, only_text
+from peft_lrqat.trainer.labels import IGNORED
 from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
 
 from .fields import config_values, given_names, options_of
@@ -63,8 +74,9 @@ class DataArguments(ModelOptions):
     )
     dataset: list[str] = field(
         metadata={
-            "help": "training text: files (plain text, one document each, or jsonl, csv, parquet), "
-            "a directory with a data set, or a data set on the Hub as `name` or `name:config`"
+            "help": "training data: files (plain text, one document each, or jsonl, csv, parquet; "
+            "chats have a column `messages`, or `prompt` and `completion`), a "
+            "directory with a data set, or a data set on the Hub as `name` or `name:config`"
         }
     )
     eval_dataset: list[str] | None = field(
@@ -79,6 +91,24 @@ class DataArguments(ModelOptions):
         default="validation", metadata={"help": "split of --eval_dataset, if it has several"}
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    loss: Literal["completion", "all"] = field(
+        default="completion",
+        metadata={
+            "help": "what is scored of chats (column `messages`, or `prompt` and `completion`). "
+            "completion: the answers of the assistant; all: every token"
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "file with a chat template (Jinja). Default: the tokenizer's own"},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "put several chats into a block where they fit; none sees another. Plain text "
+            "always fills its blocks"
+        },
+    )
     block_size: int = field(
         default=512, metadata={"help": "tokens in a training example and in an evaluation window"}
     )
@@ -115,8 +145,9 @@ def run_train(argv: Sequence[str]) -> int:
         "train",
         "--model M --dataset D [D ...] --output_dir DIR [options]",
         [DataArguments, AdapterArguments, TrainArguments],
-        "Trains an LR-QAT adapter on a text. The linear layers of a causal language model are\n"
-        "rounded to a few bits, and low-rank factors inside the rounding recover what this costs.\n"
+        "Trains an LR-QAT adapter on a text or on chats. The linear layers of a causal language\n"
+        "model are rounded to a few bits, and low-rank factors inside the rounding recover what\n"
+        "this costs.\n"
         "Saves the adapter and the tokenizer in --output_dir. Ctrl-C saves a checkpoint and stops.",
         "  lrqat train --model ./my-llama --dataset corpus.txt --bits 3 --output_dir out\n"
         "  lrqat train --model HuggingFaceTB/SmolLM2-135M --bits 4 --group_size 64 \\\n"
@@ -130,13 +161,13 @@ def run_train(argv: Sequence[str]) -> int:
         config = adapter_config(adapter, given_names(argv))
         base, tokenizer = load_base(data.model, data.dtype)
         _check_block_size(base, data.block_size)
-        options = {"block_size": data.block_size, "text_column": data.text_column}
-        train_set = load_blocks(
-            data.dataset, tokenizer, split=data.split, streaming=data.streaming, **options
+        if data.chat_template is not None:
+            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        train_set = _examples(data, data.dataset, data.split, tokenizer, data.streaming)
+        eval_set = data.eval_dataset and _examples(
+            data, data.eval_dataset, data.eval_split, tokenizer
         )
-        eval_set = data.eval_dataset and load_blocks(
-            data.eval_dataset, tokenizer, split=data.eval_split, **options
-        )
+        check_packing(base, train_set)
         set_seed(args.seed)  # for the factors A
         model = get_peft_model(base, config)
         resume = _checkpoint(args)
@@ -168,6 +199,36 @@ def run_train(argv: Sequence[str]) -> int:
         )
     say(f"adapter saved in {args.output_dir}")
     return 0
+
+
+def _examples(
+    data: DataArguments,
+    source: list[str],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    streaming: bool = False,
+) -> Any:
+    """Blocks of a text or of chats, whichever the columns say."""
+    rows: Any = load_rows(source, split=split, streaming=streaming)
+    if not is_chat(rows):
+        documents = only_text(rows, data.text_column, ", ".join(source))
+        return make_blocks(
+            documents, tokenizer, block_size=data.block_size, text_column=data.text_column
+        )
+    if streaming:
+        raise ValueError("--streaming reads plain text; leave it out for chats")
+    blocks = make_chat_blocks(
+        rows, tokenizer, block_size=data.block_size, loss=data.loss, packing=data.packing
+    )
+    if PartialState().is_main_process:
+        scored = sum(label != IGNORED for labels in blocks["labels"] for label in labels)
+        shown = "all of it" if data.loss == "all" else f"what is between {OPEN} and {CLOSE}"
+        print(
+            f"{', '.join(source)}: {len(rows):,} examples in {len(blocks):,} blocks, "
+            f"{scored:,} scored tokens. The first one; scored is {shown}:\n"
+            f"{marked(rows[0], tokenizer)}"
+        )
+    return blocks
 
 
 def _check_training(data: DataArguments, args: TrainArguments) -> None:

@@ -263,6 +263,39 @@ def numbers(line):
     return [float(word) for word in words if "." in word and word.replace(".", "").isdigit()]
 
 
+CHATS = [
+    {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b" * n}]}
+    for n in range(1, 7)
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("loss", "scored"), [("completion", 27), ("all", 63)])
+def test_train_on_chats(base, capsys, loss, scored):
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    Path("template.jinja").write_text(TEMPLATE)
+    options = ["--dataset", "chat.jsonl", "--eval_dataset", "chat.jsonl", "--loss", loss]
+    assert train(base, *options, "--chat_template", "template.jinja") == 0
+    out = capsys.readouterr().out
+    # 6 answers of 1 to 6 tokens and their end; or all but the first token of each row.
+    assert f"6 examples in 6 blocks, {scored:,} scored tokens" in out
+    assert "u:a?;a:⟦b;⟧" in out
+    assert f"{scored:,} tokens scored" in out
+    # What the model was trained to answer in goes with it.
+    assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE
+
+
+def test_chats_need_a_template_and_no_stream(base, capsys):
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    command = ["train", "--model", base, "--dataset", "chat.jsonl", "--output_dir", "out"]
+    command += ["--block_size", "16", "--max_steps", "1"]
+    assert "give one with `--chat_template FILE`" in refusal(capsys, command)
+    assert "leave it out for chats" in refusal(capsys, [*command, "--streaming"])
+
+
 @pytest.fixture
 def kinds(base, tmp_path):
     """An adapter and what is made of it: four more of the same predictions, and one packed."""
