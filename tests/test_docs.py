@@ -2,9 +2,9 @@
 
 The blocks of a page share one namespace and one directory, in which the names of the text exist:
 `MODEL` is one layer of the demo's model, `my-lora` and `lrqat-3bit` are adapters of it, `train.txt`
-and `heldout.txt` are texts, `chat.jsonl` has chats for `template.jinja`. `model_path()` names that layer, too: with all six, most of the time
-would go into the search for scales. Training is cut to a few steps. Shell blocks may call `lrqat`
-only.
+and `heldout.txt` are texts, `chat.jsonl` has chats for `template.jinja`. `model_path()` names that
+layer, too: with all six, most of the time would go into the search for scales. Training is cut to a
+few steps. Shell blocks may call `lrqat` only.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ from transformers import (
 from peft_lrqat import LRQATConfig
 from peft_lrqat.cli import evaluate as commands
 from peft_lrqat.cli import main
-from peft_lrqat.cli.adapters import RECIPE
+from peft_lrqat.cli.adapters import RECIPE, _warn, gain_kept
 from peft_lrqat.cli.parser import Parser
 from peft_lrqat.cli.stop import StopOnSignal
 from peft_lrqat.cli.train import NOT_FOR_TRAINING, AdapterArguments, adapter_config
@@ -526,6 +526,69 @@ def lora(base):
     )
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained("lora")
     return "lora"
+
+
+def test_gain_kept():
+    share = gain_kept(perplexity_without=84.4, perplexity_before=16.6, perplexity=18.1)
+    assert share == pytest.approx(math.log(84.4 / 18.1) / math.log(84.4 / 16.6))
+    assert gain_kept(perplexity_without=5, perplexity_before=5, perplexity=4) is None
+
+
+def test_quantising_says_what_is_kept_and_the_card_too(lora, capsys):
+    command = ["quantize-adapter", lora, "kept", "--dataset", "text.txt", "--window", "16"]
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plain = evaluate(capsys, "--adapter", lora)
+    assert found["perplexity_before"] == pytest.approx(plain["perplexity"])
+    assert found["perplexity_without"] == pytest.approx(
+        evaluate(capsys, "--model", plain["model"])["perplexity"]
+    )
+    names = ("perplexity_without", "perplexity_before", "perplexity")
+    assert found["gain_kept"] == gain_kept(**{name: found[name] for name in names})
+    assert "| perplexity_without |" in Path("kept/README.md").read_text()
+    # The figures change no digest: the adapter still loads.
+    assert evaluate(capsys, "--adapter", "kept")["perplexity"] == pytest.approx(found["perplexity"])
+
+
+def test_sweep(lora, capsys):
+    command = ["quantize-adapter", lora, "swept", "--sweep", "4", "6", "--group_size", "16"]
+    command += ["--dataset", "text.txt", "--window", "16"]
+    capsys.readouterr()
+    assert main(command) == 0
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header.split()[-4:] == ["error", "perplexity", "gain", "kept"]
+    assert [row.split()[0] for row in rows] == ["4", "6"]
+    assert "saved in swept" in last
+    assert sorted(os.listdir("swept")) == ["4-bits", "6-bits", "sweep.png"]
+    for bits, row in zip((4, 6), rows, strict=True):
+        adapter = PeftConfig.from_pretrained(f"swept/{bits}-bits")
+        assert adapter.average_bits == bits
+        assert adapter.report["nominal_bits_per_parameter"] <= bits
+        assert f"{adapter.report['bytes']:,}" in row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sweep", "4", "--average_bits", "3"], "--average_bits does not go with it"),
+        (["--sweep", "4", "4"], "a number of bits twice"),
+    ],
+)
+def test_what_a_sweep_refuses(lora, capsys, options, message):
+    assert message in refusal(capsys, ["quantize-adapter", lora, "swept", *options])
+    assert not Path("swept").exists()
+
+
+def test_warnings_of_what_packing_loses(monkeypatch):
+    said = []
+    monkeypatch.setattr("peft_lrqat.cli.adapters.logger.warning", said.append)
+    _warn({"relative_error": 0.6, "relative_error_of_modules": {"a": 1.0, "b": 0.2}}, "out")
+    _warn({"relative_error": 0.6, "relative_error_of_modules": {"a": 0.7, "b": 0.2}}, "out")
+    _warn({"relative_error": 0.2, "relative_error_of_modules": {"a": 0.2, "b": 0.2}}, "out")
+    zero, off = said
+    assert "1 of 2 modules are stored as zero, such as `a`" in zero
+    assert "off by 60%" in off
 
 
 def test_quantize_then_dequantize(lora, capsys):
