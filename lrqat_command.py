@@ -31,6 +31,7 @@ COMMANDS = {
         "evaluate:run_compare",
         "measure how far the predictions of models are from those of a reference",
     ),
+    "info": ("info:run_info", "tell what an adapter, a model or a file is, and what runs it"),
     "recipe": ("recipe:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),
     "quantize-adapter": (

@@ -14,18 +14,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
+from commands_at_work import TEXT, refusal, train
 from hub_server import StandInHub, run_client
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
 )
 
@@ -42,82 +39,13 @@ from peft_lrqat.shared.config import AdapterConfig
 from peft_lrqat.trainer import LRQATTrainingArguments
 
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A random Llama, saved with a tokenizer of one token per byte."""
-    directory = tmp_path_factory.mktemp("base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(
-        models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def own_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(TEXT)
-
-
-def train(base, *options, steps=3, output="out"):
-    command = [
-        "train",
-        "--model",
-        str(base),
-        "--dataset",
-        "text.txt",
-        "--output_dir",
-        output,
-        "--block_size",
-        "16",
-    ]
-    command += [
-        "--target_modules",
-        "all-linear",
-        "--bits",
-        "3",
-        "--r",
-        "4",
-        "--max_steps",
-        str(steps),
-    ]
-    command += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
-    return main([*command, *options])
+pytestmark = pytest.mark.usefixtures("own_place")
 
 
 def evaluate(capsys, *options):
     capsys.readouterr()
     assert main(["eval", "--dataset", "text.txt", "--window", "16", "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def refusal(capsys, argv):
-    """The line on stderr that ends a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in argv])
-    assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lrqat")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 # Options
