@@ -25,9 +25,9 @@ from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
 from peft_lrqat.trainer.pipeline import load_adapter
 from peft_lrqat.trainer.tokenizers import load_tokenizer
 
-from .fields import given_names
+from .fields import escaped, given_names
 from .options import JsonOptions, SourceOptions, WindowOptions
-from .parser import Parser, escaped, print_columns, print_table
+from .parser import Parser, print_columns, print_table
 
 
 logger = logging.get_logger(__name__)
@@ -116,7 +116,7 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
     with parser.user_errors():
         check_target(places.target)  # before perplexity is measured
         if options.sweep is not None:
-            _check_sweep(options, given_names(argv))
+            _check_sweep(options, given_names(parser.words))
         config = LoRAQuantConfig(**dataclasses.asdict(recipe))
         recipes = {b: dataclasses.replace(config, average_bits=b) for b in options.sweep or ()}
         live = _load_live(places.source, where, options)

@@ -8,11 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .parser import escaped
-
 
 # A module's name; anything else in `--target_modules` is a regular expression.
 NAME = re.compile(r"[\w.]+")
+
+
+def escaped(option: dataclasses.Field) -> dict[str, str]:
+    """The help text of a config field for argparse."""
+    return {"help": option.metadata["help"].replace("%", "%%")}
 
 
 def json_object(text: str) -> dict[str, Any]:

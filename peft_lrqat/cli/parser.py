@@ -1,13 +1,14 @@
 """The parser that all commands share: options from dataclasses, errors in one line."""
 
 import argparse
-import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+
+from .run_file import with_run_file
 
 
 # Options at the end of a help text.
@@ -49,7 +50,8 @@ class Parser(HfArgumentParser):
             prog=f"lrqat {command}",
             usage=f"lrqat {command} {usage}",
             description=description,
-            epilog=f"--like-this may be written for --like_this\n\nexamples:\n{examples}",
+            epilog="--like-this may be written for --like_this. --config FILE reads options from\n"
+            f"a YAML file; the command line wins.\n\nexamples:\n{examples}",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
@@ -62,8 +64,12 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """One object for each dataclass, then one for the other arguments if there are any."""
+        """One object for each dataclass, then one for the other arguments if there are any.
+
+        ``words`` is then the command line with the options of a run file.
+        """
         with self.user_errors():
+            self.words = argv = with_run_file(argv)
             *parsed, unknown = self.parse_args_into_dataclasses(
                 argv, look_for_args_file=False, return_remaining_strings=True
             )
@@ -89,11 +95,6 @@ class Parser(HfArgumentParser):
             yield
         except (ValueError, OSError, ImportError, TypeError) as error:
             self.exit(2, f"{self.prog}: error: {' '.join(str(error).split())}\n")
-
-
-def escaped(option: dataclasses.Field) -> dict[str, str]:
-    """The help text of a config field for argparse."""
-    return {"help": option.metadata["help"].replace("%", "%%")}
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

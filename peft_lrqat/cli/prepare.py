@@ -136,8 +136,8 @@ def run_prepare(argv: Sequence[str]) -> int:
     )
     args, base, data, *of_methods = parser.parse(argv)
     with parser.user_errors():
-        _check(args, given_names(argv))
-        _check_method(data, given_names(argv))
+        _check(args, given_names(parser.words))
+        _check_method(data, given_names(parser.words))
         start = None
         if data.method != "nearest":
             chosen = dict(zip(OPTIONS_OF, of_methods, strict=True))[data.method]

@@ -88,7 +88,7 @@ def run_recipe(argv: Sequence[str]) -> int:
     parser.add_argument("--for", dest="runtime", choices=RUNTIMES, help="what is to run the model")
     args, average, place = parser.parse(argv)
     with parser.user_errors():
-        _check(average, given_names(argv))
+        _check(average, given_names(parser.words))
         if average.average_bits is not None:
             return _by_layer(args, average, place.runtime)
     if place.runtime is None:

@@ -29,6 +29,7 @@ from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
 from .fields import config_values, given_names, options_of
 from .options import ModelOptions
 from .parser import Parser
+from .run_file import write_run_file
 from .stop import StopOnSignal
 
 
@@ -158,15 +159,15 @@ def run_train(argv: Sequence[str]) -> int:
     data, adapter, args = parser.parse(argv)
     with parser.user_errors():
         _check_training(data, args)
-        config = adapter_config(adapter, given_names(argv))
+        config = adapter_config(adapter, given_names(parser.words))
+        rows = _rows(data, data.dataset, data.split)
+        eval_rows = data.eval_dataset and _rows(data, data.eval_dataset, data.eval_split)
         base, tokenizer = load_base(data.model, data.dtype)
         _check_block_size(base, data.block_size)
         if data.chat_template is not None:
             tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-        train_set = _examples(data, data.dataset, data.split, tokenizer, data.streaming)
-        eval_set = data.eval_dataset and _examples(
-            data, data.eval_dataset, data.eval_split, tokenizer
-        )
+        train_set = _examples(data, data.dataset, rows, tokenizer)
+        eval_set = eval_rows and _examples(data, data.eval_dataset, eval_rows, tokenizer)
         check_packing(base, train_set)
         set_seed(args.seed)  # for the factors A
         model = get_peft_model(base, config)
@@ -191,6 +192,11 @@ def run_train(argv: Sequence[str]) -> int:
     # With --push_to_hub this also publishes; the card has the metrics of the line below.
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        options = {
+            name: value for part in (data, adapter, args) for name, value in vars(part).items()
+        }
+        write_run_file(str(args.output_dir), options, parser.words)
     if before and after:
         say(
             f"perplexity before training (round-to-nearest) {before['eval_perplexity']:.3f}, "
@@ -201,22 +207,25 @@ def run_train(argv: Sequence[str]) -> int:
     return 0
 
 
+def _rows(data: DataArguments, source: list[str], split: str) -> Any:
+    """The rows of a data set; only --dataset is streamed."""
+    streaming = data.streaming and source is data.dataset
+    rows: Any = load_rows(source, split=split, streaming=streaming)
+    if is_chat(rows):
+        if streaming:
+            raise ValueError("--streaming reads plain text; leave it out for chats")
+        return rows
+    return only_text(rows, data.text_column, ", ".join(source))
+
+
 def _examples(
-    data: DataArguments,
-    source: list[str],
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    streaming: bool = False,
+    data: DataArguments, source: list[str], rows: Any, tokenizer: PreTrainedTokenizerBase
 ) -> Any:
     """Blocks of a text or of chats, whichever the columns say."""
-    rows: Any = load_rows(source, split=split, streaming=streaming)
     if not is_chat(rows):
-        documents = only_text(rows, data.text_column, ", ".join(source))
         return make_blocks(
-            documents, tokenizer, block_size=data.block_size, text_column=data.text_column
+            rows, tokenizer, block_size=data.block_size, text_column=data.text_column
         )
-    if streaming:
-        raise ValueError("--streaming reads plain text; leave it out for chats")
     blocks = make_chat_blocks(
         rows, tokenizer, block_size=data.block_size, loss=data.loss, packing=data.packing
     )
