@@ -50,6 +50,15 @@ class LoRAQuantModel(BaseTuner):
         """
         self._cache.set_limit(limit)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """NotImplementedError: packed factors are not mixed. The message says how to do it."""
+        raise NotImplementedError(
+            "`add_weighted_adapter` mixes the factors of LoRA adapters, and those of a LORAQUANT "
+            "adapter are packed. Make LoRA adapters of them with "
+            "`peft_lrqat.dequantize_adapter(folder, lora_folder)`, mix these, and pack the result "
+            "with `peft_lrqat.quantize_adapter`"
+        )
+
     def _check_new_adapter_config(self, config: LoRAQuantConfig) -> None:
         """Raises ValueError for an adapter that cannot be run, before anything is changed."""
         super()._check_new_adapter_config(config)

@@ -217,6 +217,14 @@ class LRQATModel(BaseTuner):
         """Puts a module in its place; it brings its own weight and is on the right device."""
         setattr(parent, child_name, new_module)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """NotImplementedError: LR-QAT adapters are not mixed. The message says what to do."""
+        raise NotImplementedError(
+            "`add_weighted_adapter` adds what adapters add to a weight, but an LR-QAT adapter acts "
+            "inside the rounding: a sum of two is no weight on the grid. Train one adapter on the "
+            "data of both, or merge one and train LoRA adapters on the result, which can be mixed"
+        )
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; with the last one that rounds keys and values, attention is plain."""
         super().delete_adapter(adapter_name)

@@ -723,3 +723,8 @@ def test_published_with_its_card(saved):
     assert (
         "components of 4, 3, 2, 1 bits, one scale in bfloat16 per 7 entries, no zero points" in card
     )
+
+
+def test_packed_adapters_are_not_mixed(load):
+    with pytest.raises(NotImplementedError, match=r"peft_lrqat\.dequantize_adapter"):
+        load("packed").add_weighted_adapter(["packed"], [1.0], "mixed")

@@ -686,3 +686,8 @@ def test_other_tasks(task_type, make_config):
     output = model(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert torch.isfinite(output[0]).all()
     assert any(p.requires_grad for n, p in model.named_parameters() if "modules_to_save" in n)
+
+
+def test_adapters_are_not_mixed(make_peft):
+    with pytest.raises(NotImplementedError, match="inside the rounding"):
+        make_peft().add_weighted_adapter(["default"], [1.0], "mixed")
