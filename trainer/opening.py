@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -126,16 +127,20 @@ def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
     )
 
 
-def _method(place: str) -> str | None:
-    """How the files of a model say that it is quantised."""
+def find_config(place: str) -> PreTrainedConfig:
+    """The configuration of a model; ValueError if there is none."""
     try:
-        config = AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place)
     except OSError as error:
         raise ValueError(
             f"{place} holds neither an adapter nor a model nor a GGUF file, and no such repository "
             f"can be had from the Hub ({type(error).__name__})"
         ) from error
-    entry: Any = getattr(config, "quantization_config", None)
+
+
+def _method(place: str) -> str | None:
+    """How the files of a model say that it is quantised."""
+    entry: Any = getattr(find_config(place), "quantization_config", None)
     if entry is None:
         return None
     return entry["quant_method"] if isinstance(entry, dict) else str(entry.quant_method)

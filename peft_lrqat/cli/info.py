@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from peft_lrqat.base.config import LowBitConfig
 from peft_lrqat.export.linears import lrqat_layers
@@ -27,7 +26,7 @@ from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant import inspect_rows, quantized_weight
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import directory_bytes
-from peft_lrqat.trainer.opening import gguf_file, is_adapter
+from peft_lrqat.trainer.opening import find_config, gguf_file, is_adapter
 from peft_lrqat.trainer.pipeline import find_file, load_adapter
 
 from .options import JsonOptions, ModelOptions
@@ -150,13 +149,7 @@ def _gguf(file: Path) -> Facts:
 
 
 def _model(place: str) -> Facts:
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except OSError as error:
-        raise ValueError(
-            f"{place} holds neither an adapter nor a model nor a GGUF file, and no such repository "
-            f"can be had from the Hub ({type(error).__name__})"
-        ) from error
+    config = find_config(place)
     entry: Any = getattr(config, "quantization_config", None)
     found: Facts = {
         "type": "model",
