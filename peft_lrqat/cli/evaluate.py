@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -66,6 +67,7 @@ def run_eval(argv: Sequence[str]) -> int:
     with parser.user_errors():
         places = _places(args, more.paths)
         text = _Text(args)
+        window = _window(args, places)
         if args.merge and args.adapter is None and len(places) > 1:
             raise ValueError("--merge is for one adapter; give it alone")
     rows = []
@@ -74,7 +76,6 @@ def run_eval(argv: Sequence[str]) -> int:
             opened = open_model(place, args.dtype, base=args.model if place != args.model else None)
             if args.merge and opened.config is None:
                 raise ValueError("--merge merges an adapter; give one, or leave --merge out")
-            window = text.window(opened)
             tokens = text.tokens(opened.tokenizer)
             check_window(
                 opened.model, tokens, window=window, stride=args.stride, batch_size=args.batch_size
@@ -94,18 +95,18 @@ def run_eval(argv: Sequence[str]) -> int:
                 "name": place,
                 "kind": opened.kind,
                 "model": args.model or base or place,
-                "window": window,
                 **found,
                 "bits_per_byte": bits,
             }
         )
         del opened, model
     if args.json:
-        _print_json(args, places, rows)
+        options = dataclasses.asdict(args) | {"window": window}
+        print(json.dumps(options | (rows[0] if len(rows) == 1 else {"models": rows})))
     elif len(rows) == 1:
-        _print_one(rows[0], args.stride)
+        _print_one(rows[0], window, args.stride)
     else:
-        _print_several(rows, args.stride)
+        _print_several(rows, window, args.stride)
     return 0
 
 
@@ -129,17 +130,15 @@ def run_compare(argv: Sequence[str]) -> int:
             require_matplotlib()
             check_target(args.plot)
         text = _Text(args)
+        window = _window(args, [places.reference, *places.candidates])
         reference = open_model(places.reference, args.dtype)
         tokens = text.tokens(reference.tokenizer)
     device = PartialState().device
     reference.model.to(device)
-    window: int | None = None if reference.config is None else text.window(reference)
     found: dict[str, Comparison] = {}
     for place in places.candidates:
         with parser.user_errors():
             candidate = open_model(place, args.dtype, base=args.model)
-            # One window for all rows of the table: the first adapter's that says its own.
-            window = window or text.window(candidate)
             for opened in (reference, candidate):
                 check_window(
                     opened.model,
@@ -228,12 +227,20 @@ class _Text:
         column = self._args.text_column
         return concatenate(tokenize(self._documents, tokenizer, text_column=column))
 
-    def window(self, opened: Opened) -> int:
-        """What was asked for, else what the adapter was trained on."""
-        if self._args.window is not None:
-            return self._args.window
-        record = getattr(opened.config, "training_record", None) or {}
-        return int(record.get("settings", {}).get(EXAMPLE_LENGTH, DEFAULT_WINDOW))
+
+def _window(args: Any, places: Sequence[str]) -> int:
+    """What was asked for, else what the first of the adapters that says so was trained on.
+
+    One window for all, because perplexity depends on it.
+    """
+    if args.window is not None:
+        return args.window
+    for place in places:
+        config = PeftConfig.from_pretrained(place) if is_adapter(place) else None
+        record = getattr(config, "training_record", None) or {}
+        if (length := record.get("settings", {}).get(EXAMPLE_LENGTH)) is not None:
+            return int(length)
+    return DEFAULT_WINDOW
 
 
 def _places(args: Any, paths: list[str]) -> list[str]:
@@ -262,28 +269,19 @@ def _check_same_tokens(reference: Opened, candidate: Opened) -> None:
         )
 
 
-def _print_json(args: Any, places: list[str], rows: list[dict[str, Any]]) -> None:
-    options = dataclasses.asdict(args)
-    if len(rows) > 1:
-        print(json.dumps(options | {"models": rows}))
-        return
-    (row,) = rows
-    print(json.dumps(options | row))
-
-
-def _print_one(row: dict[str, Any], stride: int | None) -> None:
+def _print_one(row: dict[str, Any], window: int, stride: int | None) -> None:
     error = row["nats_standard_error"]
     print(
         f"perplexity {row['perplexity']:.4f} "
         f"({_with_error(row['nats_per_token'], error, 4)} nats per token, "
         f"{row['bits_per_byte']:.4f} bits per byte; {row['tokens']:,} tokens scored; windows of "
-        f"{row['window']}, {_overlap(stride)})"
+        f"{window}, {_overlap(stride)})"
     )
 
 
-def _print_several(rows: list[dict[str, Any]], stride: int | None) -> None:
+def _print_several(rows: list[dict[str, Any]], window: int, stride: int | None) -> None:
     print_columns(
-        ("", "kind", "perplexity", "nats per token", "bits per byte", "tokens", "window"),
+        ("", "kind", "perplexity", "nats per token", "bits per byte", "tokens"),
         [
             (
                 row["name"],
@@ -292,14 +290,11 @@ def _print_several(rows: list[dict[str, Any]], stride: int | None) -> None:
                 _with_error(row["nats_per_token"], row["nats_standard_error"], 4),
                 f"{row['bits_per_byte']:.4f}",
                 f"{row['tokens']:,}",
-                str(row["window"]),
             )
             for row in rows
         ],
     )
-    if len({row["window"] for row in rows}) > 1:
-        print("perplexity depends on the window; give --window to compare these")
-    print(f"± is one standard error, over windows; windows are {_overlap(stride)}")
+    print(f"windows of {window}, {_overlap(stride)}; ± is one standard error, over windows")
 
 
 def _overlap(stride: int | None) -> str:
