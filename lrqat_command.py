@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import runpy
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+SECONDS_BETWEEN_LINES = 30  # of a progress bar that is not on a terminal
 # By name: the module in peft_lrqat/cli and its function, and what the command does.
 COMMANDS = {
     "train": ("train:run_train", "train an LR-QAT adapter on a text"),
@@ -58,6 +60,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if not sys.stderr.isatty():
+        # In a log file each state of a bar is a line; tqdm reads this when it is imported.
+        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))
     try:
         command = _find_command(argv[:1])
         return command(argv[1:])

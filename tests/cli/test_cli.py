@@ -440,6 +440,18 @@ def test_the_command_runs_as_a_module(base):
     assert "Traceback" not in done.stderr
 
 
+def test_bars_in_a_log_have_few_lines(base):
+    start = "from lrqat_command import main; main()"
+    command = [sys.executable, "-c", start, "eval", str(base)]
+    command += ["--dataset", "text.txt", "--window", "8", "--batch_size", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_MININTERVAL"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    # 100 windows of a few milliseconds each: the start, and at most an end.
+    assert done.stderr.count("perplexity:") <= 2
+
+
 # LoRA adapters
 
 
