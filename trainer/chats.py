@@ -11,7 +11,7 @@ adds to the text of those before it, with the template's opening of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,7 +102,7 @@ def tokenize_chat(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, loss: Loss = "completion"
 ) -> tuple[list[int], list[int]]:
     """Token ids of one row, and their labels: -100 where a token is not scored."""
-    text, spans, templated = render_chat(row, tokenizer)
+    text, spans, templated = render_chat(row, tokenizer, loss=loss)
     # A template writes the special tokens itself.
     made = tokenizer(
         text,
@@ -126,28 +126,42 @@ def tokenize_chat(
 
 
 def render_chat(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, loss: Loss = "completion"
 ) -> tuple[str, list[Span], bool]:
-    """The text of one row, the spans of it that are answers, and whether a template wrote it."""
-    tools = row.get("tools") or None
-    if row.get("messages") is not None:
-        return *_spans_of(_messages(row["messages"]), tokenizer, tools), True
+    """The text of one row, the spans of it that are scored, and whether a template wrote it."""
+    text, answers, templated = _rendered(row, tokenizer)
+    # Answers that nobody asks for are not looked for: not every template lets them be found.
+    return text, [(0, len(text))] if loss == "all" else answers(), templated
+
+
+def _rendered(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, Callable[[], list[Span]], bool]:
+    """The text of one row, what finds its answers, and whether a template wrote it."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
-    if not isinstance(prompt, list) or not isinstance(completion, list):
+    if row.get("messages") is not None:
+        messages, first = _messages(row["messages"]), 0
+    elif isinstance(prompt, str) and isinstance(completion, str):
+        text = prompt + completion
+        return text, lambda: [(len(prompt), len(text))], False
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        messages, first = _messages(prompt + completion), len(prompt)
+    else:
         raise ValueError(
             "a row needs `messages`, or `prompt` and `completion`, both text or both lists of "
             f"messages, but `prompt` is {type(prompt).__name__} and `completion` "
             f"{type(completion).__name__}"
         )
-    first = _messages(prompt)
-    return *_spans_of([*first, *_messages(completion)], tokenizer, tools, len(first)), True
+    template = _Template(tokenizer, row.get("tools") or None)
+    text = template.text_of(messages)
+    return text, lambda: _answers(text, messages, template, first), True
 
 
-def marked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of one row, its answers between ⟦ and ⟧."""
-    text, spans, _ = render_chat(row, tokenizer)
+def marked(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, loss: Loss = "completion"
+) -> str:
+    """The text of one row, what is scored of it between ⟦ and ⟧."""
+    text, spans, _ = render_chat(row, tokenizer, loss=loss)
     parts, last = [], 0
     for start, end in spans:
         parts += [text[last:start], OPEN, text[start:end], CLOSE]
@@ -161,7 +175,9 @@ def check_packing(model: nn.Module, blocks: Dataset) -> None:
 
     Whether attention follows ``position_ids`` is up to the architecture; one block tells.
     """
-    row = next((row for row in blocks if row.get("position_ids", []).count(0) > 1), None)
+    if "position_ids" not in (blocks.column_names or ()):
+        return
+    row = next((row for row in blocks if row["position_ids"].count(0) > 1), None)
     if row is None:
         return
     device = next(model.parameters()).device
@@ -200,31 +216,35 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
-def _spans_of(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Any,
-    first: int = 0,
-) -> tuple[str, list[Span]]:
-    """The text of a chat and its answers: messages of the assistant, from number ``first`` on."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "messages need a chat template, but the tokenizer has none; give one with "
-            "`--chat_template FILE`, or set `tokenizer.chat_template`"
-        )
+class _Template:
+    """Writes messages as text, with the tools of one row."""
 
-    def text_of(part: Sequence[dict[str, Any]], opened: bool) -> str:
-        made: Any = tokenizer.apply_chat_template(
-            list(part), tools=tools, tokenize=False, add_generation_prompt=opened
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Any) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "messages need a chat template, but the tokenizer has none; give one with "
+                "`--chat_template FILE`, or set `tokenizer.chat_template`"
+            )
+        self._tokenizer, self._tools = tokenizer, tools
+
+    def text_of(self, messages: Sequence[dict[str, Any]], *, opened: bool = False) -> str:
+        """``opened``: with the opening of an answer at the end."""
+        made: Any = self._tokenizer.apply_chat_template(
+            list(messages), tools=self._tools, tokenize=False, add_generation_prompt=opened
         )
         return made
 
-    text = text_of(messages, False)
+
+def _answers(
+    text: str, messages: Sequence[dict[str, Any]], template: _Template, first: int
+) -> list[Span]:
+    """The answers in the text of a chat: messages of the assistant, from number ``first`` on."""
     spans: list[Span] = []
     for number, message in enumerate(messages):
         if number < first or message["role"] != "assistant":
             continue
-        before, after = text_of(messages[:number], True), text_of(messages[: number + 1], False)
+        before = template.text_of(messages[:number], opened=True)
+        after = template.text_of(messages[: number + 1])
         span = _span_in(text, before, after, message.get("content"))
         if span is None:
             raise ValueError(
@@ -233,7 +253,7 @@ def _spans_of(
                 "that end with one answer each, or score every token (`--loss all`)"
             )
         spans.append(span)
-    return text, spans
+    return spans
 
 
 def _span_in(text: str, before: str, after: str, content: Any) -> Span | None:

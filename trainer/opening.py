@@ -59,9 +59,10 @@ def open_model(place: str, dtype: str | torch.dtype = "auto", *, base: str | Non
         return Opened(name=place, kind=kind, model=model, tokenizer=tokenizer, config=config)
     if (file := gguf_file(place)) is not None:
         return _open_gguf(place, file, dtype)
-    method = _method(place)
+    stored = find_config(place)
+    method = quant_method(stored)
     if method == "gptq" and Path(place).is_dir():
-        return _open_gptq(place, dtype)
+        return _open_gptq(place, stored.dtype if dtype == "auto" else dtype)
     model, tokenizer = load_base(place, dtype)
     kind = "model" if method is None else f"{method} model"
     return Opened(name=place, kind=kind, model=model.eval(), tokenizer=tokenizer, config=None)
@@ -95,12 +96,10 @@ def check_task(config: PeftConfig) -> None:
         )
 
 
-def _open_gptq(place: str, dtype: str | torch.dtype) -> Opened:
+def _open_gptq(place: str, dtype: str | torch.dtype | None) -> Opened:
     """A GPTQ checkpoint as plain weights: no reader of it is installed with this package."""
-    wanted = AutoConfig.from_pretrained(place).dtype if dtype == "auto" else dtype
-    if not isinstance(wanted, torch.dtype):
-        wanted = getattr(torch, wanted or "float32")
-    loaded = FORMATS["gptq"].load(Path(place), PreTrainedModel, wanted)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+    loaded = FORMATS["gptq"].load(Path(place), PreTrainedModel, found)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = loaded.model.eval()
     return Opened(name=place, kind="gptq model", model=model, tokenizer=tokenizer, config=None)
@@ -138,9 +137,10 @@ def find_config(place: str) -> PreTrainedConfig:
         ) from error
 
 
-def _method(place: str) -> str | None:
-    """How the files of a model say that it is quantised."""
-    entry: Any = getattr(find_config(place), "quantization_config", None)
+def quant_method(config: PreTrainedConfig) -> str | None:
+    """How the files of a model say that it is quantised; None if they do not."""
+    entry: Any = getattr(config, "quantization_config", None)
     if entry is None:
         return None
-    return entry["quant_method"] if isinstance(entry, dict) else str(entry.quant_method)
+    method = entry["quant_method"] if isinstance(entry, dict) else entry.quant_method
+    return str(getattr(method, "value", method))

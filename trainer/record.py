@@ -31,10 +31,12 @@ class TrainingRecord(TrainerPart):
         self._evaluated_step = -1
         self._evaluated_metrics: dict[str, float | str] = {}  # of the weights after that step
         self._loaded_step: int | None = None  # of the best checkpoint, once it is loaded
+        self._example_length: int | None = None
         super().__init__(*args, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         self._loaded_step = None
+        self._example_length = _example_length(self.train_dataset)
         done = super()._init_training_state(*args, **kwargs)
         self._recall_metrics(self.state.global_step)
         return done
@@ -102,8 +104,8 @@ class TrainingRecord(TrainerPart):
             "sequences per step": self.get_total_train_batch_size(args),
             "seed": args.seed,
         }
-        if (length := _example_length(self.train_dataset)) is not None:
-            settings[EXAMPLE_LENGTH] = length
+        if self._example_length is not None:
+            settings[EXAMPLE_LENGTH] = self._example_length
         if args.distillation_weight:
             settings["distillation weight"] = args.distillation_weight
             settings["distillation temperature"] = args.distillation_temperature

@@ -122,9 +122,9 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
         live = _load_live(places.source, where, options)
     known = live.measure() if live else {}
     if options.sweep is None:
-        with parser.user_errors():
-            report = _quantize(places, places.target, config, live, known, where)
-            if options.push_to_hub:
+        report = _quantize(parser, places, places.target, config, live, known, where)
+        if options.push_to_hub:
+            with parser.user_errors():
                 push_folder_to_hub(places.target, options.push_to_hub)
         if options.json:
             print(json.dumps(vars(places) | dataclasses.asdict(recipe) | report))
@@ -134,9 +134,8 @@ def run_quantize_adapter(argv: Sequence[str]) -> int:
         return 0
     rows: dict[float, dict[str, Any]] = {}
     for bits, at in recipes.items():
-        with parser.user_errors():
-            folder = str(Path(places.target) / f"{bits:g}-bits")
-            rows[bits] = _quantize(places, folder, at, live, known, where)
+        folder = str(Path(places.target) / f"{bits:g}-bits")
+        rows[bits] = _quantize(parser, places, folder, at, live, known, where)
     plot_sweep(rows, str(Path(places.target) / "sweep.png"))
     if options.json:
         print(json.dumps(vars(places) | {"sweep": [{"bits": b} | r for b, r in rows.items()]}))
@@ -155,6 +154,7 @@ def _check_sweep(options: Any, given: set[str]) -> None:
 
 
 def _quantize(
+    parser: Parser,
     places: Any,
     target: str,
     config: LoRAQuantConfig,
@@ -163,17 +163,18 @@ def _quantize(
     where: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes one packed adapter; its report, with what it keeps of the adapter's gain."""
-    # Only the integers of LR-QAT need the model. Others come from files, in their own dtype.
-    if live and live.model.active_peft_config.peft_type == "LRQAT":
-        made = quantize_adapter(live.model, target, config)
-    else:
-        made = quantize_adapter(places.source, target, config, **where)
+    with parser.user_errors():
+        # Only the integers of LR-QAT need the model. Others come from files, in their own dtype.
+        if live and live.model.active_peft_config.peft_type == "LRQAT":
+            made = quantize_adapter(live.model, target, config)
+        else:
+            made = quantize_adapter(places.source, target, config, **where)
     is_lora = isinstance(made, LoRAQuantConfig)
     report = dict((made.report if is_lora else (made.packed_factors or {})["report"]) or {})
     if live and known:
         found: dict[str, Any] = {
             **known,
-            "perplexity": live.with_adapter(target).measure()["perplexity_before"],
+            "perplexity": live.with_adapter(target).perplexity(),
         }
         if "perplexity_without" in known:
             found["gain_kept"] = gain_kept(**found)
@@ -272,14 +273,15 @@ class _Live:
         """
         if self.tokens is None:
             return {}
-        found = {"perplexity_before": self._perplexity()}
+        found = {"perplexity_before": self.perplexity()}
         # Without its factors, an LR-QAT model is not the plain one.
         if self.model.active_peft_config.peft_type != "LRQAT":
             with self.model.disable_adapter():
-                found["perplexity_without"] = self._perplexity()
+                found["perplexity_without"] = self.perplexity()
         return found
 
-    def _perplexity(self) -> float:
+    def perplexity(self) -> float:
+        """With the adapter as it is, on the text, which must be there."""
         assert self.tokens is not None
         return evaluate_perplexity(self.model, self.tokens, window=self.window)["perplexity"]
 

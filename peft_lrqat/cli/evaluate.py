@@ -68,26 +68,17 @@ def run_eval(argv: Sequence[str]) -> int:
         places = _places(args, more.paths)
         text = _Text(args)
         window = _window(args, places)
-        if args.merge and args.adapter is None and len(places) > 1:
-            raise ValueError("--merge is for one adapter; give it alone")
+        if args.merge and not (len(places) == 1 and is_adapter(places[0])):
+            raise ValueError("--merge merges an adapter; give one alone, or leave --merge out")
     rows = []
+    seen: dict[str, Any] = {"window": window, "stride": args.stride, "batch_size": args.batch_size}
     for place in places:
         with parser.user_errors():
-            opened = open_model(place, args.dtype, base=args.model if place != args.model else None)
-            if args.merge and opened.config is None:
-                raise ValueError("--merge merges an adapter; give one, or leave --merge out")
+            opened = open_model(place, args.dtype, base=args.model)
             tokens = text.tokens(opened.tokenizer)
-            check_window(
-                opened.model, tokens, window=window, stride=args.stride, batch_size=args.batch_size
-            )
+            check_window(opened.model, tokens, **seen)
         model = opened.model.merge_and_unload() if args.merge else opened.model
-        found = evaluate_perplexity(
-            model.to(PartialState().device),
-            tokens,
-            window=window,
-            stride=args.stride,
-            batch_size=args.batch_size,
-        )
+        found = evaluate_perplexity(model.to(PartialState().device), tokens, **seen)
         base = None if opened.config is None else opened.config.base_model_name_or_path
         bits = found["nats_per_token"] / math.log(2) * len(tokens) / text.bytes
         rows.append(
@@ -131,31 +122,23 @@ def run_compare(argv: Sequence[str]) -> int:
             check_target(args.plot)
         text = _Text(args)
         window = _window(args, [places.reference, *places.candidates])
-        reference = open_model(places.reference, args.dtype)
+        reference = open_model(places.reference, args.dtype, base=args.model)
         tokens = text.tokens(reference.tokenizer)
+        seen: dict[str, Any] = {
+            "window": window,
+            "stride": args.stride,
+            "batch_size": args.batch_size,
+        }
+        check_window(reference.model, tokens, **seen)
     device = PartialState().device
     reference.model.to(device)
     found: dict[str, Comparison] = {}
     for place in places.candidates:
         with parser.user_errors():
             candidate = open_model(place, args.dtype, base=args.model)
-            for opened in (reference, candidate):
-                check_window(
-                    opened.model,
-                    tokens,
-                    window=window,
-                    stride=args.stride,
-                    batch_size=args.batch_size,
-                )
+            check_window(candidate.model, tokens, **seen)
             _check_same_tokens(reference, candidate)
-            found[place] = compare_models(
-                reference.model,
-                candidate.model.to(device),
-                tokens,
-                window=window,
-                stride=args.stride,
-                batch_size=args.batch_size,
-            )
+        found[place] = compare_models(reference.model, candidate.model.to(device), tokens, **seen)
         del candidate
     if args.plot is not None:
         plot_comparisons(found, args.plot)
@@ -255,8 +238,6 @@ def _places(args: Any, paths: list[str]) -> list[str]:
         return [args.adapter]
     if args.model is None:
         raise ValueError("give PATH, or --model, --adapter, or both")
-    if args.merge:
-        raise ValueError("--merge merges an adapter; give --adapter, or leave --merge out")
     return [args.model]
 
 

@@ -20,13 +20,14 @@ from peft_lrqat.base.config import LowBitConfig
 from peft_lrqat.export.linears import lrqat_layers
 from peft_lrqat.formats.linear import Target
 from peft_lrqat.formats.runtimes import RUNTIMES
+from peft_lrqat.formats.sizes import stored_bytes
 from peft_lrqat.formats.table import FORMATS
 from peft_lrqat.loraquant import LoRAQuantConfig
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant import inspect_rows, quantized_weight
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import directory_bytes
-from peft_lrqat.trainer.opening import find_config, gguf_file, is_adapter
+from peft_lrqat.trainer.opening import find_config, gguf_file, is_adapter, quant_method
 from peft_lrqat.trainer.pipeline import find_file, load_adapter
 
 from .options import JsonOptions, ModelOptions
@@ -150,23 +151,22 @@ def _gguf(file: Path) -> Facts:
 
 def _model(place: str) -> Facts:
     config = find_config(place)
-    entry: Any = getattr(config, "quantization_config", None)
     found: Facts = {
         "type": "model",
         "architecture": ", ".join(config.architectures or [config.model_type]),
         "bytes": _bytes(place),
     }
-    if entry is None:
+    method = quant_method(config)
+    if method is None:
         return found
-    fields = entry if isinstance(entry, dict) else entry.to_dict()
-    method = str(getattr(fields["quant_method"], "value", fields["quant_method"]))
     if method != LowBitConfig.quant_method:
         takers = [name for name, runtime in RUNTIMES.items() if runtime.format.name == method]
         found["type"] = f"{method} model"
         if takers:
             found["runtimes"] = dict.fromkeys(takers, f"loads {method}")
         return found
-    low_bit = LowBitConfig.from_dict(fields) if isinstance(entry, dict) else entry
+    entry: Any = config.quantization_config
+    low_bit = LowBitConfig.from_dict(entry) if isinstance(entry, dict) else entry
     targets = [
         Target(
             name=name,
@@ -224,9 +224,9 @@ def _deployed(targets: Sequence[Target], activations: Grid | None, kv_cache: Gri
         if (reason := _first(format.why_not_target(target) for target in targets)) is not None:
             sizes[name] = reason
             continue
-        sizes[name] = sum(
-            format.stored_bytes(replace(t, grid=format.stored_grid(t.grid)), None) for t in targets
-        )
+        # A format that cannot say how inputs are rounded may still hold the weights alone.
+        silent = format.why_not_activations(targets[0].grid, activations, kv_cache) is not None
+        sizes[name] = stored_bytes(targets, format, None if silent else activations)
     runtimes: dict[str, str] = {}
     for name, runtime in RUNTIMES.items():
         reasons = [runtime.why_not(t.grid, t.scale_dtype, t.in_features) for t in targets]

@@ -168,12 +168,12 @@ def run_train(argv: Sequence[str]) -> int:
             tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
         train_set = _examples(data, data.dataset, rows, tokenizer)
         eval_set = eval_rows and _examples(data, data.eval_dataset, eval_rows, tokenizer)
-        check_packing(base, train_set)
         set_seed(args.seed)  # for the factors A
         model = get_peft_model(base, config)
         resume = _checkpoint(args)
 
         trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+        check_packing(model.get_base_model(), train_set)  # on the device, where it is quick
 
     say = print if trainer.is_world_process_zero() else lambda *_: None
     say(describe_size(model))
@@ -231,11 +231,11 @@ def _examples(
     )
     if PartialState().is_main_process:
         scored = sum(label != IGNORED for labels in blocks["labels"] for label in labels)
-        shown = "all of it" if data.loss == "all" else f"what is between {OPEN} and {CLOSE}"
         print(
             f"{', '.join(source)}: {len(rows):,} examples in {len(blocks):,} blocks, "
-            f"{scored:,} scored tokens. The first one; scored is {shown}:\n"
-            f"{marked(rows[0], tokenizer)}"
+            f"{scored:,} scored tokens. The first one; scored is what is between {OPEN} and "
+            f"{CLOSE}:\n"
+            f"{marked(rows[0], tokenizer, loss=data.loss)}"
         )
     return blocks
 

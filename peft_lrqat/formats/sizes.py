@@ -40,9 +40,14 @@ def stored_bits(
     """Bits per weight of some targets in the files of a format."""
     targets = list(targets)
     weights = sum(target.num_weights for target in targets)
-    stored = sum(
+    stored = stored_bytes(targets, format, activations)
+    trained = sum(target.trained_bytes for target in targets)
+    return StoredBits(trained=8 * trained / weights, stored=8 * stored / weights)
+
+
+def stored_bytes(targets: Iterable[Target], format: Format, activations: Grid | None = None) -> int:
+    """Bytes of some targets in the files of a format that holds them."""
+    return sum(
         format.stored_bytes(replace(target, grid=format.stored_grid(target.grid)), activations)
         for target in targets
     )
-    trained = sum(target.trained_bytes for target in targets)
-    return StoredBits(trained=8 * trained / weights, stored=8 * stored / weights)

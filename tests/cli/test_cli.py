@@ -200,8 +200,10 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize(("loss", "scored"), [("completion", 27), ("all", 63)])
-def test_train_on_chats(base, capsys, loss, scored):
+@pytest.mark.parametrize(
+    ("loss", "scored", "shown"), [("completion", 27, "u:a?;a:⟦b;⟧"), ("all", 63, "⟦u:a?;a:b;⟧")]
+)
+def test_train_on_chats(base, capsys, loss, scored, shown):
     Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     Path("template.jinja").write_text(TEMPLATE)
     options = ["--dataset", "chat.jsonl", "--eval_dataset", "chat.jsonl", "--loss", loss]
@@ -209,7 +211,7 @@ def test_train_on_chats(base, capsys, loss, scored):
     out = capsys.readouterr().out
     # 6 answers of 1 to 6 tokens and their end; or all but the first token of each row.
     assert f"6 examples in 6 blocks, {scored:,} scored tokens" in out
-    assert "u:a?;a:⟦b;⟧" in out
+    assert shown in out
     assert f"{scored:,} tokens scored" in out
     # What the model was trained to answer in goes with it.
     assert AutoTokenizer.from_pretrained("out").chat_template == TEMPLATE

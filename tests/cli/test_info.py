@@ -6,6 +6,7 @@ import pytest
 import torch
 from commands_at_work import refusal, train
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 from peft_lrqat.cli import main
@@ -58,6 +59,21 @@ def test_sizes_are_those_of_the_files(base, capsys):
     # 7 layers of 1,024 weights in blocks of 32: 18 bytes each.
     assert file["tensors by type"]["Q4_0"] == 7
     assert found["bytes of these by format"]["gguf"] == 7 * 32 * 18
+
+
+def test_rounded_inputs_count_where_a_format_says_them(base, capsys):
+    train(base, "--activation_bits", "8", "--bits", "4")
+    main(["export", "--adapter", "out", "--output", "ct"])
+    sizes = info(capsys, "out")["bytes of these by format"]
+    with safe_open("ct/model.safetensors", framework="pt") as stored:
+        kept = [
+            stored.get_tensor(key)
+            for key in stored.keys()  # noqa: SIM118 (not a dict)
+            if key.endswith(("weight_packed", "weight_scale"))
+            or (key.endswith("proj.weight") and stored.get_slice(key).get_dtype() == "I8")
+        ]
+    assert sizes["compressed-tensors"] >= sum(t.nbytes for t in kept) > 0
+    assert sizes["compressed-tensors"] == pytest.approx(sum(t.nbytes for t in kept), rel=0.05)
 
 
 def test_a_low_bit_base(base, capsys):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -109,6 +109,24 @@ def test_a_template_that_rewrites_earlier_messages_is_refused(tokenizer):
     tokenizer.chat_template = REWRITING
     with pytest.raises(ValueError, match=r"row 0 .* message 2, an answer, is not found"):
         make_chat_blocks(Dataset.from_list([{"messages": CHAT}]), tokenizer, block_size=64)
+
+
+def test_every_token_can_be_scored_under_any_template(tokenizer):
+    tokenizer.chat_template = REWRITING
+    row = {"messages": CHAT}
+    ids, labels = tokenize_chat(row, tokenizer, loss="all")
+    assert ids == labels
+    text = tokenizer.decode(ids)
+    assert text.startswith("5<system>")
+    assert marked(row, tokenizer, loss="all") == f"⟦{text}⟧"
+
+
+def test_a_stream_without_positions_is_not_read_to_look_for_them():
+    def rows():
+        raise AssertionError("the stream was read")
+        yield
+
+    check_packing(llama(), IterableDataset.from_generator(rows))
 
 
 @pytest.mark.parametrize(
