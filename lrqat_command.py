@@ -23,7 +23,7 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 SECONDS_BETWEEN_LINES = 30  # of a progress bar that is not on a terminal
 # By name: the module in peft_lrqat/cli and its function, and what the command does.
 COMMANDS = {
-    "train": ("train:run_train", "train an LR-QAT adapter on a text"),
+    "train": ("train:run_train", "train an LR-QAT adapter on a text or on chats"),
     "prepare": (
         "prepare:run_prepare",
         "make a low-bit base of a model, or of a GPTQ, AWQ or compressed-tensors checkpoint",
