@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from peft_lrqat.shared.checks import check_choice
+from peft_lrqat.shared.fields import listed_in_help
 
 from .rates import check_rates
 
@@ -173,6 +174,7 @@ class LRQATArguments(Base):
             )
 
 
+@listed_in_help
 @dataclass(kw_only=True)
 class LRQATTrainingArguments(LRQATArguments, TrainingArguments):
     """`TrainingArguments` with the defaults of LR-QAT, its learning rates, and distillation."""

@@ -12,6 +12,7 @@ from ..quant import DOWNCASTS, Grid, WeightFormat
 from ..quant.grid import SCALE_DTYPES
 from ..shared.card import public_name
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_names
+from ..shared.fields import helpful_arguments
 from ..shared.names import PACKED_VERSIONS
 from .settings import WeightSettings, check_bits, check_group_size
 
@@ -97,6 +98,7 @@ class StoredWeight:
         return fields
 
 
+@helpful_arguments()
 @dataclass
 class LowBitConfig(WeightSettings, QuantizationConfigMixin):
     """How ``from_pretrained`` makes a low-bit base, or how one that is stored was made.

@@ -30,6 +30,7 @@ from .low_bit import (
     take_embeddings,
     take_grids,
 )
+from .one_rate import one_rate
 from .packed_factors import unpack_factors
 from .targets import (
     DTYPE_NAMES,
@@ -87,6 +88,7 @@ class LRQATModel(BaseTuner):
         own = [name for name, layer in layers if adapter_name in layer.lrqat_A]
         grid = self.peft_config[adapter_name].kv_cache_grid
         attention.add_adapter(model, adapter_name, grid, own)
+        one_rate.watch(model)
 
     def _prepare_adapter_config(
         self, peft_config: LRQATConfig, model_config: dict[str, Any]

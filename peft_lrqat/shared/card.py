@@ -35,7 +35,8 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
     if is_hub_id(base) and not card.data.get("base_model"):
         card.data["base_model"] = base
     before, after = _around_section(card.text)
-    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}{END}{after or chr(10)}"
+    before = f"{before.rstrip()}\n\n" if before.strip() else ""
+    card.text = f"{before}{BEGIN}\n{section}{END}{after or chr(10)}"
     _save(card, path)
 
 
@@ -109,10 +110,19 @@ def _names_local_base(tag: str) -> bool:
 
 
 def _around_section(text: str) -> tuple[str, str]:
-    """Returns the text before and after the section of an earlier save."""
+    """Returns the text before and after our section.
+
+    It stays where it is found, and a new one comes first, behind the title: PEFT's text is a form
+    that hardly anybody fills in.
+    """
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and not end:
+    if not begin:
+        title = re.match(r"\s*# .*\n?", text)
+        end = title.end() if title else 0
+        rest = text[end:].strip("\n")
+        return text[:end], f"\n\n{rest}\n" if rest else ""
+    inside, end_mark, after = rest.partition(END)
+    if not end_mark:
         # The end of our section is then unknown, and text that others wrote may follow.
         return before + rest, ""
     return before, after

@@ -1,20 +1,27 @@
-"""Keyword arguments of a config: suggests the closest name, and understands those of LoRA."""
+"""The fields of a config: listed with their help; a misspelt one is answered, LoRA's understood."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
 
 Config = TypeVar("Config", bound=type)
+# In the help of a field that the library sets.
+FILLED_IN = ("filled in", "leave it to the library")
+# The width of a docstring.
+WIDTH = 100
 
 
 def helpful_arguments(like: type | None = None) -> Callable[[Config], Config]:
     """A decorator of a dataclass whose constructor says what is wrong with an unknown field.
 
+    ``help`` lists the fields of the dataclass.
     Fields that only the dataclass ``like`` has are accepted at their defaults there, which change
     nothing, and refused by name otherwise.
     """
@@ -39,9 +46,50 @@ def helpful_arguments(like: type | None = None) -> Callable[[Config], Config]:
             init(self, *args, **{name: fields[name] for name in fields if name in known})
 
         config.__init__ = checked  # type: ignore[misc]  # a decorator knows no subclass yet
-        return config
+        return listed_in_help(config)
 
     return decorate
+
+
+def listed_in_help(config: Config) -> Config:
+    """A decorator of a dataclass that puts its fields behind its docstring, for `help(config)`."""
+    if config.__doc__ is None:  # Python left it out, with -OO
+        return config
+    listed = [
+        textwrap.fill(
+            f"{name} (default {default}): {text}",
+            width=WIDTH,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+        )
+        for name, default, text in own_fields(config)
+    ]
+    config.__doc__ = "\n".join([inspect.cleandoc(config.__doc__), "", "Args:", *listed, ""])
+    return config
+
+
+def own_fields(config: type) -> Iterator[tuple[str, str, str]]:
+    """Name, default as code, and help of each field that a user sets.
+
+    Leaves out what PEFT and transformers declare themselves: it is in their documentation.
+    """
+    own = {
+        field
+        for part in config.__mro__
+        if part.__module__.partition(".")[0] == "peft_lrqat"
+        for field in inspect.get_annotations(part)
+    }
+    for option in dataclasses.fields(config):
+        text = option.metadata.get("help", "")
+        if option.name not in own or any(words in text for words in FILLED_IN):
+            continue
+        default = "required"
+        if option.default is not dataclasses.MISSING:
+            default = repr(option.default)
+        elif option.default_factory is not dataclasses.MISSING:
+            default = repr(option.default_factory())
+        yield option.name, default, text
 
 
 def _defaults(config: type, without: set[str]) -> dict[str, Any]:

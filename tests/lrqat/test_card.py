@@ -100,6 +100,27 @@ def test_names_of_the_hub_stay_beside_local_ones():
     assert data.tags == ["base_model:adapter:user/base", "base_model:user/base", "mine"]
 
 
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        (None, "# Model Card for Model ID"),  # PEFT's form
+        ("\n# Title\nTheirs.\n", "# Title"),
+        ("# Title", "# Title"),
+        ("## Part\n\nTheirs.\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_section_comes_first_behind_the_title(text, begins, tmp_path):
+    _, text = write(tmp_path, LRQATConfig(), text and f"---\nlicense: mit\n---\n{text}")
+    body = text.split("---\n", 2)[2]
+    before, _, after = body.partition(BEGIN)
+    assert before.strip() == begins
+    assert ("Theirs." in after.split(END)[1]) == ("Theirs." in text)
+    _, again = write(tmp_path, LRQATConfig(bits=3))
+    assert again.split("---\n", 2)[2].partition(BEGIN)[0] == before
+    assert again.count("\n\n\n\n") <= text.count("\n\n\n\n")
+
+
 def test_activations_in_the_section(tmp_path):
     metadata, text = write(tmp_path, LRQATConfig(activation_bits=8, kv_cache_bits=4))
     assert "w4a8kv4" in metadata["tags"]

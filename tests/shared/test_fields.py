@@ -1,12 +1,14 @@
 """LoRA's fields are understood, and misspelt ones are answered."""
 
 import inspect
+import pydoc
 import warnings
 
 import pytest
 from peft import LoraConfig
 
-from peft_lrqat import LoRAQuantConfig, LRQATConfig
+from peft_lrqat import LoRAQuantConfig, LowBitConfig, LRQATConfig
+from peft_lrqat.trainer import LRQATTrainingArguments
 
 
 def test_neutral_fields_of_lora_change_nothing():
@@ -32,6 +34,7 @@ def test_other_values_are_refused_by_name(field, value, neutral):
         (LRQATConfig, "group_sizes", "group_size"),
         (LRQATConfig, "bit", "bits"),
         (LoRAQuantConfig, "averagebits", "average_bits"),
+        (LowBitConfig, "downcasts", "downcast"),
     ],
 )
 def test_a_misspelt_field_is_answered(config, field, known):
@@ -42,6 +45,22 @@ def test_a_misspelt_field_is_answered(config, field, known):
 def test_a_strange_field_is_answered_with_the_known_ones():
     with pytest.raises(TypeError, match=r"its fields are .*bits, .*downcast"):
         LRQATConfig(quux=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "listed", "left_out"),
+    [
+        (LRQATConfig, "bits (default 4): Bits per weight, 2 to 8.", "base_made_from"),
+        (LoRAQuantConfig, "average_bits (default ", "report"),
+        (LowBitConfig, "downcast (default 'int'): How the frozen weight is kept.", "library_version"),
+        (LRQATTrainingArguments, "scale_learning_rate (default None): ", "num_train_epochs"),
+    ],
+)
+def test_help_lists_the_fields_that_a_user_sets(config, listed, left_out):
+    shown = pydoc.plain(pydoc.render_doc(config)).split("Method resolution order")[0]
+    assert f"\n |      {listed}" in shown
+    assert f"{left_out} (default" not in shown
+    assert all(len(line) <= 100 for line in config.__doc__.splitlines())
 
 
 def test_signature_and_files_of_newer_releases_are_as_before(tmp_path):
