@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from ..base.downcast import DowncastLinear
@@ -13,16 +13,21 @@ from ..lrqat.layer import LRQATLayer
 from .linears import Layer, Model, base_of, frozen_of
 
 
+# Where a wrapper of trained tokens keeps the embedding. The way to a trained copy is as long.
+TOKENS_OF = ["token_adapter", "base_layer"]
+
+
 def model_tensors(model: Model, adapter_name: str) -> Iterator[tuple[str, Tensor | Layer]]:
     """The names and tensors of the deployed model, one after another.
 
     The weight of a target comes as its layer under the module's name. Everything else comes as
-    tensors: biases, embeddings, norms, buffers, and the trained copies of ``modules_to_save``.
-    Tensors that are tied to an earlier one are left out, as transformers does, unless training
-    parted the head from the embeddings (`is_parted`).
+    tensors: biases, embeddings with their trained tokens, norms, buffers, and the trained copies
+    of ``modules_to_save``. Tensors that are tied to an earlier one are left out, as transformers
+    does, unless training parted the head from the embeddings (`is_parted`).
     """
     parted = is_parted(model, adapter_name)
     seen: set[int] = set()
+    tokens = _trained_tokens(base_of(model), adapter_name)
     for plain, module in plain_modules(base_of(model), adapter_name):
         if isinstance(module, LRQATLayer | DowncastLinear):
             yield plain, module
@@ -35,7 +40,19 @@ def model_tensors(model: Model, adapter_name: str) -> Iterator[tuple[str, Tensor
             if tensor is None or (not parted and id(tensor) in seen):
                 continue
             seen.add(id(tensor))
+            if kind == "weight" and id(module) in tokens:
+                tensor = tokens[id(module)].token_adapter.get_merged_weights([adapter_name])
             yield f"{plain}.{kind}" if plain else kind, tensor.detach()
+
+
+def _trained_tokens(base: nn.Module, adapter_name: str) -> dict[int, TrainableTokensWrapper]:
+    """The wrappers with the adapter's ``trainable_token_indices``, by the id of what they wrap."""
+    return {
+        id(module.original_module): module
+        for module in base.modules()
+        if isinstance(module, TrainableTokensWrapper)
+        and adapter_name in module.token_adapter.trainable_tokens_delta
+    }
 
 
 def is_parted(model: Model, adapter_name: str) -> bool:
@@ -78,7 +95,7 @@ def plain_modules(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.
             continue
         if _is_other_copy(parents, name, adapter_name):
             continue
-        if not isinstance(module, ModulesToSaveWrapper):
+        if not isinstance(module, AuxiliaryTrainingWrapper):
             yield _plain_name(parents, name), module
 
 
@@ -88,17 +105,18 @@ def _parents(base: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _is_other_copy(parents: list[nn.Module], name: str, adapter_name: str) -> bool:
-    """Whether a module lies in a copy that ``modules_to_save`` keeps beside the one that runs."""
+    """Whether a module lies in a wrapper of PEFT, but not in the copy there that runs."""
     parts = name.split(".")
     for i, parent in enumerate(parents, start=1):
-        if isinstance(parent, ModulesToSaveWrapper):
+        if isinstance(parent, TrainableTokensWrapper):
+            own = TOKENS_OF
+        elif isinstance(parent, ModulesToSaveWrapper):
             runs = adapter_name in parent.modules_to_save
             own = ["modules_to_save", adapter_name] if runs else ["original_module"]
-            rest = parts[i:]
-            if rest[: len(own)] != own[: len(rest)]:
-                return True
-            if len(rest) < len(own):  # the dict of the copies
-                return True
+        else:
+            continue
+        if parts[i : i + len(own)] != own:  # another copy, or what holds the copies
+            return True
     return False
 
 
@@ -112,6 +130,6 @@ def _plain_name(parents: list[nn.Module], name: str) -> str:
             skip -= 1
             continue
         plain.append(part)
-        if i < len(parents) and isinstance(parents[i], ModulesToSaveWrapper):
-            skip = 1 if parts[i + 1] == "original_module" else 2
+        if i < len(parents) and isinstance(parents[i], AuxiliaryTrainingWrapper):
+            skip = 1 if parts[i + 1] == "original_module" else len(TOKENS_OF)
     return ".".join(plain)

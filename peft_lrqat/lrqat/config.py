@@ -87,6 +87,15 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             "classification head."
         },
     )
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained in full and saved with the adapter, such "
+            "as those added for a chat format: their ids, in the input embedding (and in the head "
+            "that is tied to it), or ids by the name of an embedding: {'embed_tokens': [1, 2]}. "
+            "For plain embeddings, without embedding_bits."
+        },
+    )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None,
         metadata={
@@ -241,6 +250,12 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check_names(name, getattr(self, name), one_string=True)
         check_names("modules_to_save", self.modules_to_save, one_string=False)
+        _check_tokens(self.trainable_token_indices)
+        if self.trainable_token_indices is not None and self.embedding_bits is not None:
+            raise ValueError(
+                "`trainable_token_indices` trains rows of plain embeddings, but `embedding_bits` "
+                "rounds them; leave one of the two out, or set `train_embeddings=True`"
+            )
         layers = self.layers_to_transform
         if layers is not None:
             for index in layers if isinstance(layers, list | tuple | set) else [layers]:
@@ -265,8 +280,8 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     def from_lora(cls, config: LoraConfig, **changes: Any) -> LRQATConfig:
         """The configuration of a LoRA script, with LR-QAT in LoRA's place.
 
-        Takes over the rank, ``lora_alpha``, targets, layers and modules to save. ``changes`` are
-        fields of this class, such as ``bits``, and win over LoRA's.
+        Takes over the rank, ``lora_alpha``, targets, layers, modules to save and trained tokens.
+        ``changes`` are fields of this class, such as ``bits``, and win over LoRA's.
 
         Raises:
             ValueError: ``config`` has a setting that LR-QAT does not have, such as dropout; the
@@ -387,6 +402,21 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     def base_dtype_is_open(self) -> bool:
         """Whether the dtype of the base weights is to be found in the base model."""
         return self.base_dtype is None or self.base_dtype_found
+
+
+def _check_tokens(tokens: object) -> None:
+    for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if ids is None and tokens is None:
+            return
+        if not isinstance(ids, list) or not ids:
+            raise ValueError(
+                "`trainable_token_indices` must be a list of token ids, such as [1, 2], or such "
+                f"lists by the names of embeddings, but is {tokens!r}"
+            )
+        for index in ids:
+            check_integer("trainable_token_indices", index, 0)
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"`trainable_token_indices` names a token twice: {ids}")
 
 
 def _check_record(record: object) -> None:

@@ -31,8 +31,10 @@ def check(
             value = state_dict.get(_key(state_dict, prefix, name, kind, adapter_name))
             _check_tensor(name, kind, value, getattr(layer, kind)[adapter_name])
     known = tuple(name + "." for name in layers)
-    for key in state_dict:
-        if ".lrqat_" in key and not key.removeprefix(prefix).startswith(known):
+    for key, value in state_dict.items():
+        if ".lrqat_" not in key:
+            _check_finite(f"`{key}`", value)
+        elif not key.removeprefix(prefix).startswith(known):
             raise ValueError(
                 f"the saved adapter has `{key}`, but this model has no such layer; the base model "
                 "is another one"
@@ -75,8 +77,12 @@ def _check_tensor(name: str, kind: str, value: Tensor | None, expected: Tensor) 
             f"{tuple(expected.shape)} in this model; the base model or `adapter_config.json` "
             "differs from the one that was trained"
         )
+    _check_finite(f"`{kind}` of `{name}`", value)
+
+
+def _check_finite(what: str, value: Tensor) -> None:
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise ValueError(f"`{kind}` of `{name}` has NaN or infinite entries in the saved adapter")
+        raise ValueError(f"{what} has NaN or infinite entries in the saved adapter")
 
 
 def _layers(model: nn.Module, adapter_name: str) -> tuple[dict[str, LRQATLayer], str]:

@@ -167,6 +167,46 @@ def put_embeddings(config: LRQATConfig, model: PreTrainedModel, ends: Ends) -> N
         tie_head(model, ends)
 
 
+def check_trained_tokens(config: LRQATConfig, model: nn.Module, low_bit: Iterable[str]) -> None:
+    """Raises ValueError unless ``trainable_token_indices`` names rows of plain embeddings.
+
+    ``low_bit``: the names of modules that hold integers, or will.
+    """
+    asked = config.trainable_token_indices
+    if asked is None:
+        return
+    ends: list[nn.Module | None] = [None, None]
+    if isinstance(model, PreTrainedModel):
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found: list[tuple[str, nn.Module, list[int]]] = []
+    for name, module in model.named_modules():
+        if isinstance(asked, dict):  # as PEFT looks for them
+            found += [(name, module, ids) for end, ids in asked.items() if name.endswith(end)]
+        elif module is ends[0]:
+            found.append((name, module, asked))
+    for name, module, ids in found:
+        if name in low_bit:
+            raise ValueError(
+                f"`trainable_token_indices` trains rows of `{name}`, but it holds low-bit "
+                "integers, or will; leave it out, or train its scales and factors: "
+                "`train_embeddings=True` or `target_modules`"
+            )
+        weight = getattr(module, "weight", None)
+        if weight is not None and max(ids) >= weight.shape[0]:
+            raise ValueError(
+                f"`trainable_token_indices` has {max(ids)}, but `{name}` has {weight.shape[0]} "
+                "rows; call model.resize_token_embeddings(len(tokenizer)) for new tokens first"
+            )
+    embedding, head = ([ids for _, m, ids in found if m is end] for end in ends)
+    config_of: Any = getattr(model, "config", None)
+    if head and head != embedding and getattr(config_of, "tie_word_embeddings", False):
+        raise ValueError(
+            "`trainable_token_indices` names the output layer, which shares its weight with the "
+            "input embedding, but not the same tokens there; give a list of tokens, which are then "
+            "trained in both"
+        )
+
+
 def check_saved_modules(config: LRQATConfig, names: Iterable[str]) -> None:
     """Raises ValueError where ``modules_to_save`` names a module without a plain weight."""
     for name in names:

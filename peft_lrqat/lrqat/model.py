@@ -7,7 +7,12 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _maybe_include_all_linear_layers,
+    cast_adapter_dtype,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +28,7 @@ from .embedding import LRQATEmbedding
 from .layer import LRQATLayer, LRQATLinear
 from .low_bit import (
     check_saved_modules,
+    check_trained_tokens,
     is_low_bit,
     low_bit_layers,
     made_from,
@@ -141,6 +147,9 @@ class LRQATModel(BaseTuner):
             ),
             weights,
         )
+        check_trained_tokens(
+            peft_config, model, {*low_bit_layers(model), *self._plan.targets, *weights, *tied}
+        )
         # The user's own config, which may serve for several models: what is found in this one must
         # not be taken for the user's word at the next.
         peft_config.base_dtype_found = bool(self._plan.targets) and peft_config.base_dtype_is_open
@@ -254,6 +263,9 @@ class LRQATModel(BaseTuner):
         return model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TrainableTokensLayer):
+                cast_adapter_dtype(module, adapter_name, autocast_adapter_dtype)
         # The factors and scales are created in float32, and shortened only on request.
         if not autocast_adapter_dtype:
             for module in self.model.modules():

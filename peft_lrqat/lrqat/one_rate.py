@@ -21,8 +21,8 @@ class OneRateWarning:
     """Looks at each optimizer once, right before its first step, until it has warned.
 
     A plain ``Trainer`` puts all parameters into one group. A step that is right for a factor, whose
-    unit is a step of the grid, is about as long as a scale. Nobody asks the model how it is trained,
-    so that the optimizer's step is the first place where this can be seen.
+    unit is a step of the grid, is about as long as a scale. Nobody asks the model how it is
+    trained, so that the optimizer's step is the first place where this can be seen.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class OneRateWarning:
             self._hook = None
         logger.warning(
             f"the optimizer trains the scales of LR-QAT at the learning rate of its factors, "
-            f"{rate:.3g}; a rate that is right for one of them is about fifty times too high or too "
-            "low for the other. Use LRQATTrainer with LRQATTrainingArguments, whose "
+            f"{rate:.3g}; a rate that is right for one of them is about fifty times too high or "
+            "too low for the other. Use LRQATTrainer with LRQATTrainingArguments, whose "
             "`scale_learning_rate` is for the scales; or, with another Trainer, "
             "`Trainer(..., optimizer_cls_and_kwargs=(LRQATOptimizerFactory, "
             '{"lr": 5e-3, "scale_lr": 1e-4}))`; or, in a loop of your own, '

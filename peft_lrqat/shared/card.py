@@ -121,7 +121,7 @@ def _around_section(text: str) -> tuple[str, str]:
         end = title.end() if title else 0
         rest = text[end:].strip("\n")
         return text[:end], f"\n\n{rest}\n" if rest else ""
-    inside, end_mark, after = rest.partition(END)
+    _, end_mark, after = rest.partition(END)
     if not end_mark:
         # The end of our section is then unknown, and text that others wrote may follow.
         return before + rest, ""

@@ -278,6 +278,23 @@ def test_a_head_that_training_parted_from_the_embeddings(
     )
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_trained_tokens_ship_as_they_were_trained(format, make_model, tokenizer, tmp_path):
+    model = make_model(bits=4, group_size=32, trainable_token_indices=[3, 5, 90])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter += torch.randn_like(parameter)
+    export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
+    assert verify_export(model, tmp_path / "out", format=format).exact
+    if format == "dequantized":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        wanted = model.merge_and_unload()
+        assert torch.equal(loaded.lm_head.weight, wanted.lm_head.weight)
+        assert torch.equal(loaded.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_gptq_with_zero_points(make_model, tmp_path):
     model = make_model(bits=2, symmetric=False, group_size=32)
     zero_points = [

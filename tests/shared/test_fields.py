@@ -52,7 +52,11 @@ def test_a_strange_field_is_answered_with_the_known_ones():
     [
         (LRQATConfig, "bits (default 4): Bits per weight, 2 to 8.", "base_made_from"),
         (LoRAQuantConfig, "average_bits (default ", "report"),
-        (LowBitConfig, "downcast (default 'int'): How the frozen weight is kept.", "library_version"),
+        (
+            LowBitConfig,
+            "downcast (default 'int'): How the frozen weight is kept.",
+            "library_version",
+        ),
         (LRQATTrainingArguments, "scale_learning_rate (default None): ", "num_train_epochs"),
     ],
 )
