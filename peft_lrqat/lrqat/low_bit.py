@@ -183,7 +183,7 @@ def check_trained_tokens(config: LRQATConfig, model: nn.Module, low_bit: Iterabl
         if isinstance(asked, dict):  # as PEFT looks for them
             found += [(name, module, ids) for end, ids in asked.items() if name.endswith(end)]
         elif module is ends[0]:
-            found.append((name, module, asked))
+            found.append((name, cast(nn.Module, module), asked))
     for name, module, ids in found:
         if name in low_bit:
             raise ValueError(
