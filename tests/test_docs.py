@@ -2,9 +2,9 @@
 
 The blocks of a page share one namespace and one directory, in which the names of the text exist:
 `MODEL` is one layer of the demo's model, `my-lora` and `lrqat-3bit` are adapters of it, `train.txt`
-and `heldout.txt` are texts, `chat.jsonl` has chats for `template.jinja`. `model_path()` names that
-layer, too: with all six, most of the time would go into the search for scales. Training is cut to a
-few steps. Shell blocks may call `lrqat` only.
+and `heldout.txt` are texts, `chat.jsonl` has chats for `template.jinja`, `tasks` a task file.
+`model_path()` names that layer, too: with all six, most of the time would go into the search for
+scales. Training is cut to a few steps. Shell blocks may call `lrqat` only.
 """
 
 import contextlib
@@ -95,6 +95,11 @@ def places(tmp_path_factory) -> Path:
     (folder / "TEXT").write_text((folder / "train.txt").read_text())
     answer = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (folder / "chat.jsonl").write_text((json.dumps({"messages": answer}) + "\n") * 20)
+    question = {"question": "A list is", "choices": [" mutable", " an integer"], "answer": 0}
+    (folder / "facts.jsonl").write_text((json.dumps(question) + "\n") * 4)
+    (task,) = [b.code for b in blocks(ROOT / "docs" / "commands.md") if b.language == "yaml"]
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "facts.yaml").write_text(task)
     (folder / "template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -130,7 +130,6 @@ def evaluate_perplexity(
     Returns a dict: ``perplexity``; ``nats_per_token``, its logarithm; ``tokens``, those scored; and
     ``nats_standard_error`` of that logarithm, from the spread of the windows, None for one window.
     """
-    metric = Perplexity(keep_in_memory=True)
     windows = scored_windows(
         model,
         input_ids,
@@ -142,12 +141,23 @@ def evaluate_perplexity(
     sums, counts = [], []
     for logits, labels in windows:
         nats = preprocess_logits_for_metrics(logits, labels).cpu().numpy()
-        gold = labels[:, 1:].cpu().numpy()
-        metric.add_batch(predictions=nats, references=gold)
         sums += nats.sum(-1, dtype=np.float64).tolist()  # 0 where not scored
-        counts += (gold != IGNORED).sum(-1).tolist()
-    error = standard_error(np.array(sums), np.array(counts))
-    return {**metric.compute(), "nats_standard_error": error}
+        counts += (labels[:, 1:] != IGNORED).sum(-1).tolist()
+    return summary(np.array(sums), np.array(counts))
+
+
+def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """What `evaluate_perplexity` returns, from the nats and the scored tokens of each window."""
+    mean = sums.sum() / counts.sum()
+    # A ruined model may exceed 709 nats; its perplexity is inf.
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(mean))
+    return {
+        "perplexity": perplexity,
+        "nats_per_token": float(mean),
+        "tokens": int(counts.sum()),
+        "nats_standard_error": standard_error(sums, counts),
+    }
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
@@ -182,8 +192,7 @@ def scored_windows(
     The model is in eval mode and no gradient is kept while the iterator runs.
     """
     check_window(model, input_ids, window=window, stride=stride, batch_size=batch_size)
-    stride = window if stride is None else stride
-    spans = list(_spans(len(input_ids), window, stride))
+    spans = list(spans_of(len(input_ids), window, stride))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -216,6 +225,15 @@ def check_window(
     """ValueError unless the windows fit the model and the text; `evaluate_perplexity` checks it."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but it is {batch_size}")
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check_spans(input_ids, window=window, stride=stride, context=context)
+
+
+def check_spans(
+    input_ids: Tensor, *, window: int, stride: int | None = None, context: int | None = None
+) -> None:
+    """ValueError unless the windows fit the text and the ``context`` of a model."""
     if input_ids.ndim != 1:
         raise ValueError(
             "`input_ids` must be one row of token ids, but its shape is "
@@ -230,8 +248,6 @@ def check_window(
         raise ValueError(
             f"`stride` must be between 1 and `window`, but it is {stride} with a window of {window}"
         )
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and window > context:
         raise ValueError(
             f"`window` must fit in the context of the model, but {window} is more than its "
@@ -247,9 +263,9 @@ def check_window(
 Span = tuple[int, int, int]  # start and end of a window, and its first token that is scored
 
 
-def _spans(length: int, window: int, stride: int) -> Iterator[Span]:
+def spans_of(length: int, window: int, stride: int | None) -> Iterator[Span]:
     """Windows over ``length`` tokens, see `evaluate_perplexity`; the first token is not scored."""
-    if stride == window:
+    if stride is None or stride == window:
         yield from (
             (start, start + window, start + 1) for start in range(0, length - window + 1, window)
         )

@@ -117,13 +117,17 @@ def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
         quantization_config=GgufConfig(dequantize=True),
         **options,
     )
-    has_tokenizer = (file.parent / "tokenizer_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, **({} if has_tokenizer else {"gguf_file": file.name})
-    )
+    tokenizer = gguf_tokenizer(file)
     return Opened(
         name=place, kind="GGUF file", model=model.eval(), tokenizer=tokenizer, config=None
     )
+
+
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a GGUF file, else the one that the file describes."""
+    beside = (file.parent / "tokenizer_config.json").exists()
+    options = {} if beside else {"gguf_file": file.name}
+    return AutoTokenizer.from_pretrained(str(file.parent), **options)
 
 
 def find_config(place: str) -> PreTrainedConfig:

@@ -18,11 +18,13 @@ from peft_lrqat.shared.plotting import require_matplotlib
 from peft_lrqat.shared.staging import check_target
 from peft_lrqat.trainer.comparison import Comparison, compare_models
 from peft_lrqat.trainer.data import concatenate, load_documents, text_bytes, tokenize
+from peft_lrqat.trainer.llama_cpp import evaluate_in_llama_cpp, require_llama_cpp
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
-from peft_lrqat.trainer.opening import Opened, is_adapter, open_model
+from peft_lrqat.trainer.opening import Opened, gguf_file, gguf_tokenizer, is_adapter, open_model
 from peft_lrqat.trainer.record import EXAMPLE_LENGTH
+from peft_lrqat.trainer.tasks import Tasks
 
-from .options import HeldOutOptions, JsonOptions, ModelOptions
+from .options import DATASET_HELP, HeldOutOptions, JsonOptions, ModelOptions
 from .parser import Parser, print_columns
 
 
@@ -31,13 +33,42 @@ DEFAULT_WINDOW = 512
 
 @dataclass(kw_only=True)
 class EvalArguments(ModelOptions, HeldOutOptions, JsonOptions):
-    """Which models are evaluated, and on which text."""
+    """Which models are evaluated, and on what."""
 
+    dataset: list[str] | None = field(
+        default=None, metadata={"help": DATASET_HELP + ". Not needed with --tasks"}
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "LR-QAT adapter: a directory or a name on the Hub"}
     )
     merge: bool = field(
         default=False, metadata={"help": "merge the adapter into plain linear layers first"}
+    )
+    llama_cpp: bool = field(
+        default=False,
+        metadata={
+            "help": "run GGUF files in llama.cpp itself (package xllamacpp), token after token. "
+            "Without it, their weights are read into transformers, which is faster"
+        },
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "tasks of lm-eval, such as arc_easy piqa (pip install 'peft-lrqat[tasks]')"
+        },
+    )
+    task_path: str | None = field(
+        default=None,
+        metadata={"help": "directory with task files (YAML) of your own, for local data"},
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "examples before each question. Default: the task's"}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "ask the first questions of each task only"}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "ask the questions of --tasks as in a chat"}
     )
 
 
@@ -45,6 +76,7 @@ class EvalArguments(ModelOptions, HeldOutOptions, JsonOptions):
 class CompareArguments(ModelOptions, HeldOutOptions, JsonOptions):
     """On which text, and how it is shown."""
 
+    dataset: list[str] = field(metadata={"help": DATASET_HELP})
     plot: str | None = field(
         default=None, metadata={"help": "also draw the table, into this PNG or SVG file"}
     )
@@ -54,51 +86,80 @@ def run_eval(argv: Sequence[str]) -> int:
     """`lrqat eval`."""
     parser = Parser(
         "eval",
-        "(PATH [PATH ...] | --model M | --adapter DIR) --dataset D [D ...] [options]",
+        "(PATH [PATH ...] | --model M | --adapter DIR) [--dataset D ...] [--tasks T ...] [options]",
         [EvalArguments],
-        "Measures the perplexity of causal language models on a text. PATH is an adapter, a\n"
-        "model, a low-bit base, an export or a GGUF file; of several, the result is one table.",
+        "Measures causal language models: their perplexity on a text, and what they score in\n"
+        "tasks. PATH is an adapter, a model, a low-bit base, an export or a GGUF file; of\n"
+        "several, the result is one table.",
         "  lrqat eval out --dataset test.txt --window 1024\n"
         "  lrqat eval ./my-llama out out-packed model.gguf --dataset test.txt\n"
+        "  lrqat eval ./my-llama out --tasks arc_easy piqa --limit 500\n"
         "  lrqat eval --model ./my-llama --dataset test.txt --window 1024 --stride 512 --json",
     )
     parser.add_argument("paths", metavar="PATH", nargs="*", help="what is measured")
     args, more = parser.parse(argv)
     with parser.user_errors():
         places = _places(args, more.paths)
-        text = _Text(args)
-        window = _window(args, places)
+        if args.dataset is None and args.tasks is None:
+            raise ValueError("give --dataset, for perplexity, or --tasks, or both")
         if args.merge and not (len(places) == 1 and is_adapter(places[0])):
             raise ValueError("--merge merges an adapter; give one alone, or leave --merge out")
-    rows = []
-    seen: dict[str, Any] = {"window": window, "stride": args.stride, "batch_size": args.batch_size}
-    for place in places:
-        with parser.user_errors():
-            opened = open_model(place, args.dtype, base=args.model)
-            tokens = text.tokens(opened.tokenizer)
-            check_window(opened.model, tokens, **seen)
-        model = opened.model.merge_and_unload() if args.merge else opened.model
-        found = evaluate_perplexity(model.to(PartialState().device), tokens, **seen)
-        base = None if opened.config is None else opened.config.base_model_name_or_path
-        bits = found["nats_per_token"] / math.log(2) * len(tokens) / text.bytes
-        rows.append(
-            {
-                "name": place,
-                "kind": opened.kind,
-                "model": args.model or base or place,
-                **found,
-                "bits_per_byte": bits,
-            }
-        )
-        del opened, model
+        if args.llama_cpp:
+            _check_llama_cpp(args, places)
+        tasks = None if args.tasks is None else Tasks(_split(args.tasks), args.task_path)
+        text = None if args.dataset is None else _Text(args)
+        window = None if text is None else _window(args, places)
+    rows = [_measure(parser, place, args, text, window, tasks) for place in places]
     if args.json:
         options = dataclasses.asdict(args) | {"window": window}
         print(json.dumps(options | (rows[0] if len(rows) == 1 else {"models": rows})))
-    elif len(rows) == 1:
-        _print_one(rows[0], window, args.stride)
-    else:
-        _print_several(rows, window, args.stride)
+        return 0
+    if window is not None:
+        (_print_one if len(rows) == 1 else _print_several)(rows, window, args.stride)
+    if tasks is not None:
+        _print_tasks(rows)
     return 0
+
+
+def _measure(
+    parser: Parser,
+    place: str,
+    args: EvalArguments,
+    text: _Text | None,
+    window: int | None,
+    tasks: Tasks | None,
+) -> dict[str, Any]:
+    """All that is said about one of the models."""
+    file = gguf_file(place) if args.llama_cpp else None
+    row: dict[str, Any] = {"name": place, "kind": "GGUF in llama.cpp", "model": place}
+    if file is not None and text is not None and window is not None:
+        with parser.user_errors():
+            tokens = text.tokens(gguf_tokenizer(file))
+            seen: dict[str, Any] = {"window": window, "stride": args.stride}
+            return row | text.in_bytes(evaluate_in_llama_cpp(file, tokens, **seen), tokens)
+    with parser.user_errors():
+        opened = open_model(place, args.dtype, base=args.model)
+        base = None if opened.config is None else opened.config.base_model_name_or_path
+        row |= {"kind": opened.kind, "model": args.model or base or place}
+        if text is not None and window is not None:
+            tokens = text.tokens(opened.tokenizer)
+            seen = {"window": window, "stride": args.stride, "batch_size": args.batch_size}
+            check_window(opened.model, tokens, **seen)
+    model = opened.model.merge_and_unload() if args.merge else opened.model
+    model.to(PartialState().device)
+    if text is not None and window is not None:
+        row |= text.in_bytes(evaluate_perplexity(model, tokens, **seen), tokens)
+    if tasks is not None:
+        asked = {"num_fewshot": args.num_fewshot, "limit": args.limit}
+        with parser.user_errors():
+            row["tasks"] = tasks.evaluate(
+                model,
+                opened.tokenizer,
+                **asked,
+                apply_chat_template=args.apply_chat_template,
+                batch_size=args.batch_size,
+            )
+    return row
 
 
 def run_compare(argv: Sequence[str]) -> int:
@@ -210,6 +271,24 @@ class _Text:
         column = self._args.text_column
         return concatenate(tokenize(self._documents, tokenizer, text_column=column))
 
+    def in_bytes(self, found: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """Adds the bits per byte, which can be compared between tokenizers."""
+        bits = found["nats_per_token"] / math.log(2) * len(tokens) / self.bytes
+        return found | {"bits_per_byte": bits}
+
+
+def _split(names: list[str]) -> list[str]:
+    """Tasks, apart by spaces or, as lm-eval has them, by commas."""
+    return [name for several in names for name in several.split(",") if name]
+
+
+def _check_llama_cpp(args: EvalArguments, places: list[str]) -> None:
+    require_llama_cpp()
+    if not any(gguf_file(place) for place in places):
+        raise ValueError("--llama_cpp runs GGUF files, but none is among the paths")
+    if args.tasks is not None:
+        raise ValueError("--tasks are asked in transformers; leave --llama_cpp out")
+
 
 def _window(args: Any, places: Sequence[str]) -> int:
     """What was asked for, else what the first of the adapters that says so was trained on.
@@ -250,7 +329,8 @@ def _check_same_tokens(reference: Opened, candidate: Opened) -> None:
         )
 
 
-def _print_one(row: dict[str, Any], window: int, stride: int | None) -> None:
+def _print_one(rows: list[dict[str, Any]], window: int, stride: int | None) -> None:
+    (row,) = rows
     error = row["nats_standard_error"]
     print(
         f"perplexity {row['perplexity']:.4f} "
@@ -276,6 +356,26 @@ def _print_several(rows: list[dict[str, Any]], window: int, stride: int | None) 
         ],
     )
     print(f"windows of {window}, {_overlap(stride)}; ± is one standard error, over windows")
+
+
+def _print_tasks(rows: list[dict[str, Any]]) -> None:
+    """A line for each model and metric: what counts are shares of 1, and so are most metrics."""
+    print_columns(
+        ("", "task", "metric", "score", "questions"),
+        [
+            (
+                row["name"],
+                name,
+                metric,
+                _with_error(score["value"], score["standard_error"], 4),
+                "" if task["questions"] is None else f"{task['questions']:,}",
+            )
+            for row in rows
+            for name, task in row["tasks"].items()
+            for metric, score in task["metrics"].items()
+        ],
+    )
+    print("± is one standard error, over questions")
 
 
 def _overlap(stride: int | None) -> str:

@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+DATASET_HELP = (
+    "text files, a directory with a data set, or a data set on the Hub as `name` or `name:config`"
+)
+
+
 @dataclass(kw_only=True)
 class ModelOptions:
     """Which base model is loaded, and in which dtype."""
@@ -32,14 +37,8 @@ class WindowOptions:
 
 @dataclass(kw_only=True)
 class HeldOutOptions:
-    """On which text models are measured, and in which windows."""
+    """Which part of ``--dataset`` models are measured on, and in which windows."""
 
-    dataset: list[str] = field(
-        metadata={
-            "help": "text files, a directory with a data set, or a data set on the Hub as `name` "
-            "or `name:config`"
-        },
-    )
     split: str = field(default="test", metadata={"help": "split of --dataset, if it has several"})
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     window: int | None = field(

@@ -896,6 +896,13 @@ def test_what_train_refuses(base, capsys, options, message):
         ),
         (["--model", "BASE", "--adapter", "no-adapter"], "no-adapter"),
         (["--adapter", "no-adapter"], "no-adapter"),
+        (["--model", "BASE", "--tasks", "arc_easi", "--task_path", "."], "did you mean arc_easy"),
+        (
+            ["--model", "BASE", "--tasks", "a", "--task_path", "nowhere"],
+            "nowhere, which is no",
+        ),
+        (["--model", "BASE", "--tasks", ","], "name one task at least"),
+        (["--model", "BASE", "--llama_cpp"], "none is among the paths"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
