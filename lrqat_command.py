@@ -28,11 +28,12 @@ COMMANDS = {
         "prepare:run_prepare",
         "make a low-bit base of a model, or of a GPTQ, AWQ or compressed-tensors checkpoint",
     ),
-    "eval": ("evaluate:run_eval", "measure the perplexity of models, adapters, exports"),
+    "eval": ("evaluate:run_eval", "measure models: perplexity, and scores in tasks"),
     "compare": (
         "evaluate:run_compare",
         "measure how far the predictions of models are from those of a reference",
     ),
+    "plot": ("plot:run_plot", "draw what training logged: losses, integers, scales, rates"),
     "info": ("info:run_info", "tell what an adapter, a model or a file is, and what runs it"),
     "recipe": ("recipe:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),

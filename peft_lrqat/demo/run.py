@@ -356,7 +356,9 @@ def run(args: DemoArguments) -> int:
         json.dumps([asdict(row) for row in rows], indent=2) + "\n"
     )
     plot_losses(losses, experiment.output / "losses.png")
-    print(f"adapters, table.json and losses.png are in {experiment.output}")
+    for kind in ("png", "svg"):
+        plot_tradeoff(rows, experiment.output / f"tradeoff.{kind}")
+    print(f"adapters, table.json, losses.png and tradeoff.png are in {experiment.output}")
     for failure in failures:
         print(f"lrqat demo: FAILED: {failure}", file=sys.stderr)
     if not failures:
@@ -481,3 +483,56 @@ def plot_losses(losses: dict[int, dict[str, list[tuple[int, float]]]], path: Pat
         )
         panel.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_tradeoff(rows: list[Row], path: Path) -> None:
+    """Perplexity against the bytes that are stored, a point for each row, in a PNG or SVG file.
+
+    Methods at the same bits share a size. The same rows give the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    methods = sorted(dict.fromkeys(row.method for row in rows), key=lambda name: name == "LR-QAT")
+    for colour, method in enumerate(methods):
+        points = [(row.deployed_bytes, row.perplexity) for row in rows if row.method == method]
+        ours = method == "LR-QAT"
+        axes.plot(
+            *zip(*points, strict=True),
+            "*" if ours else "o",
+            markersize=14 if ours else 7,
+            color=f"C{colour}",
+            label=method,
+        )
+    for row in rows:
+        axes.annotate(
+            f"{row.perplexity:.2f}",
+            (row.deployed_bytes, row.perplexity),
+            xytext=(9, -3),
+            textcoords="offset points",
+            fontsize=9,
+            fontweight="bold" if row.method == "LR-QAT" else None,
+        )
+    unquantised = rows[0].perplexity
+    axes.axhline(unquantised, color="C0", linewidth=0.8, linestyle=":")
+    sizes = {row.deployed_bytes: f"{row.bits} bits" for row in rows[1:]}
+    sizes = dict(sorted({**sizes, rows[0].deployed_bytes: "unquantised"}.items()))
+    # The widths lie near each other: every second label is lower.
+    labels = [
+        f"{chr(10) * 2 * (i % 2)}{name}\n{size / 1e6:.2f} MB"
+        for i, (size, name) in enumerate(sizes.items())
+    ]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(list(sizes), labels)
+    highest = max(row.perplexity for row in rows)
+    ticks = [tick for tick in (10, 12, 15, 20, 30, 50, 100, 1000) if tick < 1.5 * highest]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.12, y=0.08)
+    axes.set(xlabel="stored weights of the linear layers", ylabel="perplexity")
+    axes.legend()
+    with matplotlib.rc_context({"svg.hashsalt": "lrqat", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else {})

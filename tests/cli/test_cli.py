@@ -793,6 +793,8 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
     ]
     assert [row["trainable"] for row in rows[:4]] == [0, 0, scales, scales + 7 * 32 * (32 + 32)]
     assert Path("demo/losses.png").read_bytes().startswith(b"\x89PNG")
+    drawn = Path("demo/tradeoff.svg").read_text()
+    assert all(f">{row['perplexity']:.2f}</text>" in drawn for row in rows)
     assert Path("demo/lrqat-2bit/adapter_model.safetensors").is_file()
 
 
