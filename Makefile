@@ -19,7 +19,7 @@ DOCS_PINS := mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 gpu test test-latest lint unit docs conformance fuzz clean
+.PHONY: demo demo-smollm2 gpu notebooks test test-latest lint unit docs conformance fuzz clean
 
 $(BIN)/.demo: pyproject.toml setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +80,10 @@ conformance: $(BIN)/.test
 # On a machine with a GPU: correctness, step times against LoRA, generation, memory. No network.
 gpu: $(BIN)/.demo
 	$(BIN)/python benchmarks/gpu.py
+
+# The notebooks, stored with their outputs. The third trains SmolLM2.
+notebooks: $(BIN)/.test
+	$(BIN)/python benchmarks/run_notebooks.py notebooks/*.ipynb
 
 # Damaged adapters and models, many more than in the tests.
 FUZZ_CASES ?= 10000

@@ -1,6 +1,7 @@
 """TRL's trainers: with the mixin over them, and unmodified with the factory."""
 
 import ast
+import copy
 import inspect
 import json
 import math
@@ -333,3 +334,60 @@ def test_the_reference_is_the_policy_at_its_start(
 
 def test_no_reference_where_none_is_needed(make_trainer):
     assert list(make_trainer("sft").model.peft_config) == ["default"]
+
+
+@dataclass(kw_only=True)
+class LRQATGRPOConfig(LRQATArguments, trl.GRPOConfig):
+    pass
+
+
+class LRQATGRPOTrainer(LRQATTrainerMixin, trl.GRPOTrainer):
+    pass
+
+
+class RatioOfPolicies(transformers.TrainerCallback):
+    """Before each step: the ratio of a token's probability in training to that when merged."""
+
+    def __init__(self, batch):
+        self.ids, self.ratios = batch["input_ids"], []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        served = copy.deepcopy(model).merge_and_unload().eval()
+        model.train()
+        with torch.no_grad():
+            logs = [
+                policy(input_ids=self.ids, use_cache=False).logits.log_softmax(-1)
+                for policy in (model, served)
+            ]
+        self.ratios.append((logs[0] - logs[1]).exp())
+
+
+def test_grpo_samples_from_the_policy_that_it_trains(
+    make_base, make_config, lrqat_args, tokenizer, batch_for, trained_tensors
+):
+    """The importance ratio is exactly 1 before each update, at every token."""
+    fields = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 6}
+    torch.manual_seed(0)
+    trainer = LRQATGRPOTrainer(
+        make_base(),
+        reward_funcs=lambda completions, **_: [-float(len(text)) for text in completions],
+        args=lrqat_args(LRQATGRPOConfig, **{"bf16": False, "learning_rate": 1e-2, **fields}),
+        train_dataset=Dataset.from_dict({"prompt": [words(i, 4) for i in range(8)]}),
+        processing_class=tokenizer,
+        peft_config=make_config(bits=4),
+    )
+    seen = RatioOfPolicies(batch_for())
+    trainer.add_callback(seen)
+    before = trained_tensors(trainer.model)
+    trainer.train()
+    after = trained_tensors(trainer.model)
+    assert {
+        name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])
+    } == {
+        "lrqat_A",
+        "lrqat_B",
+        "lrqat_scale",
+    }
+    assert len(seen.ratios) == 3
+    assert all(bool((ratio == 1).all()) for ratio in seen.ratios)
+    assert [log["changed_integers"] > 0 for log in trainer.state.log_history if "loss" in log][-1]
