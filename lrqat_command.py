@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "plot": ("plot:run_plot", "draw what training logged: losses, integers, scales, rates"),
     "info": ("info:run_info", "tell what an adapter, a model or a file is, and what runs it"),
+    "plan": ("plan:run_plan", "tell what memory training takes, and how large the result is"),
     "recipe": ("recipe:run_recipe", "print the settings to train with for a runtime"),
     "export": ("export:run_export", "write a trained model for a runtime, every weight unchanged"),
     "quantize-adapter": (

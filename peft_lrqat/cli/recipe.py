@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 from peft_lrqat.base.bits import as_pattern, choose_bits
 from peft_lrqat.base.config import LowBitConfig
 from peft_lrqat.formats.base import ALL_BITS
@@ -18,6 +15,7 @@ from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.trainer.pipeline import load_model
+from peft_lrqat.trainer.plan import skeleton
 
 from .fields import given_names
 from .options import JsonOptions
@@ -95,7 +93,7 @@ def run_recipe(argv: Sequence[str]) -> int:
         parser.error("the following arguments are required: --for, or --average_bits")
     runtime = runtime_named(place.runtime)
     with parser.user_errors():
-        model = None if args.model is None else _skeleton(args.model)
+        model = None if args.model is None else skeleton(args.model)
         config = LRQATConfig.for_runtime(
             runtime.name,
             bits=args.bits,
@@ -188,12 +186,3 @@ def _by_layer(args: RecipeForArguments, average: AverageArguments, runtime: str 
     layers = ", ".join(f"{n} of {b} bits" for b, n in sorted(Counter(bits.values()).items()))
     print(f"# {reached:.3f} bits per weight on average, without scales; layers: {layers}")
     return 0
-
-
-def _skeleton(name: str) -> PreTrainedModel:
-    """A causal language model without weights, in the dtype of its files."""
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return model

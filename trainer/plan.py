@@ -1,0 +1,269 @@
+"""What training and shipping a model takes, from its configuration alone.
+
+The bytes of weights, factors and optimizer are formulas. What autograd keeps for the backward pass
+is counted: the model runs forward without data ("meta" tensors), and every tensor that is kept is
+seen. So the count follows the architecture and not a rule of thumb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_lrqat.formats.linear import Target, linear_names
+from peft_lrqat.formats.sizes import stored_bytes
+from peft_lrqat.formats.table import FORMATS
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.quant.packing import packed_bytes
+
+
+# Of a factor or scale in training: itself, its gradient and AdamW's two moments, in float32.
+TRAINED_BYTES = 16
+# Temporaries of a layer, whatever its size: a chunk of the dense weight and of its gradient.
+WORKSPACE = 32 * 2**20
+# Float32 gradients of logits that the loss holds at once, beside what is kept.
+LOSS_GRADIENTS = 2
+DOWNCAST_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fixed8": 1}
+ATTENTION = "peft_lrqat_plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes, unless it says otherwise."""
+
+    weights: int  # quantised weights, their number
+    frozen: int  # of these in training: phi, first scales, zero points
+    others: int  # embeddings, norms, the output layer and whatever else is not quantised
+    trainable: int  # parameters, their number
+    training_state: int  # factors and scales, their gradients, AdamW's moments
+    kept: int  # what autograd keeps of a forward pass
+    kept_outside: int  # the part of it outside the blocks: final norm, loss
+    kept_block: int  # of one block, the largest
+    block_inputs: int  # of all blocks, which is what checkpointing keeps of them
+    loss: int  # gradients of the logits
+    architecture: str  # its name
+    plain: int  # the unquantised model, which a teacher in memory costs as well
+    adapter: int  # the saved adapter
+    shipped: dict[str, int | str]  # by format, or why not
+
+    def peak(self, checkpointing: bool) -> int:
+        """Of training on one device."""
+        return self.held + self.activations(checkpointing)
+
+    @property
+    def held(self) -> int:
+        """All that is there whatever the data are."""
+        return self.frozen + self.others + self.training_state + WORKSPACE
+
+    def activations(self, checkpointing: bool) -> int:
+        """What comes and goes with a step, at its peak.
+
+        That is when the loss is differentiated. With checkpointing, it may also be when a block is
+        run again and then differentiated, after what the loss needs is gone.
+        """
+        if not checkpointing:
+            return self.kept + self.loss
+        return self.block_inputs + max(self.kept_outside + self.loss, self.kept_block)
+
+
+def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) -> Plan:
+    """Plans LR-QAT training of a causal language model.
+
+    Args:
+        name: of the model, a directory or a repository of the Hub; only its configuration is read.
+        config: of the adapter; without ``target_modules``, all linear layers but the head.
+        tokens: in a row.
+        batch: rows in a step.
+
+    Raises:
+        ValueError: a setting does not fit the model, or the model cannot run without data.
+    """
+    model = skeleton(name)
+    asked = config.schemes(linear_names(model)) if config.target_modules else None
+    shapes = {
+        layer: shape
+        for layer, shape in linear_names(model).items()
+        if asked is None or asked[layer] is not None
+    }
+    targets = [
+        Target(
+            name=layer,
+            grid=config.weight_format(layer, width).grid,
+            scale_dtype=config.scale_dtype,
+            out_features=rows,
+            in_features=width,
+            dtype=model.dtype,
+        )
+        for layer, (rows, width) in shapes.items()
+    ]
+    own = {id(model.get_submodule(target.name).weight) for target in targets}
+    groups = sum(target.out_features * target.num_groups for target in targets)
+    factors = sum(config.r * (target.out_features + target.in_features) for target in targets)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    others = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own)
+    vocabulary = cast(Any, model.config).get_text_config().vocab_size
+    kept = kept_bytes(model, targets, tokens=tokens, batch=batch)
+    return Plan(
+        weights=sum(target.num_weights for target in targets),
+        frozen=sum(_frozen_bytes(target, config.downcast) for target in targets),
+        others=others,
+        trainable=factors + groups,
+        training_state=TRAINED_BYTES * (factors + groups),
+        **kept,
+        loss=LOSS_GRADIENTS * 4 * batch * tokens * vocabulary,
+        architecture=type(model).__name__,
+        plain=size,
+        adapter=4 * (factors + groups),
+        shipped=_shipped(targets, others, model.dtype),
+    )
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """A causal language model without weights, in the dtype of its files."""
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+def _frozen_bytes(target: Target, downcast: str) -> int:
+    rows, groups = target.out_features, target.out_features * target.num_groups
+    row = (
+        packed_bytes(target.in_features, target.grid.bits)
+        if downcast == "int"
+        else target.in_features * DOWNCAST_BYTES[downcast]
+    )
+    return rows * row + 4 * groups + (0 if target.grid.symmetric else groups)
+
+
+def _shipped(targets: list[Target], others: int, dtype: torch.dtype) -> dict[str, int | str]:
+    found: dict[str, int | str] = {}
+    for name, format in FORMATS.items():
+        reasons = (format.why_not_target(target) for target in targets)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        found[name] = stored_bytes(targets, format) + others if reason is None else reason
+    return found
+
+
+# What autograd keeps
+
+
+class _Keeps(torch.autograd.Function):
+    """Stands for a low-bit layer: its input is kept, and its output where rows have one scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, out: int, keeps_output: bool) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], out)
+        ctx.save_for_backward(x, y if keeps_output else None)
+        return y
+
+
+class _LowBit(nn.Module):
+    def __init__(self, target: Target, has_bias: bool) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.empty(1, device="meta"))
+        self.out = target.out_features
+        # As `_FakeQuantLinear` does.
+        self.keeps_output = target.num_groups == 1 and not (has_bias and target.dtype.itemsize < 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Keeps.apply(x, self.anchor, self.out, self.keeps_output))
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps: its inputs, its output and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, tokens, _ = q.shape
+        out = q.new_empty(batch, tokens, heads, v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return cast(Tensor, _FlashAttention.apply(query, key, value)), None
+
+
+class _Kept:
+    """The storages that autograd keeps, each once; parameters and buffers are there anyway."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [*model.parameters(), *model.buffers()]
+        self._held = {tensor.untyped_storage()._cdata for tensor in held}
+        # Held here as well, so that no other storage comes to lie at the same address.
+        self._seen: dict[int, Any] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._seen[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._seen.values())
+
+
+def kept_bytes(
+    model: PreTrainedModel, targets: list[Target], *, tokens: int, batch: int
+) -> dict[str, int]:
+    """What autograd keeps for the backward pass: the fields of `Plan` that say so."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    model.set_attn_implementation(ATTENTION)
+    for target in targets:
+        layer = cast(Any, model.get_submodule(target.name))
+        model.set_submodule(target.name, _LowBit(target, layer.bias is not None))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, _LowBit):
+            module.anchor.requires_grad_(True)
+    model.train()
+    cast(Any, model.config).pad_token_id = None  # some look for padding in the data
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+    kept = _Kept(model)
+    blocks: dict[nn.Module, tuple[int, int]] = {}  # kept before and in a block, bytes of its input
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        blocks[block] = (kept.bytes, hidden.numel() * hidden.element_size())
+
+    def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        start, size = blocks[block]
+        blocks[block] = (kept.bytes - start, size)
+
+    for block in _blocks(model):
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.register_forward_hook(after, with_kwargs=True)
+    try:
+        with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+            model(input_ids=ids, labels=ids, use_cache=False)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"a {type(model).__name__} cannot run without data, so what its training keeps cannot "
+            f"be counted: {error}"
+        ) from error
+    inside = [own for own, _ in blocks.values()]
+    return {
+        "kept": kept.bytes,
+        "kept_outside": kept.bytes - sum(inside),
+        "kept_block": max(inside, default=0),
+        "block_inputs": sum(size for _, size in blocks.values()),
+    }
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of the decoder: the longest list of modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
