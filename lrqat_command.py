@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # In a log file each state of a bar is a line; tqdm reads this when it is imported.
         os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))
+    # transformers renames its checkpointing switch, and PEFT asks by the old name.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
     try:
         command = _find_command(argv[:1])
         return command(argv[1:])

@@ -82,6 +82,7 @@ def make_chat_blocks(
             continue
         # No token of the same example predicts the first one.
         examples.append((ids, [IGNORED, *labels[1:]]))
+    _warn_of_beginning(rows, examples, tokenizer)
     if cut:
         logger.warning(
             f"{cut:,} of {len(rows):,} examples are longer than a block of {block_size} tokens and "
@@ -96,6 +97,21 @@ def make_chat_blocks(
         logger.warning(f"{empty:,} examples without a scored token are left out")
     bins = _fill([len(ids) for ids, _ in examples], block_size) if packing else None
     return _blocks(examples, bins, block_size, _padding(tokenizer))
+
+
+def _warn_of_beginning(
+    rows: Dataset, examples: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A warning if chats lack the token that the tokenizer puts in front of every other text."""
+    bos = tokenizer.bos_token_id
+    if bos is None or not examples or "prompt" in (rows.column_names or ()):
+        return
+    if tokenizer("a")["input_ids"][:1] == [bos] != examples[0][0][:1]:
+        logger.warning(
+            f"the tokenizer begins every text with {tokenizer.bos_token}, which the chat template "
+            "leaves out; llama.cpp and other runtimes put it in front of chats as well. Begin the "
+            "template with `{{ bos_token }}`"
+        )
 
 
 def tokenize_chat(
@@ -213,7 +229,14 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         isinstance(message, Mapping) and message.get("role") for message in value
     ):
         raise ValueError('messages must be a list of {"role": ..., "content": ...}')
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
+    found = [{k: v for k, v in message.items() if v is not None} for message in value]
+    for number, message in enumerate(found):
+        if not isinstance(message.get("content", ""), str | list) or len(message) < 2:
+            raise ValueError(
+                f"message {number} of a chat has the content {message.get('content')!r}; it must "
+                "be text, or be left out beside other fields, such as `tool_calls`"
+            )
+    return found
 
 
 class _Template:
@@ -229,9 +252,14 @@ class _Template:
 
     def text_of(self, messages: Sequence[dict[str, Any]], *, opened: bool = False) -> str:
         """``opened``: with the opening of an answer at the end."""
-        made: Any = self._tokenizer.apply_chat_template(
-            list(messages), tools=self._tools, tokenize=False, add_generation_prompt=opened
-        )
+        from jinja2 import TemplateError  # a chat template is there, so transformers needs it, too
+
+        try:
+            made: Any = self._tokenizer.apply_chat_template(
+                list(messages), tools=self._tools, tokenize=False, add_generation_prompt=opened
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot write this chat: {error}") from error
         return made
 
 

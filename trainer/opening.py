@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .tokenizers import load_tokenizer
 
 
 GGUF = ".gguf"
+# What reading beyond the end, or bytes that mean something else, happens to raise.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,34 @@ def _open_gptq(place: str, dtype: str | torch.dtype | None) -> Opened:
     return Opened(name=place, kind="gptq model", model=model, tokenizer=tokenizer, config=None)
 
 
+def read_gguf(file: Path) -> Any:
+    """The header of a GGUF file, as gguf's reader has it.
+
+    Raises:
+        ImportError: the package gguf is not installed.
+        ValueError: it is no GGUF file, or not whole.
+    """
+    try:
+        from gguf import GGUFReader
+    except ModuleNotFoundError as error:
+        raise ImportError("GGUF files need gguf; run `pip install 'peft-lrqat[export]'`") from error
+    try:
+        return GGUFReader(file)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise ValueError(
+            f"{file} is no GGUF file, or is not whole ({error}); copy or export it again"
+        ) from error
+
+
 def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
+    read_gguf(file)
     folder = str(file.parent)
     own = (file.parent / "config.json").exists()
     # The folder's own config has what a GGUF file does not say; a bare file describes itself.
@@ -125,6 +155,7 @@ def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a GGUF file, else the one that the file describes."""
+    read_gguf(file)
     beside = (file.parent / "tokenizer_config.json").exists()
     options = {} if beside else {"gguf_file": file.name}
     return AutoTokenizer.from_pretrained(str(file.parent), **options)

@@ -60,7 +60,8 @@ def read_logs(run: str) -> list[dict[str, Any]]:
         file = file if newest is None else Path(newest) / STATE
     if not file.is_file():
         raise ValueError(
-            f"{run} holds no {STATE}, which training writes into its directory and checkpoints"
+            f"{run} holds no {STATE}, which `lrqat train` and `trainer.save_state()` write, and "
+            "every checkpoint has"
         )
     try:
         logs = TrainerState.load_from_json(str(file)).log_history
@@ -116,6 +117,8 @@ def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[Log]]) -> None:
     for colour, (run, logs) in enumerate(runs.items()):
         for style, (key, name) in zip(STYLES, panel.curves.items(), strict=False):
             points = [(log["step"], factor * log[key]) for log in logs if key in log]
+            if panel.logarithmic:
+                points = [(step, value) for step, value in points if value > 0]
             if not points:
                 continue
             label = ", ".join(part for part in (run if len(runs) > 1 else "", name) if part)
@@ -124,6 +127,7 @@ def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[Log]]) -> None:
             look: dict[str, Any] = {"linestyle": style, "color": f"C{colour % 10}"}
             axes.plot(*zip(*points, strict=True), label=label or None, marker=marker, **look)
     axes.set(title=panel.title, xlabel="step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.title.set_fontsize(10)
     if panel.logarithmic and any(
         log.get(key, 0) > 0 for logs in runs.values() for log in logs for key in panel.curves

@@ -24,11 +24,13 @@ from peft_lrqat.trainer.opening import Opened, gguf_file, gguf_tokenizer, is_ada
 from peft_lrqat.trainer.record import EXAMPLE_LENGTH
 from peft_lrqat.trainer.tasks import Tasks
 
+from .fields import given_names
 from .options import DATASET_HELP, HeldOutOptions, JsonOptions, ModelOptions
 from .parser import Parser, print_columns
 
 
 DEFAULT_WINDOW = 512
+_TASK_OPTIONS = {"task_path", "num_fewshot", "limit", "apply_chat_template"}
 
 
 @dataclass(kw_only=True)
@@ -104,6 +106,8 @@ def run_eval(argv: Sequence[str]) -> int:
             raise ValueError("give --dataset, for perplexity, or --tasks, or both")
         if args.merge and not (len(places) == 1 and is_adapter(places[0])):
             raise ValueError("--merge merges an adapter; give one alone, or leave --merge out")
+        if args.tasks is None and (alone := _TASK_OPTIONS & given_names(parser.words)):
+            raise ValueError(f"--{min(alone)} is for --tasks; name them, or leave it out")
         if args.llama_cpp:
             _check_llama_cpp(args, places)
         tasks = None if args.tasks is None else Tasks(_split(args.tasks), args.task_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
@@ -27,7 +27,13 @@ from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant import inspect_rows, quantized_weight
 from peft_lrqat.quant.grid import Grid
 from peft_lrqat.shared.staging import directory_bytes
-from peft_lrqat.trainer.opening import find_config, gguf_file, is_adapter, quant_method
+from peft_lrqat.trainer.opening import (
+    find_config,
+    gguf_file,
+    is_adapter,
+    quant_method,
+    read_gguf,
+)
 from peft_lrqat.trainer.pipeline import find_file, load_adapter
 
 from .options import JsonOptions, ModelOptions
@@ -112,14 +118,19 @@ def _adapter(place: str, config: PeftConfig) -> Facts:
 
 def _lrqat(place: str, config: LRQATConfig) -> Facts:
     found: Facts = _settings(config)
-    for name in ("activation_bits", "kv_cache_bits", "embedding_bits"):
+    for name in ("activation_bits", "kv_cache_bits", "embedding_bits", "trainable_token_indices"):
         if getattr(config, name) is not None:
             found[name.replace("_", " ")] = getattr(config, name)
     found["factors"] = "float32" if config.packed_factors is None else "packed"
     if config.training_record:
         found["training"] = config.training_record
     targets = list(_targets_of_adapter(place, config))
-    return found | _deployed(targets, config.activation_grid, config.kv_cache_grid)
+    deployed = _deployed(targets, config.activation_grid, config.kv_cache_grid)
+    if deployed and config.task_type not in (None, TaskType.CAUSAL_LM):
+        reason = f"GGUF holds models that predict the next token, not {config.task_type}"
+        deployed["bytes of these by format"]["gguf"] = reason
+        deployed["runtimes"]["llama.cpp"] = reason
+    return found | deployed
 
 
 def _loraquant(config: LoRAQuantConfig) -> Facts:
@@ -130,11 +141,7 @@ def _loraquant(config: LoRAQuantConfig) -> Facts:
 
 
 def _gguf(file: Path) -> Facts:
-    try:
-        from gguf import GGUFReader
-    except ModuleNotFoundError as error:
-        raise ImportError("GGUF files need gguf; run `pip install 'peft-lrqat[gguf]'`") from error
-    reader = GGUFReader(file)
+    reader = read_gguf(file)
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     architecture = reader.get_field("general.architecture")

@@ -45,5 +45,6 @@ def run_plot(argv: Sequence[str]) -> int:
         names = [Path(run).name for run in logs]
         short = names if len(set(names)) == len(names) else list(logs)
         plot_runs(dict(zip(short, logs.values(), strict=True)), output)
-    print(f"{output}: {sum(map(len, logs.values())):,} logs of {len(logs)} run(s)")
+    losses = sum("loss" in log for run in logs.values() for log in run)
+    print(f"{output}: {losses:,} logged losses of {len(logs)} run(s)")
     return 0

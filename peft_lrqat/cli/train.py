@@ -241,6 +241,8 @@ def _examples(
 
 
 def _check_training(data: DataArguments, args: TrainArguments) -> None:
+    if data.chat_template is not None and not Path(data.chat_template).is_file():
+        raise ValueError(f"--chat_template must be a file, but {data.chat_template} is none")
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
             "--streaming needs --max_steps: without the length of the data, the learning rate "

@@ -250,8 +250,8 @@ def _check_config(config: PretrainedConfig) -> None:
     wanted = MODEL_CLASSES[config.model_type]
     if name != wanted:
         raise ValueError(
-            f"GGUF holds a {wanted} with its token head, but this model is a {name}; export it as"
-            " 'packed' or 'dequantized'"
+            f"GGUF holds a {wanted} with its token head, but this model is a {name}; export"
+            " another format"
         )
     if config.hidden_act != "silu":
         raise ValueError(

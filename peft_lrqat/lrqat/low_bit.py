@@ -191,6 +191,11 @@ def check_trained_tokens(config: LRQATConfig, model: nn.Module, low_bit: Iterabl
                 "integers, or will; leave it out, or train its scales and factors: "
                 "`train_embeddings=True` or `target_modules`"
             )
+        if any(name.endswith(saved) for saved in config.modules_to_save or ()):
+            raise ValueError(
+                f"`trainable_token_indices` trains rows of `{name}`, which `modules_to_save` "
+                "trains in full; leave it out of one of them"
+            )
         weight = getattr(module, "weight", None)
         if weight is not None and max(ids) >= weight.shape[0]:
             raise ValueError(

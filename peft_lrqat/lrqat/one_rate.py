@@ -60,8 +60,10 @@ class OneRateWarning:
             f"{rate:.3g}; a rate that is right for one of them is about fifty times too high or "
             "too low for the other. Use LRQATTrainer with LRQATTrainingArguments, whose "
             "`scale_learning_rate` is for the scales; or, with another Trainer, "
+            "`TrainingArguments(..., max_grad_norm=0)` and "
             "`Trainer(..., optimizer_cls_and_kwargs=(LRQATOptimizerFactory, "
-            '{"lr": 5e-3, "scale_lr": 1e-4}))`; or, in a loop of your own, '
+            '{"lr": 5e-3, "scale_lr": 1e-4, "max_grad_norm": 1.0}))`, which clips each group by '
+            "itself; or, in a loop of your own, "
             "`AdamW(parameter_groups(model, lr=5e-3, scale_lr=1e-4))`; both are in "
             "`peft_lrqat.trainer`"
         )

@@ -905,6 +905,7 @@ def test_what_train_refuses(base, capsys, options, message):
         ),
         (["--model", "BASE", "--tasks", ","], "name one task at least"),
         (["--model", "BASE", "--llama_cpp"], "none is among the paths"),
+        (["--model", "BASE", "--limit", "3"], "--limit is for --tasks"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

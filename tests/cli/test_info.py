@@ -1,14 +1,16 @@
 """`lrqat info`: what it says is what the files hold."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from commands_at_work import refusal, train
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
+from peft_lrqat import LRQATConfig
 from peft_lrqat.cli import main
 
 
@@ -116,3 +118,26 @@ def test_a_plain_model(base, capsys):
 @pytest.mark.parametrize("place", ["nowhere", "text.txt"])
 def test_nothing_there(capsys, place):
     assert "neither an adapter nor a model nor a GGUF" in refusal(capsys, ["info", place])
+
+
+@pytest.mark.parametrize("size", [0, 10, 2000, 20_000])
+@pytest.mark.parametrize("command", [["info"], ["eval", "--dataset", "text.txt"]])
+def test_a_gguf_file_that_is_not_whole(base, capsys, size, command):
+    train(base)
+    assert main(["export", "--adapter", "out", "--format", "gguf", "--output", "gguf"]) == 0
+    whole = Path("gguf/model.gguf").read_bytes()
+    assert len(whole) > 20_000
+    Path("gguf/model.gguf").write_bytes(whole[:size])
+    name, *options = command
+    line = refusal(capsys, [name, "gguf/model.gguf", *options])
+    assert "gguf/model.gguf is no GGUF file, or is not whole" in line
+
+
+def test_a_classifier_is_nothing_for_gguf(base, capsys):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    config = LRQATConfig(task_type="SEQ_CLS", target_modules="all-linear", bits=4)
+    get_peft_model(model, config).save_pretrained("classifier")
+    found = info(capsys, "classifier")
+    assert "not SEQ_CLS" in found["bytes of these by format"]["gguf"]
+    assert "not SEQ_CLS" in found["runtimes"]["llama.cpp"]
+    assert isinstance(found["bytes of these by format"]["packed"], int)

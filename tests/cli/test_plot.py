@@ -30,7 +30,7 @@ def texts(svg):
 def test_a_run_its_checkpoint_and_several(run, capsys):
     capsys.readouterr()
     assert main(["plot", "out"]) == 0
-    assert capsys.readouterr().out.startswith("out/training.png: ")
+    assert capsys.readouterr().out == "out/training.png: 4 logged losses of 1 run(s)\n"
     assert Path("out/training.png").read_bytes().startswith(b"\x89PNG")
     whole = read_logs("out")
     assert [log["step"] for log in whole if "loss" in log] == [1, 2, 3, 4]

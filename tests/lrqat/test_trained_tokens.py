@@ -94,6 +94,10 @@ def test_taken_over_from_lora():
         ({"trainable_token_indices": [True]}, "trainable_token_indices"),
         ({"trainable_token_indices": [3, 3]}, "names a token twice"),
         ({"trainable_token_indices": [3], "embedding_bits": 8}, "set `train_embeddings=True`"),
+        (
+            {"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]},
+            "which `modules_to_save` trains in full",
+        ),
         ({"trainable_token_indices": [96]}, "has 96, but `model.embed_tokens` has 96 rows; call"),
         ({"trainable_token_indices": {"layers.0.mlp.up_proj": [3]}}, "holds low-bit integers, or"),
     ],

@@ -1,14 +1,16 @@
 """Chats become blocks: answers are scored, whole and nothing else; no example sees another."""
 
+import copy
 import json
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_lrqat.trainer import chats
 from peft_lrqat.trainer.chats import (
     check_packing,
     is_chat,
@@ -134,6 +136,8 @@ def test_a_stream_without_positions_is_not_read_to_look_for_them():
     [
         ({"messages": "hi"}, "messages must be a list"),
         ({"messages": [{"content": "hi"}]}, "messages must be a list"),
+        ({"messages": [{"role": "user"}]}, "message 0 of a chat has the content None"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message 0 of a chat has the content 5"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "both text or"),
     ],
 )
@@ -146,6 +150,30 @@ def test_messages_need_a_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="give one with `--chat_template FILE`"):
         tokenize_chat({"messages": CHAT}, tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{{% bad", "{{ messages[0].role.missing() }}"])
+def test_a_template_that_fails_is_named(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the chat template cannot write this chat: "):
+        tokenize_chat({"messages": CHAT}, tokenizer)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_without_the_beginning_of_texts_is_warned_of(tokenizer, own, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", tokenizer.bos_token_id)]
+    )
+    if own:
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    said = []
+    monkeypatch.setattr(chats.logger, "warning", said.append)
+    make_chat_blocks(Dataset.from_list([{"messages": CHAT}]), tokenizer, block_size=200)
+    assert [("Begin the template with `{{ bos_token }}`" in line) for line in said] == [True] * (
+        not own
+    )
 
 
 def test_columns_tell_chats_from_text():
