@@ -36,26 +36,23 @@ from peft_lrqat.trainer.data import make_blocks
 WINDOW = 256
 
 
-def rounded(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model with its linear layers rounded to the nearest integers."""
-    config = LRQATConfig(
+def adapter(args: argparse.Namespace) -> LRQATConfig:
+    return LRQATConfig(
         task_type="CAUSAL_LM",
         target_modules="all-linear",
         bits=args.bits,
         group_size=args.group_size,
     )
-    return get_peft_model(copy.deepcopy(model), config).merge_and_unload()
+
+
+def rounded(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model with its linear layers rounded to the nearest integers."""
+    return get_peft_model(copy.deepcopy(model), adapter(args)).merge_and_unload()
 
 
 def lrqat(blocks: Dataset, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     set_seed(args.seed)
-    config = LRQATConfig(
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-        bits=args.bits,
-        group_size=args.group_size,
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path()), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path()), adapter(args))
     LRQATTrainer(
         model=model,
         args=LRQATTrainingArguments(**options(args), learning_rate=5e-3),

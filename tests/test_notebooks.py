@@ -47,6 +47,10 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("CHAT_MODEL", str(model_path()))  # SmolLM2 takes minutes
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:  # what is tested is that it runs
+        cell.source = cell.source.replace(
+            "BITS, STEPS, BLOCK = 3, 40, 256", "BITS, STEPS, BLOCK = 3, 8, 256"
+        )
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
