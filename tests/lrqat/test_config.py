@@ -241,8 +241,9 @@ def test_all_documented_values_are_accepted(bits):
 
 def test_every_field_survives_the_file(tmp_path):
     of_a_run = {"verify_base", "base_dtype_found", "format_version", "library_version"}
-    # It excludes `symmetric=False`; a test below has it.
-    assert {*OTHER_VALUES, "balanced"} == set(OWN) - of_a_run - {
+    # These exclude `symmetric=False` and `embedding_bits`; tests below have them.
+    apart = {"balanced", "trainable_token_indices"}
+    assert {*OTHER_VALUES, *apart} == set(OWN) - of_a_run - {
         "format_version",
         "library_version",
     }
@@ -257,6 +258,13 @@ def test_every_field_survives_the_file(tmp_path):
         assert loaded == config
     # No adapter lies beside it, so no card either.
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize("tokens", [[3, 1], {"embed_tokens": [1]}])
+def test_trained_tokens_survive_the_file(tokens, tmp_path):
+    config = LRQATConfig(trainable_token_indices=tokens)
+    config.save_pretrained(tmp_path)
+    assert LRQATConfig.from_pretrained(tmp_path) == config
 
 
 def test_balanced_grids_survive_the_file(tmp_path):
