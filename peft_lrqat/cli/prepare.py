@@ -22,6 +22,7 @@ from peft_lrqat.shared.plotting import require_matplotlib
 from .fields import config_values, given_names, options_of
 from .options import JsonOptions, ModelOptions
 from .parser import Parser, print_table
+from .run_file import write_run_file
 from .sample import SampleOptions
 
 
@@ -158,6 +159,12 @@ def run_prepare(argv: Sequence[str]) -> int:
             progress=not args.json,
             revision=args.revision,
         )
+    options = {
+        name: value
+        for part in (args, base, data, *of_methods)
+        for name, value in vars(part).items()
+    }
+    write_run_file(args.output, options | {"from": args.source}, parser.words)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     found = {"output": args.output, "modules": len(made.modules), "bytes": size}
     losses = {} if start is None else start.losses

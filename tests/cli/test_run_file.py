@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands_at_work import refusal, train
 from peft import PeftConfig
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from peft_lrqat.cli import main
 from peft_lrqat.cli.run_file import with_run_file
@@ -78,3 +80,15 @@ def test_a_wrong_path_of_data_is_found_before_the_model_is_loaded(base, capsys, 
     command = ["train", "--model", base, "--dataset", "text.txt", "--output_dir", "out"]
     line = refusal(capsys, [*command, "--eval_dataset", "nowhere.txt"])
     assert "no such file or directory: 'nowhere.txt'" in line
+
+
+def test_a_base_is_made_again_from_what_it_left(base):
+    options = ["--bits", "2", "--no_symmetric", "--group_size", "16", "--downcast", "int"]
+    assert main(["prepare", "--model", str(base), "--output", "low", *options]) == 0
+    kept = yaml.safe_load(Path("low/run.yaml").read_text())
+    assert (kept["bits"], kept["symmetric"], kept["output"]) == (2, False, "low")
+    assert main(["prepare", "--config", "low/run.yaml", "--output", "again"]) == 0
+    one, two = (load_file(Path(place) / "model.safetensors") for place in ("low", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    AutoModelForCausalLM.from_pretrained("low")
