@@ -4,7 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from peft_lrqat.base.bits import as_pattern, choose_bits
@@ -17,6 +17,7 @@ from peft_lrqat.quant.grid import Grid
 from peft_lrqat.trainer.pipeline import load_model
 from peft_lrqat.trainer.plan import skeleton
 
+from .by_bits import commands, recipe_for
 from .fields import given_names
 from .options import JsonOptions
 from .parser import Parser
@@ -75,10 +76,12 @@ def run_recipe(argv: Sequence[str]) -> int:
     """`lrqat recipe`."""
     parser = Parser(
         "recipe",
-        "(--for RUNTIME | --average_bits B --model M --dataset TEXT) [options]",
+        "(--bits B | --for RUNTIME | --average_bits B --model M --dataset TEXT) [options]",
         [RecipeForArguments, AverageArguments],
-        "Settings to train with, so that a runtime loads the result as it is, or so that the\n"
-        "layers share a number of bits by what rounding each of them costs.",
+        "Settings to train with: what won at a number of bits; or so that a runtime loads the\n"
+        "result as it is; or so that the layers share a number of bits by what rounding each of\n"
+        "them costs.",
+        "  lrqat recipe --bits 2 --model ./my-llama\n"
         "  lrqat recipe --for vllm --model ./my-llama\n"
         "  lrqat recipe --for llama.cpp --bits 2\n"
         "  lrqat recipe --average_bits 2.5 --model ./my-llama --dataset text.jsonl",
@@ -89,8 +92,13 @@ def run_recipe(argv: Sequence[str]) -> int:
         _check(average, given_names(parser.words))
         if average.average_bits is not None:
             return _by_layer(args, average, place.runtime)
+    if place.runtime is None and not given_names(parser.words) & {"bits"}:
+        parser.error("the following arguments are required: --bits, --for, or --average_bits")
     if place.runtime is None:
-        parser.error("the following arguments are required: --for, or --average_bits")
+        with parser.user_errors():
+            if args.activation_bits is not None:
+                raise ValueError("--activation_bits depends on the runtime; add --for")
+            return _by_bits(args)
     runtime = runtime_named(place.runtime)
     with parser.user_errors():
         model = None if args.model is None else skeleton(args.model)
@@ -126,6 +134,17 @@ def run_recipe(argv: Sequence[str]) -> int:
     print(f"# stored at {sizes.stored:.2f} bits per weight, scales included{size}")
     if sizes.wasteful:
         print(f"# {sizes.remark(runtime.format)}")
+    return 0
+
+
+def _by_bits(args: RecipeForArguments) -> int:
+    shapes = () if args.model is None else linear_names(skeleton(args.model)).values()
+    recipe = recipe_for(args.bits, shapes)
+    lines = commands(args.bits, recipe, args.model or "MODEL")
+    if args.json:
+        print(json.dumps({"bits": args.bits, **asdict(recipe), "commands": lines}))
+        return 0
+    print("\n".join([*lines, f"# {recipe.measured}"]))
     return 0
 
 

@@ -24,7 +24,7 @@ from peft_lrqat.trainer.chats import (
 from peft_lrqat.trainer.checkpoint import check_no_checkpoints, why_incomplete
 from peft_lrqat.trainer.data import load_rows, make_blocks, only_text
 from peft_lrqat.trainer.labels import IGNORED
-from peft_lrqat.trainer.pipeline import describe_size, load_base, make_trainer
+from peft_lrqat.trainer.pipeline import describe_size, load_base, load_model, make_trainer
 
 from .fields import config_values, given_names, options_of
 from .options import ModelOptions
@@ -110,6 +110,13 @@ class DataArguments(ModelOptions):
             "always fills its blocks"
         },
     )
+    teacher_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "unquantised model for --distillation_weight: a directory or a name on the "
+            "Hub. Default: the one that the base model is or was made from"
+        },
+    )
     block_size: int = field(
         default=512, metadata={"help": "tokens in a training example and in an evaluation window"}
     )
@@ -172,7 +179,8 @@ def run_train(argv: Sequence[str]) -> int:
         model = get_peft_model(base, config)
         resume = _checkpoint(args)
 
-        trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None)
+        teacher = None if data.teacher_model is None else load_model(data.teacher_model, data.dtype)
+        trainer = make_trainer(model, tokenizer, args, train_set, eval_set or None, teacher)
         check_packing(model.get_base_model(), train_set)  # on the device, where it is quick
 
     say = print if trainer.is_world_process_zero() else lambda *_: None
@@ -243,6 +251,10 @@ def _examples(
 def _check_training(data: DataArguments, args: TrainArguments) -> None:
     if data.chat_template is not None and not Path(data.chat_template).is_file():
         raise ValueError(f"--chat_template must be a file, but {data.chat_template} is none")
+    if data.teacher_model is not None and args.distillation_weight == 0:
+        raise ValueError(
+            "--teacher_model is for --distillation_weight; set that, to 0.5 for example"
+        )
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
             "--streaming needs --max_steps: without the length of the data, the learning rate "

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -698,6 +699,29 @@ def test_recipe_prints_commands(capsys):
     assert "lrqat export --adapter ADAPTER --format compressed-tensors" in out
 
 
+@pytest.mark.parametrize("bits", ["2", "3", "4"])
+def test_what_the_recipe_of_a_number_of_bits_prints_runs(bits, base, capsys):
+    words = ["recipe", "--bits", bits, "--model", str(base)]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["base"] is None) == (bits == "4")
+    assert main(words) == 0
+    *lines, why = capsys.readouterr().out.splitlines()
+    assert lines == found["commands"]
+    assert why == f"# {found['measured']}"
+    given = {"TEXT": "text.txt", "HELDOUT": "text.txt"}
+    for line in lines:
+        _, *command = [given.get(word, word) for word in shlex.split(line)]
+        if command[0] == "prepare":
+            command += ["--block_size", "16", "--calibration_tokens", "64"]
+        if command[0] == "train":
+            command += ["--block_size", "16", "--max_steps", "2", "--disable_tqdm", "true"]
+        assert main(command) == 0, line
+    config = LRQATConfig.from_pretrained("ADAPTER")
+    assert (config.bits, config.symmetric) == (int(bits), bits != "2")
+    assert config.group_size == {"2": 32}.get(bits, -1)
+
+
 def test_activations_from_recipe_to_export(base, capsys):
     assert main(["recipe", "--for", "vllm", "--activation_bits", "8"]) == 0
     assert "--scale_dtype bfloat16 --activation_bits 8\n" in capsys.readouterr().out
@@ -740,7 +764,9 @@ def test_an_export_without_a_comparison(base, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["recipe"], "the following arguments are required: --for"),
+        (["recipe"], "the following arguments are required: --bits, --for"),
+        (["recipe", "--bits", "9"], "`bits` must be 2 to 8, but is 9"),
+        (["recipe", "--bits", "4", "--activation_bits", "8"], "depends on the runtime; add --for"),
         (["recipe", "--for", "onnx"], "invalid choice: 'onnx'"),
         (["recipe", "--for", "vllm", "--bits", "9"], "`bits` must be 2 to 8, but is 9"),
         (
