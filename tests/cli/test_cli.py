@@ -859,6 +859,7 @@ def test_the_demo_without_matplotlib(monkeypatch, capsys):
         (["--bits", "9"], "`bits` must be an integer from 2 to 8, but is 9"),
         (["--bits", "three"], "invalid int value: 'three'"),
         (["--bitz", "3"], "unknown: --bitz 3"),
+        (["--teacher_model", "x"], "--teacher_model is for --distillation_weight"),
         (["--downcast", "int3"], "invalid choice: 'int3'"),
         (["--bits_pattern", "{'down_proj': 4}"], "must be a JSON object such as"),
         (["--bits_pattern", "[4]"], "must be a JSON object such as"),
