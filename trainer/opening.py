@@ -165,7 +165,15 @@ def find_config(place: str) -> PreTrainedConfig:
     """The configuration of a model; ValueError if there is none."""
     try:
         return AutoConfig.from_pretrained(place)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if (folder := Path(place)).is_dir():
+            inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
+            hint = f"; adapters lie in its folders {', '.join(inside)}" if inside else ""
+            if hint or not (folder / "config.json").exists():
+                raise ValueError(
+                    f"{place} holds neither an adapter nor a model nor a GGUF file{hint}"
+                ) from error
+            raise
         raise ValueError(
             f"{place} holds neither an adapter nor a model nor a GGUF file, and no such repository "
             f"can be had from the Hub ({type(error).__name__})"

@@ -141,3 +141,11 @@ def test_a_classifier_is_nothing_for_gguf(base, capsys):
     assert "not SEQ_CLS" in found["bytes of these by format"]["gguf"]
     assert "not SEQ_CLS" in found["runtimes"]["llama.cpp"]
     assert isinstance(found["bytes of these by format"]["packed"], int)
+
+
+def test_a_folder_of_adapters(base, capsys):
+    train(base, output="several/one")
+    line = refusal(capsys, ["info", "several"])
+    assert line.endswith("GGUF file; adapters lie in its folders one")
+    Path("empty").mkdir()
+    assert refusal(capsys, ["info", "empty"]).endswith("nor a GGUF file")
