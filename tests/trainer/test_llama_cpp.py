@@ -44,9 +44,9 @@ def test_same_figures_on_the_same_tokens(gguf, stride, capsys):
 def test_a_file_that_llama_cpp_does_not_run(gguf, tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((gguf / "out" / name).read_bytes())
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes((gguf / "out" / "model.gguf").read_bytes()[:5000])
-    command = ["eval", str(broken), "--dataset", str(gguf / "text.txt"), "--window", "64"]
+    other = tmp_path / "other.gguf"  # whole, but of an architecture that it does not know
+    other.write_bytes((gguf / "out" / "model.gguf").read_bytes().replace(b"llama", b"lxama"))
+    command = ["eval", str(other), "--dataset", str(gguf / "text.txt"), "--window", "64"]
     with pytest.raises(SystemExit):
         main([*command, "--llama_cpp"])
     assert "llama.cpp cannot run" in capsys.readouterr().err
