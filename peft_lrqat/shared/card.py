@@ -34,7 +34,6 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
         card.data["license_name"] = "same-as-base-model"
     if is_hub_id(base) and not card.data.get("base_model"):
         card.data["base_model"] = base
-    drop_local_base(card.data)  # PEFT wrote it there
     before, after = _around_section(card.text)
     before = f"{before.rstrip()}\n\n" if before.strip() else ""
     card.text = f"{before}{BEGIN}\n{section}{END}{after or chr(10)}"
@@ -44,7 +43,7 @@ def write_section(save_directory: str, section: str, tags: set[str], base: str |
 def make_publishable(folder: str) -> None:
     """Rewrites ``README.md`` in ``folder`` so that the Hub accepts it.
 
-    Cards that PEFT or the Trainer wrote last may name a local base.
+    The card of a saved adapter may name a local base, because PEFT writes it there.
     """
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
