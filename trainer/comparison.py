@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .labels import IGNORED
-from .metrics import preprocess_logits_for_metrics, scored_windows, standard_error
+from .metrics import perplexity_of, preprocess_logits_for_metrics, scored_windows, standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,8 @@ def compare_models(
     counts = np.array([len(row) for row in kept])
     sums = np.stack([row.sum(0) for row in kept])
     mean = tokens.mean(0)
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp(mean[0]))
     return Comparison(
-        perplexity=perplexity,
+        perplexity=perplexity_of(mean[0]),
         nats_per_token=float(mean[0]),
         nats_difference=float(mean[0] - mean[1]),
         nats_difference_error=standard_error(sums[:, 0] - sums[:, 1], counts),

@@ -63,13 +63,17 @@ class Perplexity(evaluate.Metric):
                 "padding mask"
             )
         mean = nats[scored].mean()
-        # A ruined model may exceed 709 nats; its perplexity is inf.
-        with np.errstate(over="ignore"):
-            return {
-                "perplexity": float(np.exp(mean)),
-                "nats_per_token": float(mean),
-                "tokens": int(scored.sum()),
-            }
+        return {
+            "perplexity": perplexity_of(mean),
+            "nats_per_token": float(mean),
+            "tokens": int(scored.sum()),
+        }
+
+
+def perplexity_of(nats: float) -> float:
+    """``exp`` of the mean nats per token; a ruined model may exceed 709, and has inf."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nats))
 
 
 def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -149,11 +153,8 @@ def evaluate_perplexity(
 def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """What `evaluate_perplexity` returns, from the nats and the scored tokens of each window."""
     mean = sums.sum() / counts.sum()
-    # A ruined model may exceed 709 nats; its perplexity is inf.
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp(mean))
     return {
-        "perplexity": perplexity,
+        "perplexity": perplexity_of(mean),
         "nats_per_token": float(mean),
         "tokens": int(counts.sum()),
         "nats_standard_error": standard_error(sums, counts),

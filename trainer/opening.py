@@ -155,7 +155,6 @@ def _open_gguf(place: str, file: Path, dtype: str | torch.dtype) -> Opened:
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a GGUF file, else the one that the file describes."""
-    read_gguf(file)
     beside = (file.parent / "tokenizer_config.json").exists()
     options = {} if beside else {"gguf_file": file.name}
     return AutoTokenizer.from_pretrained(str(file.parent), **options)

@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_lrqat.formats.linear import Target, linear_names
-from peft_lrqat.formats.sizes import stored_bytes
-from peft_lrqat.formats.table import FORMATS
+from peft_lrqat.formats.table import bytes_by_format
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant.packing import packed_bytes
 
@@ -86,12 +85,10 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
         ValueError: a setting does not fit the model, or the model cannot run without data.
     """
     model = skeleton(name)
-    asked = config.schemes(linear_names(model)) if config.target_modules else None
-    shapes = {
-        layer: shape
-        for layer, shape in linear_names(model).items()
-        if asked is None or asked[layer] is not None
-    }
+    shapes = linear_names(model)
+    if config.target_modules:
+        asked = config.schemes(shapes)
+        shapes = {layer: shape for layer, shape in shapes.items() if asked[layer] is not None}
     targets = [
         Target(
             name=layer,
@@ -121,7 +118,10 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
         architecture=type(model).__name__,
         plain=size,
         adapter=4 * (factors + groups),
-        shipped=_shipped(targets, others, model.dtype),
+        shipped={
+            name: size if isinstance(size, str) else size + others
+            for name, size in bytes_by_format(targets).items()
+        },
     )
 
 
@@ -142,15 +142,6 @@ def _frozen_bytes(target: Target, downcast: str) -> int:
         else target.in_features * DOWNCAST_BYTES[downcast]
     )
     return rows * row + 4 * groups + (0 if target.grid.symmetric else groups)
-
-
-def _shipped(targets: list[Target], others: int, dtype: torch.dtype) -> dict[str, int | str]:
-    found: dict[str, int | str] = {}
-    for name, format in FORMATS.items():
-        reasons = (format.why_not_target(target) for target in targets)
-        reason = next((reason for reason in reasons if reason is not None), None)
-        found[name] = stored_bytes(targets, format) + others if reason is None else reason
-    return found
 
 
 # What autograd keeps

@@ -129,9 +129,7 @@ def _draw(axes: Any, panel: Panel, runs: Mapping[str, Sequence[Log]]) -> None:
     axes.set(title=panel.title, xlabel="step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.title.set_fontsize(10)
-    if panel.logarithmic and any(
-        log.get(key, 0) > 0 for logs in runs.values() for log in logs for key in panel.curves
-    ):
+    if panel.logarithmic and axes.lines:
         axes.set_yscale("log")
     if labelled:
         axes.legend(fontsize=8)

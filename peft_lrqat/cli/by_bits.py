@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_lrqat.quant.grid import Grid
@@ -39,8 +39,8 @@ THREE = Recipe(
 MORE = Recipe(
     grid={"symmetric": True, "group_size": -1},
     base=None,
-    measured="at 4 bits and more, training from round-to-nearest does; SmolLM2-135M starts at 23.4 "
-    "from a calibrated base, at 4 bits with one scale per row (unquantised 20.5)",
+    measured="the demo's model, 4 bits, one scale per row: perplexity 11.25 and 11.22 (two seeds) "
+    "trained from round-to-nearest, 11.25 unquantised; SmolLM2-135M was not trained so",
 )
 
 
@@ -59,12 +59,7 @@ def recipe_for(bits: int, shapes: Iterable[tuple[int, int]] = ()) -> Recipe:
         return found
     widths = [width for _, width in shapes]
     size = next(s for s in GROUP_SIZES if s == -1 or all(width % s == 0 for width in widths))
-    return Recipe(
-        grid={**found.grid, "group_size": size},
-        base=found.base,
-        train=found.train,
-        measured=found.measured,
-    )
+    return replace(found, grid={**found.grid, "group_size": size})
 
 
 def commands(bits: int, recipe: Recipe, model: str) -> list[str]:

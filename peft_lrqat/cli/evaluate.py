@@ -20,7 +20,14 @@ from peft_lrqat.trainer.comparison import Comparison, compare_models
 from peft_lrqat.trainer.data import concatenate, load_documents, text_bytes, tokenize
 from peft_lrqat.trainer.llama_cpp import evaluate_in_llama_cpp, require_llama_cpp
 from peft_lrqat.trainer.metrics import check_window, evaluate_perplexity
-from peft_lrqat.trainer.opening import Opened, gguf_file, gguf_tokenizer, is_adapter, open_model
+from peft_lrqat.trainer.opening import (
+    Opened,
+    gguf_file,
+    gguf_tokenizer,
+    is_adapter,
+    open_model,
+    read_gguf,
+)
 from peft_lrqat.trainer.record import EXAMPLE_LENGTH
 from peft_lrqat.trainer.tasks import Tasks
 
@@ -111,15 +118,14 @@ def run_eval(argv: Sequence[str]) -> int:
         if args.llama_cpp:
             _check_llama_cpp(args, places)
         tasks = None if args.tasks is None else Tasks(_split(args.tasks), args.task_path)
-        text = None if args.dataset is None else _Text(args)
-        window = None if text is None else _window(args, places)
-    rows = [_measure(parser, place, args, text, window, tasks) for place in places]
+        text = None if args.dataset is None else _Text(args, places)
+    rows = [_measure(parser, place, args, text, tasks) for place in places]
     if args.json:
-        options = dataclasses.asdict(args) | {"window": window}
+        options = dataclasses.asdict(args) | {"window": None if text is None else text.window}
         print(json.dumps(options | (rows[0] if len(rows) == 1 else {"models": rows})))
         return 0
-    if window is not None:
-        (_print_one if len(rows) == 1 else _print_several)(rows, window, args.stride)
+    if text is not None:
+        (_print_one if len(rows) == 1 else _print_several)(rows, text.window, args.stride)
     if tasks is not None:
         _print_tasks(rows)
     return 0
@@ -130,36 +136,35 @@ def _measure(
     place: str,
     args: EvalArguments,
     text: _Text | None,
-    window: int | None,
     tasks: Tasks | None,
 ) -> dict[str, Any]:
     """All that is said about one of the models."""
     file = gguf_file(place) if args.llama_cpp else None
     row: dict[str, Any] = {"name": place, "kind": "GGUF in llama.cpp", "model": place}
-    if file is not None and text is not None and window is not None:
+    if file is not None and text is not None:
         with parser.user_errors():
+            read_gguf(file)
             tokens = text.tokens(gguf_tokenizer(file))
-            seen: dict[str, Any] = {"window": window, "stride": args.stride}
+            seen: dict[str, Any] = {"window": text.window, "stride": args.stride}
             return row | text.in_bytes(evaluate_in_llama_cpp(file, tokens, **seen), tokens)
     with parser.user_errors():
         opened = open_model(place, args.dtype, base=args.model)
         base = None if opened.config is None else opened.config.base_model_name_or_path
         row |= {"kind": opened.kind, "model": args.model or base or place}
-        if text is not None and window is not None:
+        if text is not None:
             tokens = text.tokens(opened.tokenizer)
-            seen = {"window": window, "stride": args.stride, "batch_size": args.batch_size}
-            check_window(opened.model, tokens, **seen)
+            check_window(opened.model, tokens, **text.seen)
     model = opened.model.merge_and_unload() if args.merge else opened.model
     model.to(PartialState().device)
-    if text is not None and window is not None:
-        row |= text.in_bytes(evaluate_perplexity(model, tokens, **seen), tokens)
+    if text is not None:
+        row |= text.in_bytes(evaluate_perplexity(model, tokens, **text.seen), tokens)
     if tasks is not None:
-        asked = {"num_fewshot": args.num_fewshot, "limit": args.limit}
         with parser.user_errors():
             row["tasks"] = tasks.evaluate(
                 model,
                 opened.tokenizer,
-                **asked,
+                num_fewshot=args.num_fewshot,
+                limit=args.limit,
                 apply_chat_template=args.apply_chat_template,
                 batch_size=args.batch_size,
             )
@@ -185,31 +190,27 @@ def run_compare(argv: Sequence[str]) -> int:
         if args.plot is not None:
             require_matplotlib()
             check_target(args.plot)
-        text = _Text(args)
-        window = _window(args, [places.reference, *places.candidates])
+        text = _Text(args, [places.reference, *places.candidates])
         reference = open_model(places.reference, args.dtype, base=args.model)
         tokens = text.tokens(reference.tokenizer)
-        seen: dict[str, Any] = {
-            "window": window,
-            "stride": args.stride,
-            "batch_size": args.batch_size,
-        }
-        check_window(reference.model, tokens, **seen)
+        check_window(reference.model, tokens, **text.seen)
     device = PartialState().device
     reference.model.to(device)
     found: dict[str, Comparison] = {}
     for place in places.candidates:
         with parser.user_errors():
             candidate = open_model(place, args.dtype, base=args.model)
-            check_window(candidate.model, tokens, **seen)
+            check_window(candidate.model, tokens, **text.seen)
             _check_same_tokens(reference, candidate)
-        found[place] = compare_models(reference.model, candidate.model.to(device), tokens, **seen)
+        found[place] = compare_models(
+            reference.model, candidate.model.to(device), tokens, **text.seen
+        )
         del candidate
     if args.plot is not None:
         plot_comparisons(found, args.plot)
     if args.json:
         rows = [{"name": place, **dataclasses.asdict(row)} for place, row in found.items()]
-        of = {"reference": places.reference, "window": window, "stride": args.stride}
+        of = {"reference": places.reference, "window": text.window, "stride": args.stride}
         print(json.dumps(of | {"dataset": args.dataset, "candidates": rows}))
         return 0
     print_columns(
@@ -226,7 +227,8 @@ def run_compare(argv: Sequence[str]) -> int:
         ],
     )
     count = next(iter(found.values())).tokens
-    print(f"{count:,} tokens scored; windows of {window}, {_overlap(args.stride)}; KL in nats")
+    overlap = _overlap(args.stride)
+    print(f"{count:,} tokens scored; windows of {text.window}, {overlap}; KL in nats")
     return 0
 
 
@@ -262,14 +264,20 @@ def plot_comparisons(found: dict[str, Comparison], file: str) -> None:
 
 
 class _Text:
-    """The text that all models of a command are measured on."""
+    """The text that all models of a command are measured on, and the windows."""
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, places: Sequence[str]) -> None:
         self._args = args
         self._documents: Any = load_documents(
             args.dataset, split=args.split, text_column=args.text_column
         )
         self.bytes = max(1, text_bytes(self._documents, text_column=args.text_column))
+        self.window = _window(args, places)
+        self.seen: dict[str, Any] = {
+            "window": self.window,
+            "stride": args.stride,
+            "batch_size": args.batch_size,
+        }
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         column = self._args.text_column

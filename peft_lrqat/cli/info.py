@@ -20,8 +20,7 @@ from peft_lrqat.base.config import LowBitConfig
 from peft_lrqat.export.linears import lrqat_layers
 from peft_lrqat.formats.linear import Target
 from peft_lrqat.formats.runtimes import RUNTIMES
-from peft_lrqat.formats.sizes import stored_bytes
-from peft_lrqat.formats.table import FORMATS
+from peft_lrqat.formats.table import bytes_by_format
 from peft_lrqat.loraquant import LoRAQuantConfig
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant import inspect_rows, quantized_weight
@@ -226,14 +225,6 @@ def _deployed(targets: Sequence[Target], activations: Grid | None, kv_cache: Gri
     """Sizes of the quantised layers by format, and which runtimes take them."""
     if not targets:
         return {}
-    sizes: dict[str, Any] = {}
-    for name, format in FORMATS.items():
-        if (reason := _first(format.why_not_target(target) for target in targets)) is not None:
-            sizes[name] = reason
-            continue
-        # A format that cannot say how inputs are rounded may still hold the weights alone.
-        silent = format.why_not_activations(targets[0].grid, activations, kv_cache) is not None
-        sizes[name] = stored_bytes(targets, format, None if silent else activations)
     runtimes: dict[str, str] = {}
     for name, runtime in RUNTIMES.items():
         reasons = [runtime.why_not(t.grid, t.scale_dtype, t.in_features) for t in targets]
@@ -246,7 +237,7 @@ def _deployed(targets: Sequence[Target], activations: Grid | None, kv_cache: Gri
         "quantised weights": sum(target.num_weights for target in targets),
         "bytes of these in 16 bits": 2 * sum(target.num_weights for target in targets),
         "bytes of these as trained": sum(target.trained_bytes for target in targets),
-        "bytes of these by format": sizes,
+        "bytes of these by format": bytes_by_format(targets, activations, kv_cache),
         "runtimes": runtimes,
     }
 

@@ -118,7 +118,9 @@ class LRQATModel(BaseTuner):
         peft_config.base_made_from = made_from(model)
         ends = take_embeddings(peft_config, model)
         weights = () if ends is None else ends.weights
-        check_saved_modules(peft_config, {*frozen, *weights, *_tied_names(ends)})
+        tied = _tied_names(ends)
+        low_bit = {*frozen, *weights, *tied}
+        check_saved_modules(peft_config, low_bit)
         if all_linear and frozen:
             peft_config.target_modules = cast(Any, set(frozen) - set(weights))
         _maybe_include_all_linear_layers(peft_config, model)
@@ -137,7 +139,6 @@ class LRQATModel(BaseTuner):
         }
         if frozen:
             take_grids(peft_config, frozen)
-        tied = _tied_names(ends)
         self._plan = plan(
             model,
             peft_config,
@@ -147,9 +148,7 @@ class LRQATModel(BaseTuner):
             ),
             weights,
         )
-        check_trained_tokens(
-            peft_config, model, {*low_bit_layers(model), *self._plan.targets, *weights, *tied}
-        )
+        check_trained_tokens(peft_config, model, {*low_bit, *self._plan.targets})
         # The user's own config, which may serve for several models: what is found in this one must
         # not be taken for the user's word at the next.
         peft_config.base_dtype_found = bool(self._plan.targets) and peft_config.base_dtype_is_open
