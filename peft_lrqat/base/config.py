@@ -20,8 +20,9 @@ from .settings import WeightSettings, check_bits, check_group_size
 METHOD = "lrqat"
 # Raised when a release before would read the files wrongly.
 FORMAT_VERSION = 4
-# Of a base whose grids have no halves, which releases before version 4 read, too.
+# Of a base without the kinds of grids that are new in version 4: releases before read it, too.
 WHOLE_VERSION = 3
+NEW_KINDS = "balanced", "k_quant"
 # Of a base without embeddings, which releases before version 3 read, too.
 PLAIN_VERSION = 2
 # Packed exports, which load as low-bit bases, share the count.
@@ -43,6 +44,7 @@ class StoredWeight:
     transposed: bool = False  # whether the module is transformers' Conv1D
     embedding: bool = False  # whether the module is an embedding, of (tokens, width)
     balanced: bool = False
+    k_quant: bool = False
     fingerprint: Optional[int] = None  # of integers, scales and zero points; None: not known yet
 
     @property
@@ -52,6 +54,7 @@ class StoredWeight:
             symmetric=self.symmetric,
             group_size=self.group_size,
             balanced=self.balanced,
+            k_quant=self.k_quant,
         )
         return WeightFormat(
             grid=grid,
@@ -84,6 +87,7 @@ class StoredWeight:
             check_flag("transposed", made.transposed)
             check_flag("embedding", made.embedding)
             check_flag("balanced", made.balanced)
+            check_flag("k_quant", made.k_quant)
             made.format.grid.num_groups(shape[1])
         except (ValueError, TypeError) as error:
             raise ValueError(f"`modules` of the quantization config: `{name}`: {error}") from None
@@ -93,8 +97,9 @@ class StoredWeight:
         fields = asdict(self) | {"shape": list(self.shape)}
         if not self.embedding:
             del fields["embedding"]  # unknown to releases before version 3
-        if not self.balanced:
-            del fields["balanced"]  # likewise before version 4
+        for name in NEW_KINDS:
+            if not fields[name]:
+                del fields[name]  # likewise before version 4
         return fields
 
 
@@ -206,7 +211,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
     def take_modules(self, weights: dict[str, StoredWeight]) -> None:
         """Sets what is stored, and the version that its readers need."""
         self.modules = {name: weight.to_dict() for name, weight in weights.items()}
-        if any(weight.balanced for weight in weights.values()):
+        if any(weight.balanced or weight.k_quant for weight in weights.values()):
             self.format_version = FORMAT_VERSION
         else:
             embeds = any(weight.embedding for weight in weights.values())
@@ -227,6 +232,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         fields["made_from"] = public_name(self.made_from)
         if fields["embedding_bits"] is None:
             del fields["embedding_bits"]  # unknown to releases before version 3
-        if not fields["balanced"]:
-            del fields["balanced"]  # likewise before version 4
+        for name in NEW_KINDS:
+            if not fields[name]:
+                del fields[name]  # likewise before version 4
         return fields | {"library_version": __version__}

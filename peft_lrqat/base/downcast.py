@@ -267,8 +267,9 @@ class DowncastLinear(nn.Module):
             self.format.downcast,
             self.format.scale_dtype,
             self.in_features,
-            # As before there were balanced grids.
+            # As before there were other kinds of grids.
             *(["balanced"] if grid.balanced else []),
+            *(["k_quant"] if grid.k_quant else []),
         )
         digest = hashlib.blake2b(repr(fields).encode(), digest_size=8)
         for tensor in map(self.frozen, self.FROZEN):

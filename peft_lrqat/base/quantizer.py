@@ -514,6 +514,7 @@ def describe(layer: DowncastLinear) -> StoredWeight:
         transposed=layer.is_conv1d,
         embedding=isinstance(layer, DowncastEmbedding),
         balanced=grid.balanced,
+        k_quant=grid.k_quant,
         fingerprint=layer.fingerprint,
     )
 

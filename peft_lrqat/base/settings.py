@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional, Self
 from peft.utils.other import get_pattern_key
 
 from ..quant import DOWNCASTS, RANGES, Grid, WeightFormat
-from ..quant.grid import SCALE_DTYPES
+from ..quant.grid import SCALE_DTYPES, k_group
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_regex
 
 
@@ -53,6 +53,15 @@ class WeightSettings:
             "help": "Values of half steps: with True each integer stands for the value half a step "
             "above it, so that they lie evenly around 0, at 2 bits -1.5, -0.5, 0.5 and 1.5 steps. "
             "For grids without a zero point."
+        },
+    )
+    k_quant: bool = field(
+        default=False,
+        metadata={
+            "help": "Scales of llama.cpp's K blocks, which store small groups in few bits: whole "
+            "numbers up to 15 times one float16 for each 256 weights of a row. Groups of 16 weights"
+            " (2 bits; 3, 5 and 6 bits symmetric) or 32, unless `group_size` says more; 256 must "
+            "divide in_features. Integers that no K block holds keep plain scales."
         },
     )
     downcast: Literal["fp32", "bf16", "fp16", "fixed8", "int"] = field(
@@ -115,6 +124,14 @@ class WeightSettings:
         check_choice("range_estimator", self.range_estimator, RANGES)
         check_flag("symmetric", self.symmetric)
         check_flag("balanced", self.balanced)
+        check_flag("k_quant", self.k_quant)
+        if self.k_quant and "scale_dtype" not in self.given_fields:
+            self.scale_dtype = "float16"
+        if self.k_quant and self.scale_dtype != "float16":
+            raise ValueError(
+                f"`k_quant` has scales in float16, but `scale_dtype` is {self.scale_dtype!r}; "
+                "leave one of them out"
+            )
         if self.balanced and not self.symmetric:
             raise ValueError(
                 "`balanced` grids have no zero point, but `symmetric` is False; leave one of them "
@@ -139,13 +156,22 @@ class WeightSettings:
                 self.bits_pattern = {**self.bits_pattern, re.escape(name): width}
 
     def weight_grid(self, module_name: str) -> Grid:
-        """The grid of one target."""
+        """The grid of one target; ValueError if there is none."""
         bits = self.bits_pattern.get(get_pattern_key(self.bits_pattern, module_name), self.bits)
         group_size = self.group_size_pattern.get(
             get_pattern_key(self.group_size_pattern, module_name), self.group_size
         )
+        return self.grid_of(bits, group_size)
+
+    def grid_of(self, bits: int, group_size: int) -> Grid:
+        """The grid of integers of a width, in groups of a size; ValueError if there is none."""
+        unit = k_group(bits, self.symmetric and not self.balanced) if self.k_quant else None
         return Grid(
-            bits=bits, symmetric=self.symmetric, group_size=group_size, balanced=self.balanced
+            bits=bits,
+            symmetric=self.symmetric,
+            group_size=unit if unit is not None and group_size == -1 else group_size,
+            balanced=self.balanced,
+            k_quant=unit is not None,
         )
 
     def weight_format(self, module_name: str, in_features: int) -> WeightFormat:

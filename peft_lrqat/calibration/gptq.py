@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant import WeightFormat, estimate_range
+from ..quant import WeightFormat, estimate_range, k_scales
 from .calibrate import BlockAtWork, Ranges
 from .weights import StoredLinear, store
 
@@ -66,13 +66,15 @@ class GPTQ:
             weight: (out, in).
             hessian: (in, in) float32, the sum of ``x x^T`` over the inputs; any factor will do.
             format: how the result is stored.
-            ranges: how the scale of a group is found, when its first column is reached.
+            ranges: how the scales of a group are found, when its first column is reached; with
+                `k_quant` those of a block, whose groups share a number.
         """
         grid, width = format.grid, weight.shape[1]
         W = weight.float().clone()
         U = _inverse_factor(hessian, self.damping)
         size = width if grid.group_size == -1 else grid.group_size
         groups = grid.num_groups(width)
+        span = k_scales.BLOCK if grid.k_quant else size  # columns whose scales are found together
         scale = torch.empty(len(W), groups, device=W.device)
         zero_point = torch.zeros(len(W), groups, dtype=torch.uint8, device=W.device)
         for start in range(0, width, COLUMNS):
@@ -80,15 +82,16 @@ class GPTQ:
             errors = torch.empty(len(W), block.stop - start, device=W.device)
             for j in range(start, block.stop):
                 group = j // size
-                if j % size == 0:
-                    # Columns of the group behind this block have not had its errors yet.
-                    ahead = slice(j, j + size)
+                if j % span == 0:
+                    # Columns of the span behind this block have not had its errors yet.
+                    ahead = slice(j, j + span)
                     current = W[:, ahead].clone()
                     if ahead.stop > block.stop and j > start:
                         current[:, block.stop - j :] -= (
                             errors[:, : j - start] @ U[start:j, block.stop : ahead.stop]
                         )
-                    scale[:, group : group + 1], zero_point[:, group : group + 1] = estimate_range(
+                    found = slice(group, group + span // size)
+                    scale[:, found], zero_point[:, found] = estimate_range(
                         current,
                         grid,
                         estimator=ranges.estimator,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quant import WeightFormat, effective_scale
+from ..quant import WeightFormat
 from ..quant.blocks import row_blocks
 
 
@@ -40,8 +40,8 @@ def store(
 ) -> StoredLinear:
     """Stores ``weight`` (out, in) on a grid; ``scale`` and ``zero_point`` are (out, groups)."""
     grid = format.grid
-    step = effective_scale(scale.detach().float(), format.scale_dtype)
     offset = None if zero_point is None else _whole(zero_point.detach(), format)
+    step = format.step(scale.detach().float(), offset)
     phi = torch.empty(
         len(weight), format.row_elements, dtype=format.storage_dtype, device=weight.device
     )
@@ -145,8 +145,8 @@ class _RoundedWeight(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         grid = format.grid
-        step = effective_scale(scale, format.scale_dtype)
         zero = None if zero_point is None else _whole(zero_point, format)
+        step = format.step(scale, zero)
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for rows in row_blocks(len(weight), weight.shape[1], weight.device):
             offset = None if zero is None else zero[rows]

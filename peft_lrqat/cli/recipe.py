@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from peft_lrqat.base.bits import as_pattern, choose_bits
 from peft_lrqat.base.config import LowBitConfig
@@ -13,7 +13,6 @@ from peft_lrqat.formats.base import ALL_BITS
 from peft_lrqat.formats.linear import linear_names
 from peft_lrqat.formats.runtimes import RUNTIMES, WIDTH, runtime_named
 from peft_lrqat.lrqat.config import LRQATConfig
-from peft_lrqat.quant.grid import Grid
 from peft_lrqat.trainer.pipeline import load_model
 from peft_lrqat.trainer.plan import skeleton
 
@@ -109,10 +108,12 @@ def run_recipe(argv: Sequence[str]) -> int:
             model=model,
             target_modules="all-linear",
         )
-    grid = Grid(bits=config.bits, symmetric=config.symmetric, group_size=config.group_size)
+    grid = config.grid_of(config.bits, config.group_size)
     shapes = [(WIDTH, WIDTH)] if model is None else list(linear_names(model).values())
     sizes = runtime.stored_bits(grid, shapes, config.activation_grid)
     names: tuple[str, ...] = ("bits", "group_size", "symmetric", "scale_dtype")
+    if config.k_quant:
+        names += ("k_quant",)
     if args.activation_bits is not None:
         names += ("activation_bits",)
     fields = {name: getattr(config, name) for name in names}
@@ -126,9 +127,12 @@ def run_recipe(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps({"runtime": runtime.name, "format": format, **fields, **found}))
         return 0
-    options = " ".join(f"--{name} {value}" for name, value in fields.items())
     name = args.model or "MODEL"
-    print(f"lrqat train --model {name} --dataset TEXT --output_dir ADAPTER {options}")
+    recipe = replace(recipe_for(args.bits, shapes), grid=fields)
+    if args.activation_bits is not None:
+        recipe = replace(recipe, base=None, train={})
+    *lines, _ = commands(args.bits, recipe, name)
+    print("\n".join(lines))
     print(f"lrqat export --adapter ADAPTER --format {format} --output DIRECTORY --verify")
     size = "" if model is None else f"; the file takes about {found['file_bytes']:,} bytes"
     print(f"# stored at {sizes.stored:.2f} bits per weight, scales included{size}")
@@ -170,11 +174,11 @@ def _by_layer(args: RecipeForArguments, average: AverageArguments, runtime: str 
         chosen = runtime_named(runtime)
         shapes = linear_names(model).values()
         fields = chosen.preset(int(average.average_bits), average.symmetric, shapes)
-        grid = Grid(
-            bits=2, symmetric=bool(fields["symmetric"]), group_size=cast(int, fields["group_size"])
-        )
+        config = LowBitConfig(**fields)
         widths = tuple(
-            b for b in ALL_BITS if chosen.why_not(replace(grid, bits=b), "bfloat16") is None
+            b
+            for b in ALL_BITS
+            if chosen.why_not(config.grid_of(b, config.group_size), config.scale_dtype) is None
         )
         fused = chosen.fused
     bits = choose_bits(

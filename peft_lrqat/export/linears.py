@@ -34,8 +34,13 @@ def config_of(model: Model, adapter_name: str) -> LRQATConfig:
     if isinstance(model, PeftModel):
         return cast(LRQATConfig, model.peft_config[adapter_name])
     made: Any = base_of(model).config.quantization_config
-    fields = ("bits", "group_size", "symmetric", "balanced", "downcast", "scale_dtype")
-    given: dict[str, Any] = {name: getattr(made, name) for name in fields}
+    given: dict[str, Any] = {
+        name: getattr(made, name)
+        for name in (
+            *("bits", "group_size", "symmetric", "balanced", "k_quant"),
+            *("downcast", "scale_dtype"),
+        )
+    }
     for name in ("bits_pattern", "group_size_pattern"):
         given[name] = dict(getattr(made, name))
     config = LRQATConfig(**given)

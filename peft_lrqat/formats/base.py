@@ -99,12 +99,14 @@ class Format(ABC):
             )
         sizes = (("`group_size`", grid.group_size), ("the width of the weight", in_features))
         for what, size in sizes:
-            if size is not None and size != -1 and size % self.group_multiple:
-                return (
-                    f"{what} must be a multiple of {self.group_multiple} for {self.name}, but is"
-                    f" {size}"
-                )
+            multiple = self.multiple_for(grid)
+            if size is not None and size != -1 and size % multiple:
+                return f"{what} must be a multiple of {multiple} for {self.name}, but is {size}"
         return None
+
+    def multiple_for(self, grid: Grid) -> int:
+        """What divides group sizes, and the width of a weight, on a grid."""
+        return self.group_multiple
 
     def stored_grid(self, grid: Grid, bits: int | None = None) -> Grid:
         """The grid that the integers of ``grid`` are stored on.

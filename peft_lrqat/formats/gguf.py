@@ -68,6 +68,9 @@ path = "this repository or folder"
 config = AutoConfig.from_pretrained(path)
 model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"""
 
+    def multiple_for(self, grid: Grid) -> int:
+        return 16 if grid.k_quant else self.group_multiple
+
     def why_not_inputs(self, grid: Grid, activations: Grid, name: str) -> str | None:
         return (
             f"{name} cannot carry `activation_bits`={activations.bits}: llama.cpp rounds"

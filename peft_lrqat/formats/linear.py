@@ -39,7 +39,11 @@ class Target:
     def trained_bytes(self) -> int:
         """Bytes of all that training found: integers, scales and zero points, without padding."""
         grid, groups = self.grid, self.out_features * self.num_groups
-        bits = self.num_weights * grid.bits + groups * 8 * SCALE_DTYPES[self.scale_dtype].itemsize
+        bits = self.num_weights * grid.bits
+        if grid.k_quant:  # four bits a group, and a float16 for each 256 weights
+            bits += 4 * groups + self.num_weights // 16
+        else:
+            bits += groups * 8 * SCALE_DTYPES[self.scale_dtype].itemsize
         return -(-(bits + (0 if grid.symmetric else groups * grid.bits)) // 8)
 
     @property

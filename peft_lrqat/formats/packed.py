@@ -119,6 +119,7 @@ def _describe(target: Target) -> dict[str, Any]:
     """What the configuration says of a weight."""
     special = {"embedding": True} if target.is_embedding else {}
     special |= {"balanced": True} if target.grid.balanced else {}
+    special |= {"k_quant": True} if target.grid.k_quant else {}
     return special | {
         "bits": target.grid.bits,
         "symmetric": target.grid.symmetric,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ..quant.grid import Grid
+from ..quant.grid import Grid, k_group
 from ..shared.checks import check_choice
 from .base import Format, in_words
 from .linear import Target
@@ -25,6 +26,7 @@ class Runtime:
     format: Format
     group_sizes: tuple[int, ...] | None = None  # None: all that the format holds; -1: a row
     presets: tuple[int, ...]  # group sizes, the best first
+    small_groups: int | None = None  # the smallest without K blocks; None: it has no K blocks
     # Layers that the runtime joins into one, which must be quantised alike.
     fused: tuple[tuple[str, ...], ...] = ()
 
@@ -81,15 +83,20 @@ class Runtime:
     def preset(
         self,
         bits: int = 4,
-        symmetric: bool = True,
+        symmetric: bool | None = None,
         shapes: Iterable[tuple[int, int]] = ((WIDTH, WIDTH),),
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Fields of `LRQATConfig` that the runtime runs; the width of integers is given.
 
         The group size is the first that fits all ``shapes``, (out, in), and is stored at about the
-        bits that are trained; where none is, the one that takes the least.
+        bits that are trained; where none is, the one that takes the least. K blocks are chosen
+        where they hold small groups in fewer bits than other blocks. ``symmetric`` None: without
+        zero points, except at 2 bits in K blocks.
         """
         shapes = list(shapes)
+        if found := self._k_blocks(bits, bits > 2 if symmetric is None else symmetric, shapes):
+            return found
+        symmetric = symmetric is not False
         fitting: dict[int, StoredBits] = {}
         for size in self.presets:
             grid = Grid(bits=bits, symmetric=symmetric, group_size=size)
@@ -103,6 +110,25 @@ class Runtime:
         least = sorted(fitting, key=lambda size: fitting[size].stored)
         group_size = next(iter([*frugal, *least]), self.presets[0])
         return {"group_size": group_size, "symmetric": symmetric, "scale_dtype": "bfloat16"}
+
+    def _k_blocks(
+        self, bits: int, symmetric: bool, shapes: list[tuple[int, int]]
+    ) -> dict[str, Any] | None:
+        """Settings with small groups in K blocks; None where other blocks are as small."""
+        if self.small_groups is None or bits > 4 or any(columns % 256 for _, columns in shapes):
+            return None
+        grid = Grid(
+            bits=bits, symmetric=symmetric, group_size=k_group(bits, symmetric) or -1, k_quant=True
+        )
+        plain = Grid(bits=bits, symmetric=symmetric, group_size=self.small_groups)
+        if self.stored_bits(grid, shapes).stored >= self.stored_bits(plain, shapes).stored:
+            return None
+        return {
+            "group_size": -1,
+            "symmetric": symmetric,
+            "scale_dtype": "float16",
+            "k_quant": True,
+        }
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -122,7 +148,7 @@ RUNTIMES: dict[str, Runtime] = {
         ),
         # A block of 32 weights has a scale of its own there, whether it is used or not; 256
         # integers of 2 bits share one.
-        Runtime(name="llama.cpp", format=FORMATS["gguf"], presets=(32, 256, -1)),
+        Runtime(name="llama.cpp", format=FORMATS["gguf"], presets=(32, 256, -1), small_groups=32),
     )
 }
 

@@ -333,11 +333,11 @@ class LRQATConfig(WeightSettings, AdapterConfig):
 
         chosen = runtime_named(runtime)
         known: dict[str, Any] = {} if model is None else {"shapes": linear_names(model).values()}
-        preset = chosen.preset(bits, fields.get("symmetric", True), **known)
+        preset = chosen.preset(bits, fields.get("symmetric"), **known)
         config = cls(**{**preset, "bits": bits, **fields})
         for b in {config.bits, *config.bits_pattern.values()}:
             for size in {config.group_size, *config.group_size_pattern.values()}:
-                grid = Grid(bits=b, symmetric=config.symmetric, group_size=size)
+                grid = config.grid_of(b, size)
                 reason = chosen.why_not(grid, config.scale_dtype) or chosen.why_not_activations(
                     grid, config.activation_grid, config.kv_cache_grid
                 )
@@ -346,7 +346,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         names = sum(chosen.fused, ()) if model is None else linear_names(model)
         if reason := chosen.why_not_fused(config.schemes(names)):
             raise ValueError(reason)
-        grid = Grid(bits=bits, symmetric=config.symmetric, group_size=config.group_size)
+        grid = config.grid_of(bits, config.group_size)
         found = chosen.stored_bits(grid, **known)
         if found.wasteful:
             logger.warning(f"{found.remark(chosen.format)}; other bits or group sizes take less")

@@ -185,13 +185,14 @@ class LRQATLayer(BaseTunerLayer):
         """
         self._verify_base(adapter_name)
         base = self.base_layer
+        zero_point = base.frozen("zero_point")
         return LowRankWeight(
             format=base.format,
             phi=base.frozen("phi"),
-            zero_point=base.frozen("zero_point"),
+            zero_point=zero_point,
             A=self.lrqat_A[adapter_name],
             B=self.lrqat_B[adapter_name],
-            scale=self.lrqat_scale[adapter_name],
+            scale=base.format.on_grid(self.lrqat_scale[adapter_name], zero_point),
             gamma=self.scaling[adapter_name],
             dtype=base.dtype,
             pass_through=self.pass_through[adapter_name],

@@ -32,7 +32,7 @@ from .layer import LRQATLinear
 
 
 # Fields with one value for all targets.
-SHARED_FIELDS = ("symmetric", "balanced", "downcast", "scale_dtype")
+SHARED_FIELDS = ("symmetric", "balanced", "k_quant", "downcast", "scale_dtype")
 FIRST_RANGE = re.compile(r"(?P<estimator>minmax|lp)(?:, p = (?P<p>[\d.]+))?")
 
 

@@ -19,12 +19,15 @@ class Grid:
     ``0 .. 2^bits-1``, with an integer zero point. On a balanced one each integer stands for the
     value half a step above it, so that the values lie evenly on both sides of 0: at 2 bits -1.5,
     -0.5, 0.5 and 1.5 steps (Liu et al., "ParetoQ", arXiv 2502.02631).
+
+    With ``k_quant``, the scales of a row lie on a grid of their own, see `k_scales`.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int = -1  # -1: one group per row, "per channel"
     balanced: bool = False  # its integers are those of a symmetric grid
+    k_quant: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -37,6 +40,22 @@ class Grid:
         if self.balanced and not self.symmetric:
             raise ValueError(
                 "a balanced grid has no zero point; with `balanced`, leave `symmetric` at True"
+            )
+        if self.k_quant:
+            self._check_k_quant()
+
+    def _check_k_quant(self) -> None:
+        unit = k_group(self.bits, self.symmetric and not self.balanced)
+        if unit is None:
+            raise ValueError(
+                f"`k_quant` has no blocks for {self.kind} weights of {self.bits} bits; use fewer "
+                "bits, or leave it out"
+            )
+        sizes = [size for size in (16, 32, 64, 128) if size >= unit]
+        if self.group_size not in sizes:
+            raise ValueError(
+                f"with `k_quant`, {self.kind} weights of {self.bits} bits have groups of "
+                f"{', '.join(map(str, sizes))}, but `group_size` is {self.group_size}"
             )
 
     @property
@@ -57,7 +76,9 @@ class Grid:
 
         Integer Q becomes 2 Q + 1, which takes a bit more.
         """
-        return replace(self, bits=self.bits + 1, balanced=False) if self.balanced else self
+        if not self.balanced:
+            return self
+        return replace(self, bits=self.bits + 1, balanced=False, k_quant=False)
 
     @property
     def qmin(self) -> int:
@@ -72,6 +93,11 @@ class Grid:
 
         Raises ValueError if the group size does not divide ``in_features``.
         """
+        if self.k_quant and in_features % 256:
+            raise ValueError(
+                f"`k_quant` needs `in_features` to be a multiple of 256, but it is {in_features}; "
+                "leave these modules out, or leave out `k_quant`"
+            )
         if self.group_size == -1:
             return 1
         if in_features % self.group_size:
@@ -126,6 +152,13 @@ class Grid:
         if per_group.shape[1] == 1:
             return per_group
         return per_group.repeat_interleave(in_features // per_group.shape[1], dim=1)
+
+
+def k_group(bits: int, symmetric: bool) -> int | None:
+    """The weights that share a small scale in the K blocks of llama.cpp; None: there are none."""
+    if bits == 2 or (symmetric and bits in (3, 5, 6)):
+        return 16
+    return 32 if bits <= 5 else None
 
 
 def effective_scale(scale: Tensor, scale_dtype: str) -> Tensor:

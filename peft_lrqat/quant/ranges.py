@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .blocks import row_blocks
 from .grid import Grid, effective_scale
+from .k_scales import on_blocks
 
 
 # The search tries these shares of the min-max range.
@@ -147,5 +148,7 @@ def estimate_range(
     rows, width = weight.shape
     blocks = (weight.detach()[block].float() for block in row_blocks(rows, width, weight.device))
     parts = [search(grid.split(block), grid, scale_dtype, p) for block in blocks]
-    scales, zero_points = zip(*parts, strict=True)
-    return torch.cat(scales), torch.cat(zero_points)
+    scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
+    if grid.k_quant:
+        scales = on_blocks(scales, None if grid.symmetric else zero_points, grid)
+    return scales, zero_points

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import SCALE_DTYPES, Grid
+from .grid import SCALE_DTYPES, Grid, effective_scale
+from .k_scales import on_blocks
 from .packing import pack, packed_bytes, unpack
 
 
@@ -40,7 +41,22 @@ class WeightFormat:
                 f"`scale_dtype` must be one of {', '.join(SCALE_DTYPES)}, but is "
                 f"{self.scale_dtype!r}"
             )
+        if self.grid.k_quant and self.scale_dtype != "float16":
+            raise ValueError(
+                f"`k_quant` has scales in float16, but `scale_dtype` is {self.scale_dtype!r}"
+            )
         self.grid.num_groups(self.in_features)
+
+    def on_grid(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The scales that K blocks hold, straight-through; on other grids, ``scale`` itself.
+
+        (rows, groups), whole rows. They still have to be rounded to ``scale_dtype``.
+        """
+        return on_blocks(scale, zero_point, self.grid) if self.grid.k_quant else scale
+
+    def step(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The scales that are used and shipped, (rows, groups) in the dtype of ``scale``."""
+        return effective_scale(self.on_grid(scale, zero_point), self.scale_dtype)
 
     @property
     def storage_dtype(self) -> torch.dtype:

@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from lrqat_command import main
@@ -82,6 +84,39 @@ def test_a_recipe_for_a_model(capsys):
     out = capsys.readouterr().out
     assert "# stored at 4.50 bits per weight, scales included; the file takes about" in out
     assert "# gguf stores these weights at 4.50 bits each, but 3.50 bits" in out
+
+
+def test_a_recipe_for_llama_cpp_at_two_bits(tmp_path, monkeypatch, capsys):
+    gguf = pytest.importorskip("gguf")
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "MODEL")
+    tokenizer.save_pretrained(tmp_path / "MODEL")
+    (tmp_path / "text.txt").write_text("Once upon a time there was a number. " * 60)
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe", "--for", "llama.cpp", "--bits", "2", "--model", "MODEL"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["prepare", "train", "export"]
+    assert "# stored at 2.62 bits per weight, scales included; the file takes" in lines[3]
+    for line in lines[:3]:
+        _, *command = [{"TEXT": "text.txt"}.get(word, word) for word in shlex.split(line)]
+        if command[0] == "prepare":
+            command += ["--block_size", "16", "--calibration_tokens", "64"]
+        if command[0] == "train":
+            command += ["--block_size", "16", "--max_steps", "2", "--disable_tqdm", "true"]
+        assert main(command) == 0, line
+    assert "every weight is what was trained" in capsys.readouterr().out
+    made = LRQATConfig.from_pretrained("ADAPTER")
+    assert (made.k_quant, made.symmetric, made.group_size) == (True, False, 16)
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader("DIRECTORY/model.gguf").tensors}
+    assert "Q2_K" in types
+    assert main(["info", "DIRECTORY/model.gguf"]) == 0
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Blocks of ggml hold exactly their integers and scales, by the decoder of the gguf package."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from peft_lrqat.formats.ggml import TYPES, block_type, encode
 from peft_lrqat.formats.linear import QuantizedLinear
-from peft_lrqat.quant.grid import Grid
+from peft_lrqat.quant.grid import Grid, k_group
+from peft_lrqat.quant.k_scales import on_blocks
 
 
 gguf = pytest.importorskip("gguf")
@@ -16,6 +19,13 @@ KINDS = {
     "symmetric": {},
     "asymmetric": {"symmetric": False},
     "balanced": {"balanced": True},
+}
+K_GROUPS = {
+    name: group
+    for kind in KINDS
+    for bits in range(2, 7)
+    for name in [f"{kind}-{bits}"]
+    if (group := k_group(bits, kind == "symmetric")) is not None
 }
 GRIDS = {
     f"{name}-{bits}": Grid(bits=bits, **fields)
@@ -75,6 +85,25 @@ def test_blocks_decode_to_the_values_of_the_grid(kind, name, rows, blocks, per_c
     linear = make_linear(GRIDS[name], rows, columns, 1 if per_channel else blocks, generator)
     data = encode(kind, linear)
     assert data.shape == (rows, blocks * TYPES[kind].bytes)
+    decoded = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
+    assert torch.equal(decoded.double(), values(linear))
+
+
+@pytest.mark.parametrize("name", K_GROUPS)
+@settings(max_examples=8, deadline=None)
+@given(times=st.integers(0, 2), seed=st.integers(0, 2**20))
+def test_k_blocks_decode_to_the_values_of_the_grid(name, times, seed):
+    group = min(K_GROUPS[name] * 2**times, 128)
+    grid = replace(GRIDS[name], group_size=group, k_quant=True)
+    generator = torch.Generator().manual_seed(seed)
+    linear = make_linear(grid, 3, 512, 512 // group, generator)
+    scale = 0.01 * linear.scale.float()
+    linear = replace(linear, scale=on_blocks(scale, linear.zero_point, grid).half())
+    kind = block_type(grid, 512)
+    assert kind == {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q6_K", 6: "Q6_K"}[grid.bits] or (
+        grid.kind != "symmetric" and kind == {3: "Q4_K", 5: "Q5_K"}[grid.bits]
+    )
+    data = encode(kind, linear)
     decoded = torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
     assert torch.equal(decoded.double(), values(linear))
 

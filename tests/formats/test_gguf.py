@@ -151,6 +151,11 @@ def test_transformers_loads_the_file_alone(name, make_small, tokenizer, tmp_path
         ({"bits": 4, "balanced": True}, "Q4_K"),
         ({"bits": 5, "symmetric": False}, "Q5_K"),
         ({"bits": 6}, "Q6_K"),
+        ({"bits": 2, "symmetric": False, "k_quant": True}, "Q2_K"),
+        ({"bits": 3, "k_quant": True}, "Q3_K"),
+        ({"bits": 4, "symmetric": False, "k_quant": True}, "Q4_K"),
+        ({"bits": 5, "symmetric": False, "k_quant": True}, "Q5_K"),
+        ({"bits": 6, "k_quant": True}, "Q6_K"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )

@@ -14,7 +14,6 @@ from peft_lrqat.formats.base import SafetensorsFormat
 from peft_lrqat.formats.runtimes import RUNTIMES
 from peft_lrqat.formats.sizes import stored_bits
 from peft_lrqat.formats.table import FORMATS
-from peft_lrqat.quant.grid import Grid
 
 
 @pytest.fixture
@@ -56,8 +55,8 @@ def test_stored_bytes_are_those_of_the_tensors(format, bits, group_size, symmetr
 @pytest.mark.parametrize(
     ("runtime", "bits", "group_size", "stored"),
     [
-        ("llama.cpp", 2, 256, 2.0625),
-        ("llama.cpp", 3, 256, 3.4375),
+        ("llama.cpp", 2, -1, 2.625),  # in K blocks, like the next
+        ("llama.cpp", 3, -1, 3.4375),
         ("llama.cpp", 4, 32, 4.5),
         ("llama.cpp", 5, 32, 5.5),
         ("llama.cpp", 6, 256, 6.5625),
@@ -69,10 +68,33 @@ def test_stored_bytes_are_those_of_the_tensors(format, bits, group_size, symmetr
 def test_presets_take_the_fewest_bits(runtime, bits, group_size, stored, said):
     config = LRQATConfig.for_runtime(runtime, bits=bits, target_modules="all-linear")
     assert config.group_size == group_size
-    found = RUNTIMES[runtime].stored_bits(Grid(bits=bits, group_size=group_size))
+    assert config.k_quant == (group_size == -1)
+    found = RUNTIMES[runtime].stored_bits(config.grid_of(bits, group_size))
     assert found.stored == pytest.approx(stored, abs=1e-4)
     waste = [message for message in said if "bits each" in message]
-    assert bool(waste) == found.wasteful == (stored > 1.1 * (bits + 16 / group_size))
+    trained = bits + 4 / 16 + 1 / 16 if config.k_quant else bits + 16 / group_size
+    if not config.symmetric:
+        trained += bits / 16
+    assert bool(waste) == found.wasteful == (stored > 1.1 * trained)
+
+
+def test_k_blocks_are_chosen_where_they_take_less():
+    llama_cpp = RUNTIMES["llama.cpp"]
+    assert llama_cpp.preset(2) == {
+        "group_size": -1,
+        "symmetric": False,
+        "scale_dtype": "float16",
+        "k_quant": True,
+    }
+    assert llama_cpp.preset(2, True)["symmetric"] is True
+    assert "k_quant" in llama_cpp.preset(4, False)
+    for preset in (
+        llama_cpp.preset(4),
+        llama_cpp.preset(3, False),
+        llama_cpp.preset(2, shapes=[(512, 512), (512, 576)]),
+        RUNTIMES["vllm"].preset(2),
+    ):
+        assert "k_quant" not in preset
 
 
 def test_a_preset_divides_the_widths_of_the_model():

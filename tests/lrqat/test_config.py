@@ -241,8 +241,8 @@ def test_all_documented_values_are_accepted(bits):
 
 def test_every_field_survives_the_file(tmp_path):
     of_a_run = {"verify_base", "base_dtype_found", "format_version", "library_version"}
-    # These exclude `symmetric=False` and `embedding_bits`; tests below have them.
-    apart = {"balanced", "trainable_token_indices"}
+    # These exclude some of the other values; tests below have them.
+    apart = {"balanced", "k_quant", "trainable_token_indices"}
     assert {*OTHER_VALUES, *apart} == set(OWN) - of_a_run - {
         "format_version",
         "library_version",
@@ -270,6 +270,13 @@ def test_trained_tokens_survive_the_file(tokens, tmp_path):
 def test_balanced_grids_survive_the_file(tmp_path):
     LRQATConfig(balanced=True).save_pretrained(tmp_path)
     assert LRQATConfig.from_pretrained(tmp_path).weight_grid("q_proj").balanced
+
+
+def test_k_quant_grids_survive_the_file(tmp_path):
+    LRQATConfig(bits=2, k_quant=True).save_pretrained(tmp_path)
+    loaded = LRQATConfig.from_pretrained(tmp_path)
+    assert loaded.weight_grid("q_proj") == Grid(bits=2, group_size=16, k_quant=True)
+    assert loaded.scale_dtype == "float16"
 
 
 def test_saving_again_writes_the_same_fields(tmp_path):
