@@ -44,8 +44,9 @@ class ExportArguments(ModelOptions, JsonOptions):
         metadata={
             "choices": list(FORMATS),
             "help": "compressed-tensors: for vLLM and transformers. gguf: for llama.cpp. gptq: for "
-            "servers that read GPTQ. packed: for `peft_lrqat.load_quantized`. dequantized: plain "
-            "weights. `lrqat recipe` helps to choose before training",
+            "servers that read GPTQ. gemma: for transformers, packed in memory. packed: for "
+            "`peft_lrqat.load_quantized`. dequantized: plain weights. `lrqat recipe` helps to "
+            "choose before training",
         },
     )
     max_shard_size: str = field(

@@ -72,7 +72,8 @@ def export_model(
             not change. An untrained adapter ships round-to-nearest. Layers of a low-bit base
             that the adapter does not cover ship the integers of the base.
         path: a directory that does not exist, or is empty.
-        format: ``compressed-tensors``, ``gguf``, ``gptq``, ``packed`` or ``dequantized``.
+        format: ``compressed-tensors``, ``gguf``, ``gptq``, ``gemma``, ``packed`` or
+            ``dequantized``.
         tokenizer: saved with the model; a GGUF file holds one and needs it.
         adapter_name: which adapter; by default the active one.
         max_shard_size: bytes of tensors in a file, or a string such as "5GB"; GGUF is one file.

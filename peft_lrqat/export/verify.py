@@ -68,6 +68,7 @@ def verify_export(
     loaded = reader.load(path, type(base), base.dtype)
     # compressed-tensors makes weights of its integers in the first forward pass.
     difference, agree = _compare_outputs(model, loaded.model, adapter_name)
+    reader.unpack(loaded.model)
     deployed = deployed_model(model, adapter_name)
     found = _tensors(loaded.model)
     layers, others, keys = [], [], _wrong_keys(loaded)

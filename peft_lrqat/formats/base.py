@@ -198,6 +198,9 @@ class Format(ABC):
         """The export in ``path``, loaded as its users load it; in eval mode."""
         return from_pretrained(path, model_class, dtype, "transformers")
 
+    def unpack(self, model: PreTrainedModel) -> None:  # noqa: B027 (most load plain weights)
+        """Gives plain weights to the layers of a loaded model that unpack theirs at every call."""
+
     def problems(self, path: Path) -> list[str]:
         """What else the export in ``path`` says differently from the directory around it."""
         return []

@@ -9,6 +9,7 @@ from ..shared.checks import check_choice
 from .base import Format
 from .compressed_tensors import CompressedTensors
 from .dequantized import Dequantized
+from .gemma import Gemma
 from .gguf import Gguf
 from .gptq import Gptq
 from .linear import Target
@@ -17,7 +18,8 @@ from .sizes import stored_bytes
 
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), Gguf(), Gptq(), Packed(), Dequantized())
+    format.name: format
+    for format in (CompressedTensors(), Gguf(), Gptq(), Gemma(), Packed(), Dequantized())
 }
 
 

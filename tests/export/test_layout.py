@@ -47,7 +47,7 @@ def names(directory):
 def model_and_checkpoint(request, tmp_path):
     base = MODELS[request.param]()
     base.save_pretrained(tmp_path / "plain")
-    fields = {"target_modules": "all-linear", "r": 4, "bits": 4, "group_size": 32}
+    fields = {"target_modules": "all-linear", "r": 4, "bits": 4}
     model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", init_weights=False, **fields))
     return model.eval(), names(tmp_path / "plain")
 

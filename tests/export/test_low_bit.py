@@ -16,7 +16,7 @@ from peft_lrqat.export import export_model, verify_export
 
 
 SETTINGS = {"bits": 4, "group_size": 32, "range_estimator": "minmax"}
-FORMATS = ["compressed-tensors", "gguf", "gptq", "packed", "dequantized"]
+FORMATS = ["compressed-tensors", "gguf", "gptq", "gemma", "packed", "dequantized"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def tokenizer():
 def test_layers_without_adapters_ship_their_integers(
     format, targets, make_low_bit, tokenizer, tmp_path
 ):
-    model = make_low_bit(targets)
+    model = make_low_bit(targets, group_size=-1 if format == "gemma" else 32)
     export_model(model, tmp_path / "out", format=format, tokenizer=tokenizer, progress=False)
     found = verify_export(model, tmp_path / "out", format=format)
     assert found.exact, found
@@ -95,8 +95,9 @@ def test_rounded_inputs_of_some_layers_are_refused(make_low_bit, tmp_path):
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_low_bit_embeddings(format, trained, bits, make_low_bit, tokenizer, tmp_path):
-    model = make_low_bit("all-linear", trained, embedding_bits=bits)
-    out, plain = tmp_path / "out", format in ("compressed-tensors", "gptq")
+    size = -1 if format == "gemma" else 32
+    model = make_low_bit("all-linear", trained, embedding_bits=bits, group_size=size)
+    out, plain = tmp_path / "out", format in ("compressed-tensors", "gptq", "gemma")
     words = {"format": format, "tokenizer": tokenizer, "progress": False}
     if plain:
         with pytest.raises(ValueError, match=r"holds no low-bit embeddings.*embeddings='plain'"):

@@ -117,7 +117,9 @@ def test_presets():
 
 def test_reasons():
     grid = Grid(bits=4, group_size=32)
-    assert all(format.why_not(grid, "bfloat16", 64) is None for format in FORMATS.values())
+    reasons = {name: format.why_not(grid, "bfloat16", 64) for name, format in FORMATS.items()}
+    assert [name for name, reason in reasons.items() if reason is not None] == ["gemma"]
+    assert "one scale per row (group_size=-1), but `group_size` is 32" in str(reasons["gemma"])
     assert all(runtime.why_not(grid, "bfloat16") is None for runtime in RUNTIMES.values())
     assert FORMATS["gguf"].why_not(Grid(bits=4), "bfloat16", 48) == (
         "the width of the weight must be a multiple of 32 for gguf, but is 48"
