@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .base.calibrated import CalibratedStart, calibrate_low_bit
     from .base.prepare import prepare_low_bit
     from .export import export_model, load_quantized, verify_export
-    from .loraquant import dequantize_adapter, quantize_adapter
+    from .loraquant import adapter_to_gguf, dequantize_adapter, quantize_adapter
     from .trainer import (
         LoRAQuantCallback,
         LRQATArguments,
@@ -62,6 +62,7 @@ _LAZY = {
     "LoRAQuantCallback": ".trainer",
     "calibrate_low_bit": ".base.calibrated",
     "choose_bits": ".base.bits",
+    "adapter_to_gguf": ".loraquant",
     "dequantize_adapter": ".loraquant",
     "evaluate_perplexity": ".trainer.metrics",
     "export_model": ".export",
@@ -90,6 +91,7 @@ __all__ = [
     "LoRAQuantModel",
     "LowBitConfig",
     "__version__",
+    "adapter_to_gguf",
     "calibrate_low_bit",
     "choose_bits",
     "deployed_weight_bytes",

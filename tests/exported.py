@@ -56,6 +56,8 @@ params = xllamacpp.CommonParams()
 params.model.path, task, what = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 256, 1, 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+if len(sys.argv) > 4:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[4], 1.0)]
 server = xllamacpp.Server(params)
 def tokenize(text):
     data = json.dumps({"content": text, "add_special": True}).encode()
@@ -70,8 +72,9 @@ else:
 """
 
 
-def llama_cpp(path, task, what):
+def llama_cpp(path, task, what, *adapters):
     command = [sys.executable, "-c", LLAMA_CPP, str(path), task, json.dumps(what)]
+    command += map(str, adapters)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))

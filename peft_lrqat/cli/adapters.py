@@ -16,7 +16,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from peft_lrqat.hub import push_folder_to_hub
-from peft_lrqat.loraquant import LoRAQuantConfig, dequantize_adapter, quantize_adapter
+from peft_lrqat.loraquant import (
+    LoRAQuantConfig,
+    adapter_to_gguf,
+    dequantize_adapter,
+    quantize_adapter,
+)
 from peft_lrqat.shared.plotting import require_matplotlib
 from peft_lrqat.shared.staging import check_target
 from peft_lrqat.shared.words import some
@@ -92,6 +97,17 @@ class DequantizeArguments(SourceOptions, JsonOptions):
         default=None,
         metadata={
             "help": "dtype of the factors in TARGET. Without it: float16, or float32 for LR-QAT"
+        },
+    )
+    format: Literal["peft", "gguf"] = field(
+        default="peft",
+        metadata={"help": "gguf: a file for llama.cpp, also of an adapter that is not packed"},
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "base model, a directory or a name on the Hub, for --format gguf. Without it: "
+            "the one that the adapter names"
         },
     )
 
@@ -332,15 +348,20 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
         "SOURCE TARGET [options]",
         [DequantizeArguments],
         "Turns an adapter with packed factors into a standard LoRA (or LR-QAT) adapter, for\n"
-        "servers and converters that do not read packed ones.",
+        "servers and converters that do not read packed ones, or into a GGUF file for llama.cpp.",
         "  lrqat dequantize-adapter my-lora-2bit my-lora-again\n"
+        "  lrqat dequantize-adapter my-lora-2bit my-lora-gguf --format gguf\n"
         "  lrqat dequantize-adapter user/my-lora-2bit my-lora-again --dtype bfloat16",
     )
     _add_places(parser, "adapter with packed factors: a directory or a name on the Hub")
     options, places = parser.parse(argv)
+    where = {"revision": options.revision, "subfolder": options.subfolder}
     with parser.user_errors():
+        if options.format == "gguf":
+            return _to_gguf(options, places, where)
+        if options.model is not None:
+            raise ValueError("--model changes nothing without --format gguf; add that")
         dtype = options.dtype and getattr(torch, options.dtype)
-        where = {"revision": options.revision, "subfolder": options.subfolder}
         made = dequantize_adapter(places.source, places.target, dtype=dtype, **where)
     size = (Path(places.target) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     dtype = options.dtype or ("float32" if made.peft_type == "LRQAT" else "float16")
@@ -349,6 +370,19 @@ def run_dequantize_adapter(argv: Sequence[str]) -> int:
         return 0
     print_table({"dtype of the factors": dtype, "bytes of the file": f"{size:,}"})
     print(f"adapter saved in {places.target}")
+    return 0
+
+
+def _to_gguf(options: DequantizeArguments, places: Any, where: dict[str, Any]) -> int:
+    if options.dtype is not None:
+        raise ValueError("--dtype does not go with --format gguf, which is exact in float16 or 32")
+    file = adapter_to_gguf(places.source, places.target, base=options.model, **where)
+    size = file.stat().st_size
+    if options.json:
+        print(json.dumps(vars(places) | {"file": str(file), "bytes": size}))
+        return 0
+    print_table({"bytes of the file": f"{size:,}"})
+    print(f"adapter saved in {file}; llama.cpp takes it with --lora")
     return 0
 
 

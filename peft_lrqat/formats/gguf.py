@@ -131,7 +131,7 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
                 raise ValueError(
                     f"GGUF has no place for `{key}` of a {config.model_type}; export another format"
                 )
-            entry = _Entry(value, _heads(module, config) if paired else None)
+            entry = _Entry(value, heads_of(module, config) if paired else None)
             raw = gguf.GGMLQuantizationType[entry.type]
             writer.add_tensor_info(
                 f"{mapped}.{kind}", entry.shape, entry.numpy_dtype, entry.num_bytes, raw
@@ -223,7 +223,7 @@ def _plain(tensor: Tensor) -> np.ndarray:
     return (tensor if kind == "F16" else tensor.float()).numpy()
 
 
-def _heads(module: str, config: PretrainedConfig) -> int | None:
+def heads_of(module: str, config: PretrainedConfig) -> int | None:
     """Heads of a query or key projection; None for any other module."""
     kind = module.rpartition(".")[2]
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(kind)

@@ -12,6 +12,14 @@ from .model import LoRAQuantModel
 
 if TYPE_CHECKING:
     from .convert import dequantize_adapter, quantize_adapter
+    from .gguf import adapter_to_gguf
+
+# Imported when they are first asked for: loading an adapter needs none of them.
+LATER = {
+    "adapter_to_gguf": ".gguf",
+    "dequantize_adapter": ".convert",
+    "quantize_adapter": ".convert",
+}
 
 __all__ = [
     "LoRAQuantConfig",
@@ -19,13 +27,13 @@ __all__ = [
     "LoRAQuantLayer",
     "LoRAQuantLinear",
     "LoRAQuantModel",
+    "adapter_to_gguf",
     "dequantize_adapter",
     "quantize_adapter",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Conversion is imported when it is first asked for: loading an adapter needs none of it.
-    if name in ("dequantize_adapter", "quantize_adapter"):
-        return getattr(import_module(".convert", __name__), name)
+    if name in LATER:
+        return getattr(import_module(LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -104,7 +104,7 @@ def quantize_adapter(
         layers = (source, adapter_name) if isinstance(source, PeftModel) else None
         return quantize_lrqat(adapter, state, target, recipe, layers, progress=progress)
     lora = check_lora(adapter, place)
-    factors, embeddings, rest = _split(state)
+    factors, embeddings, rest = split_lora(state)
     made = _taken_over(lora, recipe)
     check_factors(factors, made.rank_of, made.scale_dtype)
     _check_rest(rest, factors, made)
@@ -259,7 +259,7 @@ def _taken_over(lora: LoraConfig, recipe: LoRAQuantConfig) -> LoRAQuantConfig:
     return dataclasses.replace(recipe, **values)
 
 
-def _split(
+def split_lora(
     state: dict[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str], dict[str, Tensor]]:
     """Splits the tensors of a LoRA adapter.

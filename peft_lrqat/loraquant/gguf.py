@@ -1,0 +1,150 @@
+"""LoRA adapters, packed or not, as GGUF files, which llama.cpp adds to a running model.
+
+    blk.0.attn_q.weight.lora_a   (r, in)     A
+    blk.0.attn_q.weight.lora_b   (out, r)    B, its rows in the order of the weight's
+
+llama.cpp adds ``alpha / r * B A``, with the r of each pair and one ``adapter.lora.alpha``. Factors
+are float16 where that is exact, else float32.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, PeftType
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from ..formats.gguf import ARCHITECTURES, INSTALL, heads_of, paired_rows
+from ..shared.adapter_files import read_config
+from ..shared.staging import check_target, whole_directory
+from ..shared.words import some
+from .config import LoRAQuantConfig
+from .convert import check_lora, dequantize_adapter, split_lora
+from .files import from_files, locate
+
+
+FILE = "adapter.gguf"
+
+
+def adapter_to_gguf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Writes a LoRA or LORAQUANT adapter to ``target/adapter.gguf``, for llama.cpp's ``--lora``.
+
+    Args:
+        source: a directory, or a repository of the Hub.
+        target: a directory that does not exist, or is empty.
+        base: the base model, whose config says how rows are ordered; by default the one that the
+            adapter names.
+        subfolder: the place of the adapter in the directory or repository.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: llama.cpp cannot add this adapter; the message says what is in the way.
+    """
+    check_target(target)
+    where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+    with TemporaryDirectory() as folder:
+        file = locate(str(source), CONFIG_NAME, **where)
+        packed = file is not None and read_config(file).get("peft_type") == PeftType.LORAQUANT
+        if packed:
+            plain = Path(folder, "plain")
+            dequantize_adapter(source, plain, dtype=torch.float32, **where)
+            config, state = _lora(str(plain), str(source), {**dict.fromkeys(where)})
+        else:
+            config, state = _lora(str(source), str(source), where)
+    factors, embeddings, rest = split_lora(state)
+    if config.use_dora:
+        raise ValueError("llama.cpp has no DoRA, but `use_dora` is True; merge this adapter")
+    if embeddings or rest:
+        raise ValueError(
+            "llama.cpp adds factors to linear layers only, but the adapter also has "
+            f"{some([*embeddings, *rest])}; merge it"
+        )
+    place = base or config.base_model_name_or_path
+    if place is None:
+        raise ValueError("the adapter names no base model; give `base`")
+    _write(Path(target), factors, config, AutoConfig.from_pretrained(place))
+    return Path(target, FILE)
+
+
+def _lora(source: str, name: str, where: dict[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    def check(written: dict[str, Any]) -> None:
+        if written.get("peft_type") == PeftType.LRQAT:
+            raise ValueError(
+                f"the adapter in {name} is of type LRQAT, whose factors act inside the rounding; "
+                "export the model itself: `lrqat export --format gguf`"
+            )
+
+    config, state = from_files(source, check, **where)
+    return check_lora(config, name), state
+
+
+def _write(
+    target: Path,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    lora: LoraConfig,
+    config: PretrainedConfig,
+) -> None:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF is written for {', '.join(ARCHITECTURES)}, but the base model is a "
+            f"{config.model_type}"
+        )
+    name, paired = ARCHITECTURES[config.model_type]
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    alphas = _alphas(factors, lora)
+    alpha = next(iter(alphas.values()))
+    with whole_directory(target) as directory:
+        writer = gguf.GGUFWriter(directory / FILE, name)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for module, (B, A) in factors.items():
+            mapped = names.get_name(module)
+            if mapped is None:
+                raise ValueError(
+                    f"GGUF has no place for `{module}` of a {config.model_type}; merge the adapter"
+                )
+            heads = heads_of(module, config) if paired else None
+            rows = B.float() * (alphas[module] / alpha)
+            pair = {"a": A.float(), "b": rows if heads is None else paired_rows(rows, heads)}
+            for side, factor in pair.items():
+                half = factor.half()
+                exact = torch.equal(half.float(), factor)
+                stored = (half if exact else factor).contiguous().numpy()
+                writer.add_tensor(f"{mapped}.weight.lora_{side}", stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _alphas(factors: dict[str, tuple[Tensor, Tensor]], lora: LoraConfig) -> dict[str, float]:
+    """By module, what divided by the stored rank is the factor of the product."""
+    fields = ("r", "lora_alpha", "use_rslora")
+    settings = LoRAQuantConfig(
+        **{name: getattr(lora, name) for name in fields},
+        rank_pattern=lora.rank_pattern or {},
+        alpha_pattern=lora.alpha_pattern or {},
+    )
+    return {name: settings.scaling_of(name) * len(A) for name, (_, A) in factors.items()}
