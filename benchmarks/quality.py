@@ -536,7 +536,7 @@ def in_cell(perplexities: list[float] | None) -> str:
     if not perplexities:
         return "-"
     mean = statistics.mean(perplexities)
-    digits = 1 if mean < 1000 else 0
+    digits = 2 if mean < 20 else 1 if mean < 1000 else 0
     if len(perplexities) == 1:
         return f"{mean:,.{digits}f}"
     half = (max(perplexities) - min(perplexities)) / 2

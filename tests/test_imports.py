@@ -19,7 +19,7 @@ FLOORS = [
     {"base"},
     {"registration", "lrqat"},
     {"hub", "loraquant", "export"},
-    {"trainer"},
+    {"trainer", "serving"},
     {"demo"},
     {"cli", "__main__"},
 ]

@@ -25,8 +25,8 @@ def modules_of_the_tree() -> set[str]:
     return {name if name.startswith("peft_lrqat/") else f"peft_lrqat/{name}" for name in found}
 
 
-# The console script, which must not import the package to answer.
-COMMAND = "lrqat_command.py"
+# The console script and the plug-in for vLLM, which import the package only when it is needed.
+ALONE = {"lrqat_command.py", "lrqat_vllm.py"}
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -80,7 +80,7 @@ def test_the_wheel_holds_every_module_once_and_the_demo_model(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
-    assert {n for n in names if n.endswith(".py")} == modules_of_the_tree() | {COMMAND}
+    assert {n for n in names if n.endswith(".py")} == modules_of_the_tree() | ALONE
     assert "peft_lrqat/py.typed" in names
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         Path(n).name for n in names if n.startswith("peft_lrqat/demo/model/")
