@@ -3,9 +3,10 @@
     python benchmarks/runtimes.py
 
 SmolLM2-135M is rounded in each setting (by GPTQ below 4 bits), exported, and loaded by programs
-that know nothing of this package: vLLM for CPUs (in an environment of its own, made in --environment: some minutes, 3.4 GB),
-llama.cpp and transformers. Each gets the same prompt. The table says whether its likeliest token is
-ours, and how far the log-probabilities of its five likeliest are from ours, at most.
+that know nothing of this package: vLLM for CPUs (in an environment of its own, made in
+--environment: some minutes, 3.4 GB), llama.cpp and transformers. Each gets the same prompt. The
+table says whether its likeliest token is ours, and how far the log-probabilities of its five
+likeliest are from ours, at most.
 """
 
 import argparse

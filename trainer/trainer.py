@@ -19,6 +19,7 @@ from .optimizer import GroupedOptimizer
 from .rates import usual_scale_rate
 from .record import Publishing, TrainingRecord
 from .reference import ReferencePolicy
+from .sharding import ShardedTraining
 
 
 class LRQATTrainerMixin(
@@ -28,6 +29,7 @@ class LRQATTrainerMixin(
     TrainingRecord,
     FiniteRuns,
     WholeCheckpoints,
+    ShardedTraining,
     Publishing,
 ):
     """What LR-QAT adds to a trainer.
@@ -43,6 +45,7 @@ class LRQATTrainerMixin(
       saved.
     - `WholeCheckpoints`: a checkpoint is there completely or not at all;
       ``resume_from_checkpoint=True`` takes the last complete one.
+    - `ShardedTraining`: under FSDP2, adapters are saved whole.
     - `Publishing`: cards that a hub accepts.
 
     It also logs the figures of `LRQATCallback`. Where two parts override the same method, the
