@@ -158,15 +158,27 @@ def measure(row: Row, base: Path, work: Path, python: Callable[[str], Path]) -> 
     (work / "log").write_text(done.stdout + done.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not lines:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "Error: " in line]
-        reason = said[0].partition("Error: ")[2] if said else f"ended with {done.returncode}"
-        return {**found, "refused": reason}
+        return {**found, "refused": why_refused(done)}
     theirs = {int(token): value for token, value in json.loads(lines[-1][6:]).items()}
     return {
         **found,
         "same_first": max(theirs, key=theirs.__getitem__) == int(mine.argmax()),
         "furthest": round(max(abs(float(mine[t]) - value) for t, value in theirs.items()), 4),
     }
+
+
+def why_refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The first error that a process named; vLLM's kernels give their reasons in the next line."""
+    lines = (done.stdout + done.stderr).splitlines()
+    for number, line in enumerate(lines):
+        if "Error: " in line:
+            reason = line.partition("Error: ")[2].strip()
+            next_lines = (
+                part.partition("cannot implement due to: ") for part in lines[number + 1 :]
+            )
+            given = [part[2] for part in list(next_lines)[:4] if part[1]]
+            return " ".join([reason, *given[-1:]])
+    return f"ended with {done.returncode}"
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -40,3 +40,37 @@ def test_the_table_is_the_runs(rows):
 def test_the_picture_is_the_runs(rows):
     drawn = re.findall(r">([\d.]+)</text>", (ROOT / "docs" / "images" / "demo.svg").read_text())
     assert {f"{row['perplexity']:.2f}" for row in rows} <= set(drawn)
+
+
+def test_the_table_of_runtimes_is_the_runs():
+    found = json.loads((ROOT / "benchmarks" / "results" / "runtimes.json").read_text())
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    for row in found:
+        told = "refused: no kernel for it | |"
+        if "refused" not in row:
+            told = f"{'the same' if row['same_first'] else 'another'} | {row['furthest']:.3f} |"
+        else:
+            assert row["refused"].startswith("Failed to find a kernel")
+        cells = " | ".join(row[name] for name in ("runtime", "weights", "format"))
+        assert f"| {cells} | {told}\n" in text
+    assert {row["runtime"] for row in found} == {"vllm", "llama.cpp", "transformers"}
+
+
+def test_the_figures_of_served_adapters_are_the_runs():
+    found = json.loads((ROOT / "benchmarks" / "results" / "vllm_adapters.json").read_text())
+    text = (ROOT / "docs" / "serving.md").read_text()
+    seconds = {
+        name: f"{s['median']:.2f} s" for name, s in found["seconds to the first token"].items()
+    }
+    plain = found["adapters"] * found["bytes as LoRA in float16"] / 1e9
+    packed = found["bytes of the archive"] / 1e9
+    for line in (
+        f"| the archive on disk | {packed:.2f} GB | {plain:.2f} GB |",
+        f"| first token, asked for the first time | {seconds['cold']} | {seconds['LoRA, cold']} |",
+        f"| first token, unpacked before, but not in vLLM | {seconds['again']} | |",
+        f"| first token, in vLLM | {seconds['warm']} | {seconds['warm']} |",
+    ):
+        assert line in text
+    grown = found["resident after"] - found["resident before"]
+    assert f"over 200 adapters | {grown / 1e6:.0f} MB |" in text
+    assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]

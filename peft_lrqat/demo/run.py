@@ -34,11 +34,12 @@ from peft_lrqat.trainer.pipeline import load_base, make_trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """LR-QAT from reconstructed blocks, with the unquantised model as a teacher."""
+    """LR-QAT from reconstructed blocks; with a weight, the unquantised model is the teacher."""
 
     examples: int
     epochs: int
     learning_rate: float  # of A and B
+    scale_learning_rate: float | None  # None: the trainer's own
     distillation_weight: float
 
 
@@ -73,18 +74,36 @@ SETUPS = {
         scales_only_learning_rate=5e-3,
         tokens_per_second=11_000,
         grids={2: {"group_size": 32, "balanced": True}},
-        starts={2: Calibrated(examples=384, epochs=4, learning_rate=5e-3, distillation_weight=0.5)},
+        starts={
+            2: Calibrated(
+                examples=384,
+                epochs=4,
+                learning_rate=5e-3,
+                scale_learning_rate=1e-3,
+                distillation_weight=0.5,
+            )
+        },
     ),
     "smollm2": Setup(
         dtype="bfloat16",
         window=512,
         batch_size=4,
         steps=30,
-        bits=(3,),
+        bits=(3, 2),
         learning_rate=5e-3,
         scale_learning_rate=1e-4,
         scales_only_learning_rate=1e-3,
         tokens_per_second=280,
+        grids={2: {"group_size": 64, "symmetric": False}},
+        starts={
+            2: Calibrated(
+                examples=64,
+                epochs=3,
+                learning_rate=5e-3,
+                scale_learning_rate=None,
+                distillation_weight=0.0,
+            )
+        },
     ),
 }
 
@@ -196,23 +215,21 @@ class Experiment:
         start: Calibrated | None = None,
     ) -> tuple[float, list[tuple[int, float]]]:
         """Trains in place; seconds, and (step, loss) along the way."""
+        setup = self.setup
+        scale_rate = setup.scales_only_learning_rate if scales_only else setup.scale_learning_rate
         args = LRQATTrainingArguments(
             output_dir=str(self.output),  # the Trainer itself saves nothing there
             max_steps=self.steps,
             per_device_train_batch_size=self.setup.batch_size,
             learning_rate=self.setup.learning_rate if start is None else start.learning_rate,
-            scale_learning_rate=(
-                self.setup.scales_only_learning_rate
-                if scales_only
-                else self.setup.scale_learning_rate
-            ),
+            scale_learning_rate=scale_rate if start is None else start.scale_learning_rate,
             seed=self.seed,
             logging_steps=LOGGING_STEPS,
             save_strategy="no",
             distillation_weight=0.0 if start is None else start.distillation_weight,
             distillation_cache=str(self.output / "teacher"),
         )
-        teacher = None if start is None else load_base(str(self.base), self.setup.dtype)[0]
+        teacher = load_base(str(self.base), setup.dtype)[0] if args.distillation_weight else None
         trainer = make_trainer(model, self.tokenizer, args, self.train_set, teacher_model=teacher)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_LossInProgressBar(name))
