@@ -79,6 +79,7 @@ OPTIONS = (
     "epochs",
     "calibration_blocks",
     "reconstruction_rate",
+    "range_p",
     "first_steps",
     "steps",
     "batch_size",
@@ -205,7 +206,8 @@ def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
     folder = place.bases / f"{run.setting}-{run.start}-{run.seed}"
     seconds = folder / "seconds.json"
     if not seconds.exists():
-        config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting])
+        p = {} if place.args.range_p is None else {"range_p": place.args.range_p}
+        config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting], **p)
         begin = time.perf_counter()
         base = STARTS[run.start](place, run, config)
         took = time.perf_counter() - begin
@@ -453,7 +455,8 @@ def find_place(args: argparse.Namespace) -> Place:
         made = load_blocks(args.train, tokenizer, block_size=args.window)
         file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
     heldout = load_tokens(str(file), tokenizer)
-    made_with = (args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps)
+    made_with = [args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps]
+    made_with += [] if args.range_p is None else [args.range_p]
     return Place(
         model=model,
         text=text,
@@ -603,6 +606,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="of block reconstruction")
     parser.add_argument(
         "--reconstruction_rate", type=float, default=0.03, help="of weights, in steps of the grid"
+    )
+    parser.add_argument(
+        "--range_p", type=float, help="exponent of the search for scales; default: the package's"
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(

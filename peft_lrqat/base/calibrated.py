@@ -36,6 +36,9 @@ from .quantizer import LowBitQuantizer, describe, find_targets
 
 
 logger = logging.get_logger(__name__)
+# `range_p` of the first ranges where weights are rounded with the help of data: there the squared
+# error counts, and large weights less than in rounding to nearest.
+CALIBRATED_P = 2.0
 
 
 @dataclass(kw_only=True)
@@ -87,6 +90,11 @@ class CalibratedStart:
         if not batches:
             raise ValueError("the calibration data has no rows; give a data set with text in it")
         return batches
+
+    def settle(self, config: LowBitConfig) -> None:
+        """Sets what is better for calibrated bases, and was not given, in ``config``."""
+        if "range_p" not in config.given_fields:
+            config.range_p = CALIBRATED_P
 
     @property
     def name(self) -> str:
@@ -184,6 +192,7 @@ def calibrate_low_bit(
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantised already; calibrate the model it was made from")
+    start.settle(config)
     targets = find_targets(model, config)
     check_finite(targets)
     formats = {name: config.weight_format(name, width_of(m)) for name, m in targets.items()}

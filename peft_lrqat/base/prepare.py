@@ -120,6 +120,8 @@ def prepare_low_bit(
             f"the integers of {name} are kept as they are, so calibration data changes nothing; "
             "leave it out, or start from the model before its quantisation"
         )
+    if start is not None:
+        start.settle(made_by)
     job = _Job(name, config, made_by, dtype, auto_class, place, start)
     if job.reason is None:
         with _readable_errors(target):

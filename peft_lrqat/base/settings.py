@@ -91,7 +91,8 @@ class WeightSettings:
     range_p: float = field(
         default=4.0,
         metadata={
-            "help": "Exponent of range_estimator='lp', 1 to 8. Default 4; the paper has 2.4 to 5."
+            "help": "Exponent of range_estimator='lp', 1 to 8. Default 4, and 2 for calibrated "
+            "bases; the paper has 2.4 to 5."
         },
     )
     bits_pattern: dict[str, int] = field(

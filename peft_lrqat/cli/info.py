@@ -194,6 +194,8 @@ def _model(place: str) -> Facts:
 def _settings(config: Any) -> Facts:
     names = ("bits", "group_size", "scale_dtype", "downcast", "range_estimator")
     settings = {"grid": config.weight_grid("").kind} | {n: getattr(config, n) for n in names}
+    if config.k_quant:
+        settings["k_quant"] = True
     patterns = {n: getattr(config, n) for n in ("bits_pattern", "group_size_pattern")}
     return {"settings": settings | {n: dict(v) for n, v in patterns.items() if v}}
 

@@ -148,7 +148,9 @@ def run_prepare(argv: Sequence[str]) -> int:
                 batch_size=data.calibration_batch_size,
                 progress=not args.json,
             )
-        settings = None if args.source else LowBitConfig(**config_values(base))
+        given = given_names(parser.words)
+        values = {name: v for name, v in config_values(base).items() if name in given}
+        settings = None if args.source else LowBitConfig(**values)
         made = prepare_low_bit(
             args.source or args.model,
             args.output,

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..formats.gguf import ARCHITECTURES, INSTALL, heads_of, paired_rows
 from ..shared.adapter_files import read_config
@@ -30,6 +30,7 @@ from .files import from_files, locate
 
 
 FILE = "adapter.gguf"
+FROZEN = ".base_layer.weight"
 
 
 def adapter_to_gguf(
@@ -68,6 +69,8 @@ def adapter_to_gguf(
         else:
             config, state = _lora(str(source), str(source), where)
     factors, embeddings, rest = split_lora(state)
+    # PEFT saves the frozen weight of an output layer along.
+    rest = {name: tensor for name, tensor in rest.items() if not name.endswith(FROZEN)}
     if config.use_dora:
         raise ValueError("llama.cpp has no DoRA, but `use_dora` is True; merge this adapter")
     if embeddings or rest:
@@ -78,8 +81,32 @@ def adapter_to_gguf(
     place = base or config.base_model_name_or_path
     if place is None:
         raise ValueError("the adapter names no base model; give `base`")
-    _write(Path(target), factors, config, AutoConfig.from_pretrained(place))
+    try:
+        base_config = AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the config of the base model {place} cannot be read ({error}); give `base` (--model)"
+        ) from error
+    _check_shapes(factors, base_config, str(place))
+    _write(Path(target), factors, config, base_config)
     return Path(target, FILE)
+
+
+def _check_shapes(
+    factors: dict[str, tuple[Tensor, Tensor]], config: PretrainedConfig, base: str
+) -> None:
+    """ValueError if the base model has no such layers; by their heads, rows are ordered."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    modules = dict(model.named_modules())
+    for name, (B, A) in factors.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or tuple(weight.shape) != (len(B), A.shape[1]):
+            there = "no such layer" if weight is None else f"one of {tuple(weight.shape)}"
+            raise ValueError(
+                f"`{name}` of the adapter is {(len(B), A.shape[1])}, but {base} has {there}; give "
+                "the model that the adapter was trained on as `base` (--model)"
+            )
 
 
 def _lora(source: str, name: str, where: dict[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:

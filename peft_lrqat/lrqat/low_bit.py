@@ -25,7 +25,7 @@ from ..base.embedding import (
     tie_head,
     width_of,
 )
-from ..quant.grid import SCALE_DTYPES
+from ..quant.grid import SCALE_DTYPES, k_group
 from ..shared.card import public_name
 from .config import LRQATConfig
 from .layer import LRQATLinear
@@ -70,14 +70,15 @@ def take_grids(config: LRQATConfig, layers: Mapping[str, DowncastLinear]) -> Non
     for name, layer in layers.items():
         _check_given(config, name, layer)
     for field in SHARED_FIELDS:
-        values = {str(_value(layer, field)): name for name, layer in layers.items()}
+        decided = {n: layer for n, layer in layers.items() if _decides(layer, field)} or layers
+        values = {str(_value(layer, field)): name for name, layer in decided.items()}
         if len(values) > 1:
             raise ValueError(
                 f"an adapter has one `{field}` for all targets, but the low-bit base has "
                 + " and ".join(f"{value} in `{name}`" for value, name in values.items())
                 + "; give each its own adapter, or leave some out of `target_modules`"
             )
-        setattr(config, field, _value(next(iter(layers.values())), field))
+        setattr(config, field, _value(next(iter(decided.values())), field))
     for field in ("bits", "group_size"):
         if not {field, f"{field}_pattern"} & config.given_fields:
             found = {name: _value(layer, field) for name, layer in layers.items()}
@@ -224,6 +225,12 @@ def check_saved_modules(config: LRQATConfig, names: Iterable[str]) -> None:
                 )
 
 
+def _decides(layer: DowncastLinear, field: str) -> bool:
+    """Whether a layer shows what a field was; integers that no K block holds never have one."""
+    grid = layer.format.grid
+    return field != "k_quant" or k_group(grid.bits, grid.kind == "symmetric") is not None
+
+
 def _value(layer: DowncastLinear, field: str) -> object:
     format = layer.format
     return (
@@ -241,7 +248,7 @@ def _check_given(config: LRQATConfig, name: str, layer: DowncastLinear) -> None:
             asked[field] = getattr(grid, field)
     for field, value in asked.items():
         given = field in config.given_fields or f"{field}_pattern" in config.given_fields
-        if given and value != _value(layer, field):
+        if given and _decides(layer, field) and value != _value(layer, field):
             raise ValueError(
                 f"`{field}` is {value!r}, but the low-bit base holds `{name}` with "
                 f"{_value(layer, field)!r}, and adapters take the grids from it; leave `{field}` "

@@ -209,7 +209,8 @@ def _in_words(format: WeightFormat, first_range: str, base_dtype: str | None = N
     grid = format.grid
     source = "" if base_dtype is None else f", from {base_dtype}"
     return (
-        f"bits={grid.bits}, group_size={grid.group_size}, {grid.kind}, downcast={format.downcast}, "
+        f"bits={grid.bits}, group_size={grid.group_size}, {grid.kind}, "
+        f"{'k_quant, ' if grid.k_quant else ''}downcast={format.downcast}, "
         f"scale_dtype={format.scale_dtype}, first range {first_range}{source}"
     )
 

@@ -148,6 +148,20 @@ def test_what_llama_cpp_cannot_add(lora, tmp_path):
         adapter_to_gguf(lora(), tmp_path / "lora")
 
 
+def test_a_base_model_that_is_not_the_right_one(lora, tmp_path):
+    source = lora()
+    with pytest.raises(ValueError, match=r"`.*_proj` of the adapter is \(.*\), but .* has one of"):
+        adapter_to_gguf(source, tmp_path / "out", base=model_path())
+    with pytest.raises(ValueError, match=r"the base model /nowhere/x cannot be read \(.*--model"):
+        adapter_to_gguf(source, tmp_path / "out", base="/nowhere/x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_layer(lora, tmp_path):
+    file = adapter_to_gguf(lora("Qwen2", target_modules=["lm_head"]), tmp_path / "out")
+    assert read(file)[1].keys() == {"output.weight.lora_a", "output.weight.lora_b"}
+
+
 def test_an_lrqat_adapter_is_exported_whole(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base())
     get_peft_model(model, LRQATConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lr")

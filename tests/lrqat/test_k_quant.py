@@ -139,6 +139,33 @@ def test_a_stored_base(wide, tmp_path):
         get_peft_model(stored, LRQATConfig(target_modules="all-linear", k_quant=False))
 
 
+@pytest.mark.parametrize(
+    "mixed", [{"bits_pattern": {"down_proj": 8}}, {"embedding_bits": 6}], ids=["layer", "embedding"]
+)
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_base_with_widths_that_no_k_block_holds(mixed, repeated, wide, tmp_path):
+    wide.save_pretrained(tmp_path / "plain")
+    prepare_low_bit(tmp_path / "plain", tmp_path / "base", LowBitConfig(**FIELDS, **mixed))
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    asked = {**FIELDS, **mixed} if repeated else {}
+    model = get_peft_model(stored, LRQATConfig(target_modules="all-linear", **asked))
+    assert model.peft_config["default"].k_quant
+    grids = {
+        n: layer.low_rank_weight("default").format.grid for n, layer in layers_of(model).items()
+    }
+    plain = [name for name, grid in grids.items() if not grid.k_quant]
+    assert plain == [name for name in grids if "bits_pattern" in mixed and "down_proj" in name]
+
+
+def test_another_kind_of_scales_is_named(wide):
+    model = get_peft_model(wide, config())
+    other = {"bits": 2, "symmetric": False, "group_size": 16, "scale_dtype": "float16"}
+    with pytest.raises(
+        ValueError, match=r"asymmetric, k_quant, downcast=.*asks for.*asymmetric, dow"
+    ):
+        model.add_adapter("other", LRQATConfig(target_modules="all-linear", **other))
+
+
 @pytest.mark.parametrize("method", ["gptq", "blocks"])
 def test_a_calibrated_start(method, wide, tmp_path):
     rows = [{"input_ids": ids} for ids in torch.randint(3, 90, (8, 16))]

@@ -101,8 +101,37 @@ def test_a_damaged_adapter_leaves_nothing(packed, adapters, tmp_path):
     with pytest.raises(ValueError, match="bad"):
         adapters.path(tmp_path / "bad")
     assert folders(adapters) == set()
-    with pytest.raises(ValueError, match="is of type LORA, but must be LORAQUANT"):
-        adapters.path(packed / "lora" / "a")
+    assert not list(adapters.directory.glob("bad*"))
+
+
+def test_what_is_not_packed_stays_where_it_is(packed, adapters):
+    assert adapters.path(packed / "lora" / "a") == packed / "lora" / "a"
+
+
+def test_nothing_else_in_the_directory_is_touched(packed, tmp_path):
+    shutil.copytree(packed / "a", tmp_path / "archive" / "a")
+    (tmp_path / "archive" / "thesis").mkdir()
+    for name in ("a", "thesis"):
+        age(tmp_path / "archive" / name)
+    adapters = UnpackedAdapters(tmp_path / "archive", max_bytes=1)
+    age(adapters.path(tmp_path / "archive" / "a"))
+    adapters.path(packed / "b")
+    assert folders(adapters) == {"b"}
+    assert (tmp_path / "archive" / "thesis").is_dir()
+    assert (tmp_path / "archive" / "a" / "adapter_config.json").exists()
+
+
+def test_a_file_that_is_gone_is_made_again(packed, adapters):
+    found = adapters.path(packed / "a")
+    (found / "adapter_model.safetensors").unlink()
+    assert (adapters.path(packed / "a") / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "1GB", None, 1.5])
+def test_a_bound_that_is_no_number_of_bytes(wrong, tmp_path):
+    with pytest.raises(ValueError, match="`max_bytes` must be an integer"):
+        UnpackedAdapters(tmp_path / "unpacked", max_bytes=wrong)
+    assert not (tmp_path / "unpacked").exists()
 
 
 def test_many_at_once(packed, adapters):
