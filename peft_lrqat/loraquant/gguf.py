@@ -3,8 +3,9 @@
     blk.0.attn_q.weight.lora_a   (r, in)     A
     blk.0.attn_q.weight.lora_b   (out, r)    B, its rows in the order of the weight's
 
-llama.cpp adds ``alpha / r * B A``, with the r of each pair and one ``adapter.lora.alpha``. Factors
-are float16 where that is exact, else float32.
+llama.cpp adds ``alpha / r * B A``, with the r of each pair and one ``adapter.lora.alpha``. Nothing
+is rounded: factors are float16 where that is exact, else float32. The A of a packed adapter goes
+into blocks of 32 integers, Q4_0 or Q8_0, where its groups are multiples of them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, PeftType
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ..formats import ggml
 from ..formats.gguf import ARCHITECTURES, INSTALL, heads_of, paired_rows
+from ..quant.factors.groups import spread
 from ..shared.adapter_files import read_config
+from ..shared.names import PREFIX
 from ..shared.staging import check_target, whole_directory
 from ..shared.words import some
 from .config import LoRAQuantConfig
@@ -59,6 +64,7 @@ def adapter_to_gguf(
     """
     check_target(target)
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+    steps: dict[str, Tensor] = {}
     with TemporaryDirectory() as folder:
         file = locate(str(source), CONFIG_NAME, **where)
         packed = file is not None and read_config(file).get("peft_type") == PeftType.LORAQUANT
@@ -66,6 +72,7 @@ def adapter_to_gguf(
             plain = Path(folder, "plain")
             dequantize_adapter(source, plain, dtype=torch.float32, **where)
             config, state = _lora(str(plain), str(source), {**dict.fromkeys(where)})
+            steps = _steps(str(source), where)
         else:
             config, state = _lora(str(source), str(source), where)
     factors, embeddings, rest = split_lora(state)
@@ -88,7 +95,7 @@ def adapter_to_gguf(
             f"the config of the base model {place} cannot be read ({error}); give `base` (--model)"
         ) from error
     _check_shapes(factors, base_config, str(place))
-    _write(Path(target), factors, config, base_config)
+    _write(Path(target), factors, config, base_config, steps)
     return Path(target, FILE)
 
 
@@ -126,6 +133,7 @@ def _write(
     factors: dict[str, tuple[Tensor, Tensor]],
     lora: LoraConfig,
     config: PretrainedConfig,
+    steps: dict[str, Tensor],
 ) -> None:
     try:
         import gguf
@@ -154,16 +162,65 @@ def _write(
                 )
             heads = heads_of(module, config) if paired else None
             rows = B.float() * (alphas[module] / alpha)
-            pair = {"a": A.float(), "b": rows if heads is None else paired_rows(rows, heads)}
-            for side, factor in pair.items():
-                half = factor.half()
-                exact = torch.equal(half.float(), factor)
-                stored = (half if exact else factor).contiguous().numpy()
-                writer.add_tensor(f"{mapped}.weight.lora_{side}", stored)
+            place = f"{mapped}.weight.lora_"
+            kind, data = _in_blocks(A.float(), steps.get(module))
+            raw = None if kind is None else gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(f"{place}a", data, raw_dtype=raw)
+            rows = rows if heads is None else paired_rows(rows, heads)
+            writer.add_tensor(f"{place}b", _in_floats(rows))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _steps(source: str, where: dict[str, Any]) -> dict[str, Tensor]:
+    """By module, what the entries of A are whole multiples of, (r, n) float32; 0 in empty rows."""
+    config, state = from_files(source, lambda written: None, **where)
+    assert isinstance(config, LoRAQuantConfig)
+    found = {}
+    for module, (rows, columns) in config.shapes.items():
+        format = config.packed_format(module, rows, columns)
+        scales = state[f"{PREFIX}{module}.loraquant_scales"].float()
+        step = torch.zeros(config.rank_of(module), columns)
+        for block in format.blocks:
+            if block.side == 1:
+                # Without a zero point, codes lie halfway between two multiples of a scale.
+                unit = scales[block.scales].view(block.count, -1)
+                unit = unit / 2 if block.zero_points is None else unit
+                step[block.components] = spread(unit, format.group_size, columns)
+        found[module] = step
+    return found
+
+
+def _in_blocks(A: Tensor, step: Tensor | None) -> tuple[str | None, np.ndarray]:
+    """The smallest blocks that hold A (r, n) exactly, and their bytes; None: floats."""
+    size = ggml.TYPES["Q4_0"].size
+    if step is None or A.shape[1] % size:
+        return None, _in_floats(A)
+    scale = step.unflatten(1, (-1, size))
+    codes = (A / torch.where(step > 0, step, 1)).round()
+    exact = torch.equal(codes * step, A) and torch.equal(scale.half().float(), scale)
+    if not exact or (scale != scale[..., :1]).any():
+        return None, _in_floats(A)
+    largest = float(codes.abs().max())
+    fitting = [name for name, most in (("Q4_0", 7), ("Q8_0", 127)) if largest <= most]
+    if not fitting:
+        return None, _in_floats(A)
+    blocks = ggml.Blocks(
+        codes=codes.to(torch.int16).unflatten(1, (-1, size)),
+        scale=scale[..., :1].half().contiguous(),
+        small=torch.ones(1, dtype=torch.uint8),
+        minimum=None,
+        minimum_scale=None,
+    )
+    parts = ggml.TYPES[fitting[0]].encode(blocks)
+    return fitting[0], torch.cat(parts, dim=-1).flatten(1).numpy()
+
+
+def _in_floats(factor: Tensor) -> np.ndarray:
+    half = factor.half()
+    return (half if torch.equal(half.float(), factor) else factor).contiguous().numpy()
 
 
 def _alphas(factors: dict[str, tuple[Tensor, Tensor]], lora: LoraConfig) -> dict[str, float]:

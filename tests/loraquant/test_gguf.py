@@ -10,7 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrqat_command import main
-from peft_lrqat import LoRAQuantConfig, LRQATConfig, adapter_to_gguf, export_model, quantize_adapter
+from peft_lrqat import (
+    LoRAQuantConfig,
+    LRQATConfig,
+    adapter_to_gguf,
+    dequantize_adapter,
+    export_model,
+    quantize_adapter,
+)
 from peft_lrqat.demo import model_path
 
 
@@ -86,6 +93,34 @@ def test_the_tensors(lora, tmp_path):
             found = tensors[f"blk.1.{short}.weight.lora_{side.lower()}"]
             key = f"base_model.model.model.layers.1.{kind}.lora_{side}.weight"
             assert torch.equal(found.float(), stored[key])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kinds"),
+    [
+        ({"average_bits": 2}, ("Q4_0", "F16")),
+        ({"average_bits": 6}, ("Q8_0", "F32")),  # more bits than a float16 has
+        ({"method": "paper", "bits_high": 3, "ratio": 0.9}, ("Q4_0", "F16")),
+        ({"average_bits": 2, "group_size": 24}, ("F16", "F16")),
+    ],
+    ids=str,
+)
+def test_the_factors_of_a_packed_adapter(recipe, kinds, lora, tmp_path):
+    quantize_adapter(lora("Qwen2"), tmp_path / "small", LoRAQuantConfig(**recipe), progress=False)
+    file = adapter_to_gguf(tmp_path / "small", tmp_path / "out")
+    dequantize_adapter(tmp_path / "small", tmp_path / "plain", dtype=torch.float32)
+    stored = transformers.modeling_utils.load_state_dict(
+        tmp_path / "plain" / "adapter_model.safetensors"
+    )
+    found = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name.startswith("blk.0.ffn_up"):
+            side = tensor.name[-1].upper()
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            wanted = stored[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"]
+            assert torch.equal(torch.from_numpy(values.copy()).float(), wanted)
+            found[side] = tensor.tensor_type.name
+    assert (found["A"], found["B"]) == kinds
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs xllamacpp")
