@@ -20,6 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,11 @@ def measure(
     # vLLM has let these go; most of them are still unpacked.
     for number in range(args.requests - args.plain, args.requests):
         times["again"].append(server.ask(f"a{number}")[0])
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(server.ask, [f"a{number}" for number in range(8)])
+        together = [
+            distance(wanted[number % args.distinct], top) for number, (_, top) in enumerate(answers)
+        ]
     after = server.resident()
     refused = {name: server.ask(name)[1] for name in ("missing", "damaged", "../base")}
     files = [
@@ -252,6 +258,7 @@ def measure(
         "asked for": args.requests,
         "furthest log-probability from PEFT": round(furthest, 4),
         "the same of the base model alone": round(distance(of_base, plain), 4),
+        "of eight adapters asked for at once": round(max(together), 4),
         "answers to wrong names": refused,
     }
 
