@@ -113,8 +113,7 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
         config, tokenizer = model.config, model.tokenizer
         assert tokenizer is not None  # held by `check`
         name, paired = ARCHITECTURES[config.model_type]
-        architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        names = tensor_names(config)
         writer = gguf.GGUFWriter(directory / FILE, name)
         _add_config(writer, config)
         vocabulary.add(writer, tokenizer, config.vocab_size)
@@ -173,6 +172,15 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
         if not chats.is_saved_in(path):
             return []
         return chats.differences(path, FILE)
+
+
+def tensor_names(config: PretrainedConfig) -> Any:
+    """The map of the `gguf` package from the names of modules to those in a file."""
+    import gguf
+
+    name, _ = ARCHITECTURES[config.model_type]
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 class _Entry:

@@ -154,13 +154,25 @@ def dequantize_adapter(
             )
         return dequantize_lrqat(config, state, target, str(source))
     assert isinstance(config, LoRAQuantConfig)  # `_check_packed_type` refuses all others
+    dtype = torch.float16 if dtype is None else dtype
+    lora, tensors = as_lora(config, state, dtype, str(source))
+    write_adapter(target, tensors, lora)
+    return lora
+
+
+def as_lora(
+    config: LoRAQuantConfig, state: dict[str, Tensor], dtype: torch.dtype, source: str
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA adapter that a LORAQUANT one stands for: its config, and all tensors by name.
+
+    Raises ValueError, which names ``source``, if ``state`` is not what ``config`` describes.
+    """
     stored, rest = _stored(state)
     if stored.keys() != config.component_bits.keys():
         raise ValueError(
             f"the weights in {source} and its {CONFIG_NAME} must have the same modules, but differ "
             f"in {some(stored.keys() ^ config.component_bits.keys())}"
         )
-    dtype = torch.float16 if dtype is None else dtype
     tensors: dict[str, Tensor] = {}
     for module, packed in stored.items():
         try:
@@ -176,9 +188,7 @@ def dequantize_adapter(
         for name, value in config.to_dict().items()
         if name in known and name != "peft_type"
     }
-    lora = LoraConfig(**fields)
-    write_adapter(target, {**tensors, **rest}, lora)
-    return lora
+    return LoraConfig(**fields), {**tensors, **rest}
 
 
 def _check_written(written: dict[str, Any], place: str) -> None:

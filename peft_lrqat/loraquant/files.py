@@ -105,8 +105,8 @@ def from_files(
     Pickles are never read. ``check`` receives the content of the configuration's file before
     anything is built from it. Raises ValueError if the files are missing, damaged or refused.
     """
-    find = partial(locate, revision=revision, subfolder=subfolder, token=token)
-    config_path = find(source, CONFIG_NAME)
+    locate = partial(_locate, revision=revision, subfolder=subfolder, token=token)
+    config_path = locate(source, CONFIG_NAME)
     if config_path is None:
         raise ValueError(
             f"{source} has no {CONFIG_NAME}; give a directory or repository that holds a saved "
@@ -120,7 +120,7 @@ def from_files(
         raise ValueError(
             f"{CONFIG_NAME} in {source} does not describe an adapter ({error})"
         ) from error
-    path = find(source, SAFETENSORS_WEIGHTS_NAME)
+    path = locate(source, SAFETENSORS_WEIGHTS_NAME)
     if path is None:
         raise ValueError(
             f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats can run code "
@@ -136,7 +136,7 @@ def from_files(
         ) from error
 
 
-def locate(
+def _locate(
     source: str, name: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> Path | None:
     """Returns the path of ``name`` in a directory or a downloaded repository; None if missing."""

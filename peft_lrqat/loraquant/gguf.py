@@ -11,27 +11,26 @@ into blocks of 32 integers, Q4_0 or Q8_0, where its groups are multiples of them
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import PeftType
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..formats import ggml
-from ..formats.gguf import ARCHITECTURES, INSTALL, heads_of, paired_rows
+from ..formats.gguf import ARCHITECTURES, INSTALL, heads_of, paired_rows, tensor_names
 from ..quant.factors.groups import spread
-from ..shared.adapter_files import read_config
 from ..shared.names import PREFIX
 from ..shared.staging import check_target, whole_directory
 from ..shared.words import some
 from .config import LoRAQuantConfig
-from .convert import check_lora, dequantize_adapter, split_lora
-from .files import from_files, locate
+from .convert import as_lora, check_lora, split_lora
+from .files import from_files
 
 
 FILE = "adapter.gguf"
@@ -63,29 +62,30 @@ def adapter_to_gguf(
         ValueError: llama.cpp cannot add this adapter; the message says what is in the way.
     """
     check_target(target)
-    where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+    config, state = from_files(
+        str(source),
+        partial(_check_written, place=str(source)),
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+    )
     steps: dict[str, Tensor] = {}
-    with TemporaryDirectory() as folder:
-        file = locate(str(source), CONFIG_NAME, **where)
-        packed = file is not None and read_config(file).get("peft_type") == PeftType.LORAQUANT
-        if packed:
-            plain = Path(folder, "plain")
-            dequantize_adapter(source, plain, dtype=torch.float32, **where)
-            config, state = _lora(str(plain), str(source), {**dict.fromkeys(where)})
-            steps = _steps(str(source), where)
-        else:
-            config, state = _lora(str(source), str(source), where)
-    factors, embeddings, rest = split_lora(state)
+    if isinstance(config, LoRAQuantConfig):
+        lora, tensors = as_lora(config, state, torch.float32, str(source))
+        steps = _steps(config, state)
+    else:
+        lora, tensors = check_lora(config, str(source)), state
+    factors, embeddings, rest = split_lora(tensors)
     # PEFT saves the frozen weight of an output layer along.
     rest = {name: tensor for name, tensor in rest.items() if not name.endswith(FROZEN)}
-    if config.use_dora:
+    if lora.use_dora:
         raise ValueError("llama.cpp has no DoRA, but `use_dora` is True; merge this adapter")
     if embeddings or rest:
         raise ValueError(
             "llama.cpp adds factors to linear layers only, but the adapter also has "
             f"{some([*embeddings, *rest])}; merge it"
         )
-    place = base or config.base_model_name_or_path
+    place = base or lora.base_model_name_or_path
     if place is None:
         raise ValueError("the adapter names no base model; give `base`")
     try:
@@ -95,7 +95,7 @@ def adapter_to_gguf(
             f"the config of the base model {place} cannot be read ({error}); give `base` (--model)"
         ) from error
     _check_shapes(factors, base_config, str(place))
-    _write(Path(target), factors, config, base_config, steps)
+    _write(Path(target), factors, lora, base_config, steps)
     return Path(target, FILE)
 
 
@@ -116,16 +116,12 @@ def _check_shapes(
             )
 
 
-def _lora(source: str, name: str, where: dict[str, Any]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    def check(written: dict[str, Any]) -> None:
-        if written.get("peft_type") == PeftType.LRQAT:
-            raise ValueError(
-                f"the adapter in {name} is of type LRQAT, whose factors act inside the rounding; "
-                "export the model itself: `lrqat export --format gguf`"
-            )
-
-    config, state = from_files(source, check, **where)
-    return check_lora(config, name), state
+def _check_written(written: dict[str, Any], place: str) -> None:
+    if written.get("peft_type") == PeftType.LRQAT:
+        raise ValueError(
+            f"the adapter in {place} is of type LRQAT, whose factors act inside the rounding; "
+            "export the model itself: `lrqat export --format gguf`"
+        )
 
 
 def _write(
@@ -145,8 +141,7 @@ def _write(
             f"{config.model_type}"
         )
     name, paired = ARCHITECTURES[config.model_type]
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = tensor_names(config)
     alphas = _alphas(factors, lora)
     alpha = next(iter(alphas.values()))
     with whole_directory(target) as directory:
@@ -174,10 +169,8 @@ def _write(
         writer.close()
 
 
-def _steps(source: str, where: dict[str, Any]) -> dict[str, Tensor]:
+def _steps(config: LoRAQuantConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """By module, what the entries of A are whole multiples of, (r, n) float32; 0 in empty rows."""
-    config, state = from_files(source, lambda written: None, **where)
-    assert isinstance(config, LoRAQuantConfig)
     found = {}
     for module, (rows, columns) in config.shapes.items():
         format = config.packed_format(module, rows, columns)
