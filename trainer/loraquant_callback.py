@@ -18,6 +18,8 @@ from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
 from peft_lrqat.loraquant.convert import check_lora
 from peft_lrqat.shared.words import some
 
+from .sharding import is_in_parts
+
 
 logger = logging.get_logger(__name__)
 # Beside the checkpoints, not in them: the Trainer loads every adapter that it finds in a folder of
@@ -77,9 +79,7 @@ class LoRAQuantCallback(TrainerCallback):
             )
         check_lora(model.peft_config[name], "the model")
         for parameter, tensor in model.named_parameters():
-            if f".{name}" in parameter and (
-                hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
-            ):
+            if f".{name}" in parameter and is_in_parts(tensor):
                 raise ValueError(
                     f"`{parameter}` is spread over processes (FSDP, DeepSpeed ZeRO-3), so "
                     "LoRAQuantCallback cannot see all of it; leave the callback out and run "

@@ -1,4 +1,4 @@
-"""Models that FSDP2 shards: a start from one rank, and adapters that are saved whole."""
+"""Models that FSDP2 or ZeRO-3 shards: a start from one rank, and adapters that are saved whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from peft_lrqat.lrqat.layer import LRQATLayer
 
@@ -20,7 +21,7 @@ PARTS = ("lrqat_", "modules_to_save.", "trainable_tokens_")
 
 
 class ShardedTraining(TrainerPart):
-    """Training under FSDP2, by accelerate's configuration.
+    """Training under FSDP2 or DeepSpeed's ZeRO-3, by accelerate's configuration.
 
     The adapter is saved as without shards, whatever ``fsdp_state_dict_type`` is, and the frozen
     weights are not gathered for that. With ``fsdp_cpu_ram_efficient_loading``, the first process
@@ -33,6 +34,8 @@ class ShardedTraining(TrainerPart):
                 "FSDP1 cannot shard integers; set `fsdp_version: 2` in accelerate's configuration, "
                 "or train with DDP"
             )
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            _gather_layer_by_layer(self.model)
         prepare = self.accelerator.prepare
 
         def prepare_without_fingerprints(*given: Any, **options: Any) -> Any:
@@ -74,6 +77,26 @@ class ShardedTraining(TrainerPart):
         self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether each process has a share of a tensor only."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def _gather_layer_by_layer(model: Any) -> None:
+    """Tells ZeRO-3 to gather all that a layer is made of when the layer is called.
+
+    By itself it gathers the parameters of each module that is called, but the factors lie in
+    modules that are only read. It gives back what it gathered for the backward pass when the
+    gradient of the module's input is there, so the first layer's needs one, too.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    kinds = {type(module) for module in model.modules() if isinstance(module, LRQATLayer)}
+    if kinds:
+        set_z3_leaf_modules(model, list(kinds))
+        model.enable_input_require_grads()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from ..shared.frozen import frozen
 from ..shared.words import some
 from .config import LowBitConfig
 from .downcast import DowncastLinear
-from .embedding import find_ends, let_resize, tie_head, width_of
+from .embedding import Plain, find_ends, layer_class, let_resize, tie_head, width_of
+from .experts import DowncastExperts, ExpertWeights, keep_apart, put_expert_weights, set_layer
 from .quantizer import LowBitQuantizer, describe, find_targets
 
 
@@ -196,6 +197,9 @@ def calibrate_low_bit(
     targets = find_targets(model, config)
     check_finite(targets)
     formats = {name: config.weight_format(name, width_of(m)) for name, m in targets.items()}
+    for name, module in targets.items():
+        if isinstance(module, ExpertWeights):
+            put_expert_weights(model, name, module)
     inside = in_blocks(model, formats)
     quantizer = LowBitQuantizer(config)
     ends = None if config.embedding_bits is None else find_ends(model)
@@ -204,16 +208,18 @@ def calibrate_low_bit(
 
     def done(name: str, result: RoundedBlock) -> None:
         for target, stored in result.weights.items():
-            plain = cast("nn.Linear | Conv1D", targets.pop(target))
-            model.set_submodule(target, as_layer(plain, stored, inside[target], start.name))
+            plain = targets.pop(target)
+            set_layer(model, target, as_layer(plain, stored, inside[target], start.name))
 
     start.round_blocks(model, config, inside, done)
     for name, module in targets.items():
-        quantizer.replace(model, name, module.weight.detach())
+        plain = module.fused() if isinstance(module, ExpertWeights) else module.weight.detach()
+        quantizer.replace(model, name, plain)
     if ends is not None:
         let_resize(model)
         if ends.tied:
             tie_head(model, ends)
+    keep_apart(model)
     model.train(training)
     config.calibration = start.describe()
     config.take_modules(
@@ -237,11 +243,15 @@ def in_blocks(model: nn.Module, formats: Mapping[str, WeightFormat]) -> dict[str
 
 def check_finite(targets: Mapping[str, nn.Module]) -> None:
     """ValueError with the names of weights that are not finite."""
+    weights = {
+        name: module.values if isinstance(module, ExpertWeights) else module.weight
+        for name, module in targets.items()
+    }
     wrong = [
         name
-        for name, module in targets.items()
-        if module.weight.device.type != "meta"
-        and not torch.stack(torch.aminmax(cast("Tensor", module.weight))).isfinite().all()
+        for name, weight in weights.items()
+        if weight.device.type != "meta"
+        and not torch.stack(torch.aminmax(cast("Tensor", weight))).isfinite().all()
     ]
     if wrong:
         raise ValueError(
@@ -251,21 +261,23 @@ def check_finite(targets: Mapping[str, nn.Module]) -> None:
 
 
 def as_layer(
-    linear: nn.Linear | Conv1D, stored: StoredLinear, format: WeightFormat, first_range: str
+    linear: Plain, stored: StoredLinear, format: WeightFormat, first_range: str
 ) -> DowncastLinear:
     """The layer of a stored weight, in the place of ``linear``."""
     dtype = linear.weight.dtype
-    layer = DowncastLinear(
+    layer = layer_class(linear)(
         format.in_features,
         len(stored.phi),
         format,
-        bias=linear.bias,
+        bias=getattr(linear, "bias", None),
         dtype=dtype,
         base_dtype=dtype,
         first_range=first_range,
         is_conv1d=isinstance(linear, Conv1D),
         device=stored.phi.device,
     )
+    if isinstance(layer, DowncastExperts) and isinstance(linear, ExpertWeights):
+        layer.stand_for(linear)
     layer.fill(stored.phi, stored.scale, stored.zero_point)
     return layer
 

@@ -14,13 +14,15 @@ from ..shared.card import public_name
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_names
 from ..shared.fields import helpful_arguments
 from ..shared.names import PACKED_VERSIONS
-from .settings import WeightSettings, check_bits, check_group_size
+from .settings import WeightSettings, check_bits, check_group_size, check_parameter_names
 
 
 METHOD = "lrqat"
 # Raised when a release before would read the files wrongly.
-FORMAT_VERSION = 4
-# Of a base without the kinds of grids that are new in version 4: releases before read it, too.
+FORMAT_VERSION = 6
+# Of a base without the weights of experts: releases before read it, too.
+KINDS_VERSION = 4
+# Likewise without the kinds of grids that are new in version 4.
 WHOLE_VERSION = 3
 NEW_KINDS = "balanced", "k_quant"
 # Of a base without embeddings, which releases before version 3 read, too.
@@ -41,10 +43,11 @@ class StoredWeight:
     scale_dtype: str = "bfloat16"
     base_dtype: str = "bfloat16"  # of the weight that the integers were made from
     first_range: str = "given"  # how the first scales were found, in words
-    transposed: bool = False  # whether the module is transformers' Conv1D
+    transposed: bool = False  # whether the module's own weight is (in, out)
     embedding: bool = False  # whether the module is an embedding, of (tokens, width)
     balanced: bool = False
     k_quant: bool = False
+    experts: int = 0  # whose weights lie below one another; 0: it is one weight
     fingerprint: Optional[int] = None  # of integers, scales and zero points; None: not known yet
 
     @property
@@ -88,6 +91,9 @@ class StoredWeight:
             check_flag("embedding", made.embedding)
             check_flag("balanced", made.balanced)
             check_flag("k_quant", made.k_quant)
+            check_integer("experts", made.experts, 0)
+            if made.experts and shape[0] % made.experts:
+                raise ValueError(f"{made.experts} experts do not share {shape[0]} rows equally")
             made.format.grid.num_groups(shape[1])
         except (ValueError, TypeError) as error:
             raise ValueError(f"`modules` of the quantization config: `{name}`: {error}") from None
@@ -97,9 +103,9 @@ class StoredWeight:
         fields = asdict(self) | {"shape": list(self.shape)}
         if not self.embedding:
             del fields["embedding"]  # unknown to releases before version 3
-        for name in NEW_KINDS:
+        for name in (*NEW_KINDS, "experts"):
             if not fields[name]:
-                del fields[name]  # likewise before version 4
+                del fields[name]  # likewise before versions 4 and 6
         return fields
 
 
@@ -137,6 +143,14 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         metadata={
             "help": "Modules to quantise: names or endings of names, one regular expression, or "
             "'all-linear', the default: every Linear and Conv1D except the output layer."
+        },
+    )
+    target_parameters: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Weights of experts to quantise, which transformers keeps as one parameter for "
+            "each projection: names or endings of names, such as ['experts.down_proj'], or "
+            "'all-experts'. Left out: none."
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
@@ -197,6 +211,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         self.check_weight_settings()
         for name in ("target_modules", "exclude_modules"):
             check_names(name, getattr(self, name), one_string=True)
+        check_parameter_names(self.target_parameters)
         check_items("digests", self.digests, "digests")
         for name in ("source", "calibration"):
             if getattr(self, name) is not None:
@@ -211,8 +226,10 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
     def take_modules(self, weights: dict[str, StoredWeight]) -> None:
         """Sets what is stored, and the version that its readers need."""
         self.modules = {name: weight.to_dict() for name, weight in weights.items()}
-        if any(weight.balanced or weight.k_quant for weight in weights.values()):
+        if any(weight.experts for weight in weights.values()):
             self.format_version = FORMAT_VERSION
+        elif any(weight.balanced or weight.k_quant for weight in weights.values()):
+            self.format_version = KINDS_VERSION
         else:
             embeds = any(weight.embedding for weight in weights.values())
             self.format_version = WHOLE_VERSION if embeds else PLAIN_VERSION
@@ -232,7 +249,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         fields["made_from"] = public_name(self.made_from)
         if fields["embedding_bits"] is None:
             del fields["embedding_bits"]  # unknown to releases before version 3
-        for name in NEW_KINDS:
+        for name in (*NEW_KINDS, "target_parameters"):
             if not fields[name]:
-                del fields[name]  # likewise before version 4
+                del fields[name]  # likewise before versions 4 and 6
         return fields | {"library_version": __version__}

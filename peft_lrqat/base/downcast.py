@@ -44,6 +44,7 @@ class DowncastLinear(nn.Module):
         device: where the empty parameters are.
     """
 
+    experts: int = 0  # whose weights these are the rows of; 0: it is one weight
     FROZEN = ("phi", "scale0", "zero_point")
     UNLISTED = ("mark", *FROZEN)  # while an adapter is merged
     # The layer computes with `_held`, by name, as long as the parameters are the objects `_own`:
@@ -231,7 +232,8 @@ class DowncastLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._held[name] if name in self._held else getattr(self, name)
         parameter = self._frozen_parameter(name)
-        if parameter is not self._own.get(name):
+        # ZeRO-3 leaves the objects here, and takes their data.
+        if parameter is not self._own.get(name) or hasattr(parameter, "ds_id"):
             self._held.clear()
         return self._held.get(name, parameter)
 

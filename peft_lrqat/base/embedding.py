@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .downcast import DowncastLinear
+from .experts import DowncastExperts, ExpertWeights
 
 
-Plain = nn.Linear | Conv1D | nn.Embedding
+Plain = nn.Linear | Conv1D | nn.Embedding | ExpertWeights
 
 
 class DowncastEmbedding(DowncastLinear):
@@ -90,6 +91,8 @@ def width_of(module: Plain) -> int:
 
 def layer_class(module: nn.Module) -> type[DowncastLinear]:
     """The kind of low-bit layer that stands for a plain module."""
+    if isinstance(module, ExpertWeights):
+        return DowncastExperts
     return DowncastEmbedding if isinstance(module, nn.Embedding) else DowncastLinear
 
 

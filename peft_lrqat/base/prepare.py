@@ -265,6 +265,8 @@ class _Job:
             return "it keeps some modules in float32"
         if getattr(self.config, "auto_map", None):
             return "it comes with code of its own"
+        if self.targets & self.tensors.keys():
+            return "it keeps the weights of its experts in one tensor"
         for name, parts in self.parts.items():
             for part, (file, key) in parts.items():
                 with safe_open(file, framework="pt") as opened:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,15 @@ from .embedding import (
     tie_head,
     width_of,
 )
+from .experts import (
+    DowncastExperts,
+    ExpertWeights,
+    expert_weights_at,
+    find_experts,
+    keep_apart,
+    set_layer,
+)
+from .settings import is_excluded
 from .takeover import Takeover, put
 
 
@@ -71,6 +81,7 @@ def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Plai
     are written into ``config.bits_pattern``.
     """
     targets: dict[str, Plain] = dict(_linear_targets(model, config))
+    targets |= cast("dict[str, Plain]", find_experts(model, config))
     if config.embedding_bits is not None:
         ends = find_ends(model)
         config.set_embedding_bits(dict.fromkeys(ends.weights, config.embedding_bits))
@@ -94,7 +105,7 @@ def _linear_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, n
             if module is not head
             and not ("." not in name and name.endswith(HEADS))
             and id(module.weight) not in tied
-            and not _is_named(config, name, "exclude_modules")
+            and not is_excluded(config, name)
         }
     else:
         chosen = {
@@ -113,14 +124,6 @@ def _linear_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, n
             f"{type(model).__name__}, whose linears are {some(linears)}"
         )
     return chosen
-
-
-def _is_named(config: LowBitConfig, name: str, field: str) -> bool:
-    patterns = getattr(config, field)
-    if patterns is None:
-        return False
-    asked = LowBitConfig(target_modules=patterns)
-    return bool(check_target_module_exists(asked, name))
 
 
 def _is_tied(model: PreTrainedModel, name: str) -> bool:
@@ -177,7 +180,8 @@ class _Downcast(ConversionOps):
     ) -> dict[str, Tensor]:
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.rpartition(".")[0]
+        name = self.hf_quantizer.target_of(full_layer_name)
+        assert name is not None
         self.hf_quantizer.replace(model, name, weight)
         release_pages(weight, self.hf_quantizer.files)
         missing_keys.discard(full_layer_name)
@@ -207,8 +211,11 @@ def downcast(
     """What stands for ``linear`` once its ``weight`` is there; None if that is not finite."""
     if not torch.stack(torch.aminmax(weight)).isfinite().all():
         return None
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    width = weight.shape[0] if isinstance(linear, Conv1D) else weight.shape[1]
+    if isinstance(linear, ExpertWeights):
+        linear.take(weight)
+    else:
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    width = width_of(linear)
     return layer_class(linear).from_linear(
         linear,
         config.weight_format(name, width),
@@ -216,6 +223,14 @@ def downcast(
         p=config.range_p,
         base_dtype=weight.dtype,
     )
+
+
+def target_of(parameter: str, targets: Collection[str]) -> str | None:
+    """The name of the target whose weight a parameter is: its module, or of experts its own."""
+    module, _, kind = parameter.rpartition(".")
+    if parameter in targets:
+        return parameter
+    return module if kind == "weight" and module in targets else None
 
 
 def check_tied_copy(files: list[str], ends: Ends) -> None:
@@ -325,20 +340,28 @@ class LowBitQuantizer(HfQuantizer):
 
     def _put_empty(self, model: PreTrainedModel, name: str, stored: StoredWeight) -> None:
         try:
-            linear = model.get_submodule(name)
+            linear = expert_weights_at(model, name) or model.get_submodule(name)
         except AttributeError:
             raise ValueError(
                 f"the low-bit base has a weight for `{name}`, but {type(model).__name__} has no "
                 "such module; its config.json belongs to another architecture or release"
             ) from None
-        transposed, embeds = isinstance(linear, Conv1D), isinstance(linear, nn.Embedding)
-        kinds = (transposed, embeds)
-        if not isinstance(linear, Plain) or kinds != (stored.transposed, stored.embedding):
+        embeds, of_experts = isinstance(linear, nn.Embedding), isinstance(linear, ExpertWeights)
+        conv1d = isinstance(linear, Conv1D)
+        transposed = linear.is_transposed if isinstance(linear, ExpertWeights) else conv1d
+        kinds = (transposed, embeds, of_experts)
+        wanted = (stored.transposed, stored.embedding, stored.experts > 0)
+        if not isinstance(linear, Plain) or kinds != wanted:
             raise ValueError(
                 f"`{name}` is a {type(linear).__name__} in {type(model).__name__}, but the low-bit "
                 "base holds the weight of another kind of module for it"
             )
-        shape = tuple(linear.weight.shape[::-1] if transposed else linear.weight.shape)
+        if isinstance(linear, ExpertWeights) and linear.experts != stored.experts:
+            raise ValueError(
+                f"`{name}` has {linear.experts} experts in {type(model).__name__}, but "
+                f"{stored.experts} in the low-bit base; its config.json was changed"
+            )
+        shape = tuple(linear.weight.shape[::-1] if conv1d else linear.weight.shape)
         if shape != stored.shape:
             raise ValueError(
                 f"`{name}` has shape {shape} in {type(model).__name__}, but {stored.shape} in the "
@@ -352,12 +375,14 @@ class LowBitQuantizer(HfQuantizer):
             dtype=linear.weight.dtype,
             base_dtype=SCALE_DTYPES[stored.base_dtype],
             first_range=stored.first_range,
-            is_conv1d=transposed,
+            is_conv1d=conv1d,
             device="meta",
         )
         if isinstance(made, DowncastEmbedding):
             made.padding_idx = cast("nn.Embedding", linear).padding_idx
-        model.set_submodule(name, made)
+        if isinstance(made, DowncastExperts) and isinstance(linear, ExpertWeights):
+            made.stand_for(linear)
+        set_layer(model, name, made)
 
     # While loading
 
@@ -365,15 +390,18 @@ class LowBitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         """Whether this is the weight of a target that is still a plain module."""
-        module, _, kind = param_name.rpartition(".")
-        return not self.pre_quantized and kind == "weight" and module in self._targets
+        return not self.pre_quantized and self.target_of(param_name) is not None
+
+    def target_of(self, param_name: str) -> str | None:
+        """The name of the target whose weight a parameter is."""
+        return target_of(param_name, self._targets)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Downcast(self)
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         """Puts the downcast layer of ``weight`` in place of the plain module ``name``."""
-        linear = cast(Plain, model.get_submodule(name))
+        linear = expert_weights_at(model, name) or cast(Plain, model.get_submodule(name))
         made = downcast(linear, name, weight, self.quantization_config)
         if made is None:
             # An exception here would end as a conversion that "encountered some issues".
@@ -429,6 +457,7 @@ class LowBitQuantizer(HfQuantizer):
         ours = set(map(id, self._conversions))
         conversions: Any = model._weight_conversions
         vars(model)["_weight_conversions"] = [c for c in conversions if id(c) not in ours]
+        keep_apart(model)
         self.quantization_config.take_modules({n: describe(m) for n, m in layers.items()})
         model.config.quantization_config = self.quantization_config
 
@@ -511,10 +540,11 @@ def describe(layer: DowncastLinear) -> StoredWeight:
         scale_dtype=layer.format.scale_dtype,
         base_dtype=DTYPE_NAMES[layer.base_dtype],
         first_range=layer.range,
-        transposed=layer.is_conv1d,
+        transposed=layer.is_conv1d or getattr(layer, "is_transposed", False),
         embedding=isinstance(layer, DowncastEmbedding),
         balanced=grid.balanced,
         k_quant=grid.k_quant,
+        experts=layer.experts,
         fingerprint=layer.fingerprint,
     )
 

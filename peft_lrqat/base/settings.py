@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Self
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from ..quant import DOWNCASTS, RANGES, Grid, WeightFormat
 from ..quant.grid import SCALE_DTYPES, k_group
-from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_regex
+from ..shared.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_items,
+    check_names,
+    check_regex,
+)
 
 
 @dataclass
@@ -202,3 +211,24 @@ def check_group_size(name: str, value: object) -> None:
             check_integer(name, value, 1)
         except ValueError as error:
             raise ValueError(f"{error}; -1 is one group per row") from None
+
+
+ALL_EXPERTS = "all-experts"
+
+
+def is_excluded(config: Any, name: str) -> bool:
+    """Whether ``exclude_modules`` of a config names a module, as PEFT looks for it."""
+    asked = copy.copy(config)
+    asked.target_modules, asked.exclude_modules = config.exclude_modules, None
+    return bool(config.exclude_modules) and bool(check_target_module_exists(asked, name))
+
+
+def check_parameter_names(names: object) -> None:
+    """``target_parameters``: names of parameters, or 'all-experts'."""
+    if isinstance(names, str) and names != ALL_EXPERTS:
+        raise ValueError(
+            f"`target_parameters` must be a list of names of parameters, or {ALL_EXPERTS!r}, but "
+            f"is {names!r}"
+        )
+    if not isinstance(names, str):
+        check_names("target_parameters", names, one_string=False)

@@ -23,6 +23,7 @@ from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
 from .embedding import DowncastEmbedding, Plain, layer_class
+from .experts import set_layer
 from .layouts import SCALE_NAMES, find_layout
 
 
@@ -274,4 +275,4 @@ def put(model: nn.Module, name: str, made: DowncastLinear) -> None:
     for part in (made, made.phi, made.scale0, made.zero_point):
         if part is not None:
             vars(part)["_is_hf_initialized"] = True
-    model.set_submodule(name, made)
+    set_layer(model, name, made)

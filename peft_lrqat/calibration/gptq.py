@@ -40,22 +40,37 @@ class GPTQ:
         self, work: BlockAtWork, report: Callable[[float], None]
     ) -> dict[str, StoredLinear]:
         """Rounds the weights of one block, and returns what is stored of them."""
-        hessians: dict[str, Tensor] = {}
+        hessians: dict[str, list[Tensor]] = {}
         for batch, mask in enumerate(work.masks):
             with ExitStack() as stack:
                 for name, linear in work.linears.items():
                     stack.enter_context(_collected(linear, name, mask, hessians))
                 work.run(batch)
         for name in work.linears:
-            if name not in hessians or not hessians[name].isfinite().all():
+            if name not in hessians or not all(h.isfinite().all() for h in hessians[name]):
                 raise ValueError(
                     f"GPTQ needs finite inputs of `{name}`, and the calibration data gives it "
                     "none; check the data, or leave the module out of `target_modules`"
                 )
         return {
-            name: self.round(work.weight(name), hessians[name], format, work.ranges)
+            name: self._round_parts(work.weight(name), hessians[name], format, work.ranges)
             for name, format in work.formats.items()
         }
+
+    def _round_parts(
+        self, weight: Tensor, hessians: list[Tensor], format: WeightFormat, ranges: Ranges
+    ) -> StoredLinear:
+        """Rounds the weights of experts, which lie below one another, or one weight."""
+        rounded = [
+            self.round(part, hessian, format, ranges)
+            for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)
+        ]
+        zeros = [part.zero_point for part in rounded if part.zero_point is not None]
+        return StoredLinear(
+            phi=torch.cat([part.phi for part in rounded]),
+            scale=torch.cat([part.scale for part in rounded]),
+            zero_point=torch.cat(zeros) if zeros else None,
+        )
 
     def round(
         self, weight: Tensor, hessian: Tensor, format: WeightFormat, ranges: Ranges
@@ -124,16 +139,24 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 @contextmanager
 def _collected(
-    linear: nn.Module, name: str, mask: Tensor | None, hessians: dict[str, Tensor]
+    linear: nn.Module, name: str, mask: Tensor | None, hessians: dict[str, list[Tensor]]
 ) -> Iterator[None]:
-    """Adds up ``x x^T`` of the inputs of ``linear`` while it runs, padding left out."""
+    """Adds up ``x x^T`` of the inputs of ``linear`` while it runs, padding left out.
+
+    Weights of experts get tokens sorted by expert, and how many each has; that of an expert
+    without tokens stays zero, and its weight is rounded to nearest.
+    """
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.to(x.device)]
         x = x.reshape(-1, x.shape[-1]).float()
-        hessians[name] = hessians[name] + x.T @ x if name in hessians else x.T @ x
+        products = [part.T @ part for part in (x.split(args[1]) if len(args) > 1 else [x])]
+        before = hessians.get(name)
+        hessians[name] = (
+            products if before is None else [a + b for a, b in zip(before, products, strict=True)]
+        )
 
     hook = linear.register_forward_pre_hook(add)
     try:

@@ -256,18 +256,22 @@ def _layers(place: str, args: InfoArguments) -> dict[str, dict[str, float]]:
     model: PeftModel = load_adapter(place, args.model, args.dtype)
     found = {}
     for name, layer in lrqat_layers(model).items():
-        weight = layer.low_rank_weight("default")
-        start = replace(weight, gamma=0.0, scale=layer.base_layer.frozen("scale0"))
-        rows: Tensor = torch.arange(layer.out_features, device=weight.phi.device)
-        changed = sum(
-            int((inspect_rows(weight, part)[0] != inspect_rows(start, part)[0]).sum())
-            for part in rows.split(ROWS_AT_A_TIME)
-        )
-        now, before = quantized_weight(weight).float(), quantized_weight(start).float()
-        moved = float((now - before).norm() / before.norm().clamp(min=1e-30))
+        changed, moved, size = 0, 0.0, 0.0
+        first = layer.base_layer.frozen("scale0")
+        parts = list(layer.low_rank_weights("default"))
+        for weight, scale in zip(parts, first.chunk(len(parts)), strict=True):
+            start = replace(weight, gamma=0.0, scale=scale)
+            rows: Tensor = torch.arange(weight.shape[0], device=weight.phi.device)
+            changed += sum(
+                int((inspect_rows(weight, part)[0] != inspect_rows(start, part)[0]).sum())
+                for part in rows.split(ROWS_AT_A_TIME)
+            )
+            now, before = quantized_weight(weight).float(), quantized_weight(start).float()
+            moved += float((now - before).square().sum())
+            size += float(before.square().sum())
         found[name] = {
             "changed_integers": changed / (layer.out_features * layer.in_features),
-            "relative_change": moved,
+            "relative_change": (moved / max(size, 1e-60)) ** 0.5,
         }
     return found
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -100,7 +100,11 @@ def export_model(
     config = config_of(model, adapter_name)
     deployed = replace(
         deployed_model(
-            model, adapter_name, lambda grid: writer.stored_grid(grid, container_bits), plain
+            model,
+            adapter_name,
+            lambda grid: writer.stored_grid(grid, container_bits),
+            plain,
+            writer.experts,
         ),
         activations=config.activation_grid if activations == "write" else None,
         tokenizer=tokenizer,
@@ -108,11 +112,13 @@ def export_model(
     writer.check(deployed)
     base = base_of(model)
     generation = base.generation_config if base.can_generate() else None
-    sizes = stored_bits(deployed.targets.values(), writer, deployed.activations)
+    # The experts of a format that holds plain ones are none of its targets.
+    targets = list(deployed.targets.values()) or [target_of(n, m) for n, m in layers.items()]
+    sizes = stored_bits(targets, writer, deployed.activations)
     if writer.is_small and sizes.wasteful:
         logger.warning(f"{sizes.remark(writer)}; `lrqat recipe` finds settings that take less")
     _warn_of_runtimes(writer, deployed)
-    bar = tqdm(total=len(layers), desc=f"exporting {format}", unit="layer", disable=not progress)
+    bar = tqdm(total=len(targets), desc=f"exporting {format}", unit="layer", disable=not progress)
     with whole_directory(path) as directory:
         if generation is not None:
             _save_generation_config(generation, directory)
@@ -164,12 +170,16 @@ def deployed_model(
     adapter_name: str,
     stored_grid: Callable[[Grid], Grid] = lambda grid: grid,
     plain: Collection[str] = (),
+    experts: str | None = "plain",
 ) -> DeployedModel:
     """``model`` under an adapter as formats see it, its integers on grids that hold them.
 
-    The layers named in ``plain`` are plain weights.
+    The layers named in ``plain`` are plain weights; ``experts`` is how a `Format` holds those of
+    experts.
     """
     layers = low_bit_layers(model)
+    if experts == "plain":
+        plain = (*plain, *(name for name, layer in layers.items() if frozen_of(layer).experts))
     targets = {
         name: replace(target, grid=stored_grid(target.grid))
         for name, layer in layers.items()
@@ -182,12 +192,21 @@ def deployed_model(
             if isinstance(value, Tensor):
                 yield name, value
             elif name in plain:
-                yield f"{name}.weight", quantized_linear(name, value, adapter_name).weight
+                weight = quantized_linear(name, value, adapter_name).parameter
+                yield target_of(name, value).parameter_name, weight
             else:
                 yield name, targets[name]
 
+    @lru_cache(maxsize=1)  # experts of one layer follow one another
+    def whole(name: str) -> QuantizedLinear:
+        return quantized_linear(name, layers[name], adapter_name)
+
     def quantize(target: Target) -> QuantizedLinear:
-        linear = quantized_linear(target.name, layers[target.name], adapter_name)
+        if target.name in layers:
+            linear = quantized_linear(target.name, layers[target.name], adapter_name)
+        else:
+            name, rows = layout().parts[target.name]
+            linear = whole(name).rows(target.name, rows)
         # Packed integers are counted from the lowest of the wider grid.
         return linear.on(target.grid)
 
@@ -195,9 +214,13 @@ def deployed_model(
     def layout() -> CheckpointLayout:
         return CheckpointLayout(base_of(model), tensors)
 
+    deployed = targets
+    if experts == "apart" and any(target.experts for target in targets.values()):
+        found = (value for _, value in layout().tensors() if isinstance(value, Target))
+        deployed = {target.name: target for target in found}
     return DeployedModel(
         config=_config(model, adapter_name),
-        targets=targets,
+        targets=deployed,
         tensors=tensors,
         checkpoint_tensors=lambda: layout().tensors(),
         quantize=quantize,

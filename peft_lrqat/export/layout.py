@@ -7,6 +7,7 @@ and undoes that in `save_pretrained`. Runtimes know the names of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,10 +37,15 @@ class CheckpointLayout:
         self.targets = {
             _key(n, value): value for n, value in tensors() if isinstance(value, Target)
         }
+        # The weights of experts, each a linear layer in the checkpoint: its rows by its name.
+        self._parts = {
+            key: self._apart(key, target) for key, target in self.targets.items() if target.experts
+        }
+        apart = {name for parts in self._parts.values() for name in parts}
         whole = revert_weight_conversion(model, dict(shapes))
         # By the first of its tensors: the tensors that are converted together.
         self._groups: dict[str, list[str]] = {name: [name] for name in shapes}
-        self._names = {name: name for name in self.targets}
+        self._names = {name: name for name in self.targets if name not in self._parts}
         if {n: t.shape for n, t in whole.items()} != {n: t.shape for n, t in shapes.items()}:
             self._find_groups(shapes, whole)
         # Whatever runtimes may take for the weight of a linear layer, without ".weight".
@@ -48,7 +54,38 @@ class CheckpointLayout:
             for name, tensor in whole.items()
             if tensor.ndim == 2 and name.endswith(".weight")
         ]
-        self.target_names = {name.removesuffix(".weight") for name in self._names.values()}
+        self.target_names = {
+            name.removesuffix(".weight") for name in (*self._names.values(), *apart)
+        }
+
+    @property
+    def parts(self) -> dict[str, tuple[str, Tensor]]:
+        """The experts' layers by name: the weights they are rows of, and which (rows,)."""
+        return {
+            part.removesuffix(".weight"): (name, rows)
+            for name, parts in self._parts.items()
+            for part, rows in parts.items()
+        }
+
+    def _apart(self, name: str, target: Target) -> dict[str, Tensor]:
+        """Where the rows of experts' weights are in a checkpoint: (rows,) by name."""
+        height = target.out_features // target.experts
+        numbers = torch.arange(target.out_features).view(target.experts, height, 1)
+        numbers = numbers.expand(-1, -1, target.in_features)
+        made = revert_weight_conversion(
+            self._model, {name: numbers.mT if target.is_conv1d else numbers}
+        )
+        width = target.in_features
+        if not all(
+            part.endswith(".weight") and t.dim() == 2 and t.shape[1] == width
+            for part, t in made.items()
+        ):
+            raise ValueError(
+                f"checkpoints of this architecture store `{name}` as "
+                f"{', '.join(map(repr, list(made)[:2]))}, and not as one linear layer for each "
+                "expert; export it as 'packed' or 'dequantized'"
+            )
+        return {part: rows[:, 0].clone() for part, rows in made.items()}
 
     def _find_groups(self, shapes: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
         made: dict[str, list[str]] = {}
@@ -56,7 +93,7 @@ class CheckpointLayout:
             alone = revert_weight_conversion(self._model, {name: tensor})
             for out in alone:
                 made.setdefault(out, []).append(name)
-            if name in self.targets:
+            if name in self._names:
                 ((out, result), *more) = alone.items()
                 if more or result.shape != tensor.shape or not out.endswith(".weight"):
                     raise ValueError(_apart(name, alone))
@@ -75,6 +112,16 @@ class CheckpointLayout:
         members = {name: first for first, group in self._groups.items() for name in group}
         for name, value in self._tensors():
             key = _key(name, value)
+            if isinstance(value, Target) and value.experts:
+                for part, rows in self._parts[key].items():
+                    layer = part.removesuffix(".weight")
+                    yield (
+                        layer,
+                        replace(
+                            value, name=layer, out_features=len(rows), experts=0, is_conv1d=False
+                        ),
+                    )
+                continue
             if isinstance(value, Target):
                 yield self._names[key].removesuffix(".weight"), value
                 continue
@@ -86,13 +133,14 @@ class CheckpointLayout:
 
 
 def _key(name: str, value: Tensor | Target) -> str:
-    return f"{name}.weight" if isinstance(value, Target) else name
+    return value.parameter_name if isinstance(value, Target) else name
 
 
 def _empty(value: Tensor | Target) -> Tensor:
     if isinstance(value, Target):
-        shape = (value.out_features, value.in_features)
-        return torch.empty(shape[::-1] if value.is_conv1d else shape, device="meta")
+        weight = torch.empty(value.out_features, value.in_features, device="meta")
+        weight = weight.unflatten(0, (value.experts, -1)) if value.experts else weight
+        return weight.mT if value.is_conv1d else weight
     return torch.empty_like(value, device="meta")
 
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from ..base.downcast import DowncastLinear
 from ..base.embedding import DowncastEmbedding
+from ..base.experts import DowncastExperts
 from ..formats.linear import QuantizedLinear, Target
 from ..lrqat.config import LRQATConfig
-from ..lrqat.layer import LRQATLayer
+from ..lrqat.layer import LRQATLayer, rows_of
 from ..quant import quantized_codes, quantized_weight
 from ..quant.grid import SCALE_DTYPES
 
@@ -72,6 +73,11 @@ def frozen_of(layer: Layer) -> DowncastLinear:
     return layer.base_layer if isinstance(layer, LRQATLayer) else layer
 
 
+def is_transposed(base: DowncastLinear) -> bool:
+    """Whether the weight of the plain model is (in, out)."""
+    return base.is_transposed if isinstance(base, DowncastExperts) else base.is_conv1d
+
+
 def target_of(name: str, layer: Layer) -> Target:
     """What is known of a layer before its integers are computed."""
     base = frozen_of(layer)
@@ -81,7 +87,8 @@ def target_of(name: str, layer: Layer) -> Target:
         scale_dtype=base.format.scale_dtype,
         out_features=layer.out_features,
         in_features=layer.in_features,
-        is_conv1d=base.is_conv1d,
+        is_conv1d=is_transposed(base),
+        experts=base.experts,
         is_embedding=isinstance(base, DowncastEmbedding),
         dtype=base.dtype,
     )
@@ -92,16 +99,18 @@ def quantized_linear(name: str, layer: Layer, adapter_name: str) -> QuantizedLin
     """What one layer ships under one adapter."""
     if not isinstance(layer, LRQATLayer) or not has_factors(layer, adapter_name):
         return _frozen_linear(name, frozen_of(layer))
-    weight = layer.low_rank_weight(adapter_name)
-    format = weight.format
+    parts = list(layer.low_rank_weights(adapter_name))
+    format = layer.base_layer.format
+    step = rows_of(weight.step() for weight in parts)
     return QuantizedLinear(
         name=name,
         grid=format.grid,
-        codes=quantized_codes(weight),
-        scale=weight.step().float().to(SCALE_DTYPES[format.scale_dtype]),
-        zero_point=weight.zero_point,
-        weight=quantized_weight(weight),
-        is_conv1d=layer.base_layer.is_conv1d,
+        codes=rows_of(map(quantized_codes, parts)),
+        scale=step.float().to(SCALE_DTYPES[format.scale_dtype]),
+        zero_point=layer.base_layer.frozen("zero_point"),
+        weight=rows_of(map(quantized_weight, parts)),
+        is_conv1d=is_transposed(layer.base_layer),
+        experts=layer.base_layer.experts,
     )
 
 
@@ -116,5 +125,6 @@ def _frozen_linear(name: str, base: DowncastLinear) -> QuantizedLinear:
         scale=base.frozen("scale0").to(SCALE_DTYPES[format.scale_dtype]),
         zero_point=zero_point,
         weight=base.stored_weight(),
-        is_conv1d=base.is_conv1d,
+        is_conv1d=is_transposed(base),
+        experts=base.experts,
     )

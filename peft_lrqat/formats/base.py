@@ -63,6 +63,9 @@ class Format(ABC):
     scale_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     holds_conv1d: ClassVar[bool] = False
     holds_embeddings: ClassVar[bool] = False
+    # How it holds the weights of experts: "whole", as they are in memory; "apart", each as the
+    # linear layer that it is in checkpoints; "plain", without integers; None: not at all.
+    experts: ClassVar[str | None] = None
     balanced_bits: ClassVar[tuple[int, ...]] = ()  # others take a bit more, as odd half steps
     is_small: ClassVar[bool] = True  # the point of its files
     takes_container_bits: ClassVar[bool] = True  # integers may be stored at a greater width
@@ -135,7 +138,12 @@ class Format(ABC):
                 " export them as plain weights with embeddings='plain', or use format='packed' or"
                 " 'gguf'"
             )
-        shape = target.in_features, target.is_conv1d
+        if target.experts and self.experts is None:
+            return (
+                f"{self.name} holds no weights of experts; use format='compressed-tensors',"
+                " 'packed' or 'dequantized'"
+            )
+        shape = target.in_features, target.is_conv1d and not target.experts
         return self.why_not(target.grid, target.scale_dtype, *shape)
 
     def why_not_activations(

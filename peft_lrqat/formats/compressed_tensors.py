@@ -38,6 +38,7 @@ class CompressedTensors(SafetensorsFormat):
     """For vLLM and transformers."""
 
     name = "compressed-tensors"
+    experts = "apart"
     # The loader computes in the model's dtype and rounds scales to it.
     scale_dtypes = ("bfloat16", "float16")
     tags = ("compressed-tensors",)

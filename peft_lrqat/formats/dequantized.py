@@ -16,6 +16,7 @@ class Dequantized(SafetensorsFormat):
 
     name = "dequantized"
     holds_conv1d = holds_embeddings = True
+    experts = "plain"
     balanced_bits = ALL_BITS
     is_small = False
     snippet = """from transformers import {auto_class}
@@ -25,7 +26,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
     def tensors_of(
         self, linear: QuantizedLinear, activations: Grid | None
     ) -> Iterator[tuple[str, Tensor]]:
-        yield "weight", linear.weight.T.contiguous() if linear.is_conv1d else linear.weight
+        yield "weight", linear.parameter
 
     def stored_bytes(self, target: Target, activations: Grid | None = None) -> int:
         return target.num_weights * target.dtype.itemsize

@@ -21,9 +21,15 @@ class Target:
     scale_dtype: str  # such as "bfloat16"
     out_features: int
     in_features: int
-    is_conv1d: bool = False  # transformers' Conv1D, whose weight is (in, out)
+    is_conv1d: bool = False  # transformers' Conv1D, or experts, whose weight is (in, out)
     is_embedding: bool = False  # an embedding, to which the output layer may be tied
+    experts: int = 0  # whose weights lie below one another; 0: it is one weight
     dtype: torch.dtype = torch.bfloat16  # of the weight that the model computes with
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the weight in the plain model."""
+        return self.name if self.experts else f"{self.name}.weight"
 
     @property
     def num_weights(self) -> int:
@@ -68,6 +74,7 @@ class QuantizedLinear:
     zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
     weight: Tensor  # (out, in) in ``dtype``: what the model computes with
     is_conv1d: bool
+    experts: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +98,26 @@ class QuantizedLinear:
             return replace(self, grid=grid)
         # Halving a scale is exact.
         return replace(self, grid=grid, codes=2 * self.codes + 1, scale=self.scale / 2)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight in the layout of the plain model."""
+        weight = self.weight.unflatten(0, (self.experts, -1)) if self.experts else self.weight
+        return weight.mT.contiguous() if self.is_conv1d else weight
+
+    def rows(self, name: str, rows: Tensor) -> QuantizedLinear:
+        """Some rows as a weight of their own."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return replace(
+            self,
+            name=name,
+            codes=self.codes[rows],
+            scale=self.scale[rows],
+            zero_point=zero_point,
+            weight=self.weight[rows],
+            is_conv1d=False,
+            experts=0,
+        )
 
     def scale_as(self, dtype: torch.dtype) -> Tensor:
         """The scales in another dtype; ValueError if it cannot represent them exactly."""

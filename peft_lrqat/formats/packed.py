@@ -9,6 +9,9 @@ and a target's weight becomes:
     zero_points  (out, ceil(groups * bits / 8)) uint8, packed like the codes; asymmetric grids only
     bits         in the configuration, by module, with the group size and the width ``in``
 
+With ``"experts": E`` it stands for the weights of E experts below one another, under the name of
+their parameter (version 7).
+
 The weight is ``scale * (codes - zero_point)`` in float32, on a balanced grid
 ``scale * (codes + 1/2)``, rounded once to the model's dtype. All other tensors are stored as they
 are. The metadata of each file have digests of its tensors and of ``config.json``, as those of
@@ -36,7 +39,7 @@ from .stored import StoredTensors, build
 
 
 METHOD = "lrqat"
-WHOLE_VERSION, BALANCED_VERSION = PACKED_VERSIONS
+WHOLE_VERSION, BALANCED_VERSION, EXPERTS_VERSION = PACKED_VERSIONS
 
 
 class Packed(SafetensorsFormat):
@@ -44,6 +47,7 @@ class Packed(SafetensorsFormat):
 
     name = "packed"
     holds_conv1d = holds_embeddings = True
+    experts = "whole"
     balanced_bits = ALL_BITS
     tags = ("packed",)
     checkpoint_names = False
@@ -70,6 +74,8 @@ model = load_quantized("this folder")"""
         modules = {name: _describe(target) for name, target in model.targets.items()}
         halves = any(target.grid.balanced for target in model.targets.values())
         version = BALANCED_VERSION if halves else WHOLE_VERSION
+        if any(target.experts for target in model.targets.values()):
+            version = EXPERTS_VERSION
         return {"quant_method": METHOD, "format_version": version, "modules": modules}
 
     def load(self, path: Path, model_class: type[PreTrainedModel], dtype: torch.dtype) -> Loaded:
@@ -109,7 +115,8 @@ def _load(
         kinds = ("codes", "scale", "zero_points")
         tensors = {kind: stored.take(f"{name}.{kind}") for kind in kinds}
         try:
-            weights[f"{name}.weight"] = _weight(fields, tensors, config.dtype)
+            key = name if fields.get("experts") else f"{name}.weight"
+            weights[key] = _weight(fields, tensors, config.dtype)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`{name}` in {path} is damaged: {error}") from None
     return build(path, config, weights, stored, config.dtype if dtype is None else dtype)
@@ -117,9 +124,10 @@ def _load(
 
 def _describe(target: Target) -> dict[str, Any]:
     """What the configuration says of a weight."""
-    special = {"embedding": True} if target.is_embedding else {}
+    special: dict[str, Any] = {"embedding": True} if target.is_embedding else {}
     special |= {"balanced": True} if target.grid.balanced else {}
     special |= {"k_quant": True} if target.grid.k_quant else {}
+    special |= {"experts": target.experts} if target.experts else {}
     return special | {
         "bits": target.grid.bits,
         "symmetric": target.grid.symmetric,
@@ -149,7 +157,7 @@ def _read_modules(path: Path) -> dict[str, dict[str, Any]]:
     if version not in PACKED_VERSIONS:
         raise ValueError(
             f"{path} is of version {version!r} of the format, but this peft_lrqat reads"
-            f" {WHOLE_VERSION} and {BALANCED_VERSION}; run `pip install -U peft-lrqat`"
+            f" {', '.join(map(str, PACKED_VERSIONS))}; run `pip install -U peft-lrqat`"
         )
     if not isinstance(modules, dict):
         raise ValueError(f"`modules` in {path / CONFIG_NAME} must be an object, but is {modules!r}")
@@ -190,4 +198,6 @@ def _weight(
     codes = unpack(found["codes"], grid.bits, columns).float() + grid.qmin
     zero_point = None if grid.symmetric else unpack(found["zero_points"], grid.bits, groups)
     weight = grid.values(codes, scale, zero_point).to(dtype)
-    return weight.T if fields["transposed"] else weight
+    if experts := fields.get("experts"):
+        weight = weight.unflatten(0, (experts, -1))
+    return weight.mT if fields["transposed"] else weight

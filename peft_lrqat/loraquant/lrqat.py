@@ -127,6 +127,11 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], 
                     f"`{name}` needs lrqat_A, lrqat_B and lrqat_scale, but not all are there; the "
                     "adapter's file is not whole"
                 )
+            if B.dim() != 2:
+                raise ValueError(
+                    f"the factors of `{name}` belong to {len(B)} experts, which are not packed; "
+                    "keep this adapter as it is, or train it without `target_parameters`"
+                )
             factors[name] = B, A
         elif kind == FINGERPRINT:
             rest[f"{module}.{PACKED_FINGERPRINT}"] = tensor

@@ -12,7 +12,7 @@ from peft.utils import PeftType
 from torch import nn
 from transformers.utils import logging
 
-from ..base.settings import WeightSettings, check_bits
+from ..base.settings import WeightSettings, check_bits, check_parameter_names
 from ..quant import Grid
 from ..quant.grid import SCALE_DTYPES
 from ..shared.checks import (
@@ -30,6 +30,7 @@ from ..shared.fields import helpful_arguments
 logger = logging.get_logger(__name__)
 # Raised when the same file would give other integers than before.
 FORMAT_VERSION = 1
+EXPERT_FIELDS = "target_parameters", "experts_share_a"
 
 
 @helpful_arguments(like=LoraConfig)
@@ -78,6 +79,22 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         default=None,
         metadata={
             "help": "Modules to leave alone: names or endings of names, or one regular expression."
+        },
+    )
+    target_parameters: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Weights of experts to quantise and train, which transformers keeps as one "
+            "parameter for each projection: names or endings of names, such as "
+            "['experts.gate_up_proj', 'experts.down_proj'], or 'all-experts'. Left out: those that "
+            "a low-bit base holds; in other models none."
+        },
+    )
+    experts_share_a: bool = field(
+        default=False,
+        metadata={
+            "help": "The experts of a layer share lrqat_A, which makes the adapter smaller. "
+            "Default False: each has its own."
         },
     )
     modules_to_save: Optional[list[str]] = field(
@@ -231,7 +248,8 @@ class LRQATConfig(WeightSettings, AdapterConfig):
             ("base_dtype", (*SCALE_DTYPES, None)),
         ):
             check_choice(name, getattr(self, name), known)
-        for name in ("activation_symmetric", "init_weights", "train_embeddings", "verify_base"):
+        flags = ("activation_symmetric", "init_weights", "train_embeddings", "verify_base")
+        for name in (*flags, "experts_share_a"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
@@ -250,6 +268,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check_names(name, getattr(self, name), one_string=True)
         check_names("modules_to_save", self.modules_to_save, one_string=False)
+        self._check_experts()
         _check_tokens(self.trainable_token_indices)
         if self.trainable_token_indices is not None and self.embedding_bits is not None:
             raise ValueError(
@@ -275,6 +294,14 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_regex(name, getattr(self, name))
+
+    def _check_experts(self) -> None:
+        check_parameter_names(self.target_parameters)
+        if self.target_parameters and self.activation_bits is not None:
+            raise ValueError(
+                "`activation_bits` is not for experts, whose inputs stay as they are; leave out "
+                "`activation_bits` or `target_parameters`"
+            )
 
     @classmethod
     def from_lora(cls, config: LoraConfig, **changes: Any) -> LRQATConfig:
@@ -396,6 +423,9 @@ class LRQATConfig(WeightSettings, AdapterConfig):
         _check_record(self.training_record)  # the trainer sets it on a finished config
         fields = super().to_dict()
         del fields["verify_base"], fields["base_dtype_found"]
+        for name in EXPERT_FIELDS:
+            if not fields[name]:
+                del fields[name]  # unknown to release 0.1
         return fields
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..activations.hooks import round_inputs
 from ..base.downcast import DowncastLinear
+from ..base.embedding import Plain, layer_class
 from ..base.read_weight import ReadWeight
 from ..quant import (
     Grid,
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 
 # For more tokens than this, making the weight again costs little beside multiplying with it.
 CACHED_TOKENS = 256
+
+
+def rows_of(parts: Iterable[Tensor]) -> Tensor:
+    """The parts of a layer, one below the other."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
 
 
 class _ExactParameterDict(nn.ParameterDict):
@@ -144,11 +151,12 @@ class LRQATLayer(BaseTunerLayer):
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self.pass_through[adapter_name] = config.clipped_gradient == "pass_through"
         self.activations[adapter_name] = config.activation_grid
+        shape_A, shape_B = self._factor_shapes(config)
         self.lrqat_A[adapter_name] = nn.Parameter(
-            torch.empty(config.r, self.in_features, dtype=torch.float32, device=device)
+            torch.empty(shape_A, dtype=torch.float32, device=device)
         )
         self.lrqat_B[adapter_name] = nn.Parameter(
-            torch.zeros(self.out_features, config.r, dtype=torch.float32, device=device)
+            torch.zeros(shape_B, dtype=torch.float32, device=device)
         )
         self.lrqat_scale[adapter_name] = nn.Parameter(base.frozen("scale0").clone())
         # Packed factors bring theirs when they are unpacked; a loader that does not unpack them
@@ -165,11 +173,16 @@ class LRQATLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _factor_shapes(self, config: LRQATConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B."""
+        return (config.r, self.in_features), (self.out_features, config.r)
+
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """A Kaiming-uniform and B zero; or, with ``init_weights=False``, B such that gamma * B @ A
         has a deviation of one step.
         """
-        nn.init.kaiming_uniform_(self.lrqat_A[adapter_name], a=math.sqrt(5))
+        rows = self.lrqat_A[adapter_name].data.view(-1, self.in_features)
+        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(self.lrqat_B[adapter_name])
         else:
@@ -179,10 +192,14 @@ class LRQATLayer(BaseTunerLayer):
             )
             nn.init.normal_(self.lrqat_B[adapter_name], std=std)
 
-    def low_rank_weight(self, adapter_name: str) -> LowRankWeight:
-        """The tensors that decide the integers of this layer under one adapter; the only way to
-        forward, merge and export.
+    def low_rank_weights(self, adapter_name: str) -> Iterator[LowRankWeight]:
+        """The tensors that decide the integers of this layer under one adapter, by parts that
+        together make its rows; the only way to merge and export.
         """
+        yield self.low_rank_weight(adapter_name)
+
+    def low_rank_weight(self, adapter_name: str) -> LowRankWeight:
+        """The same for a layer of one part, which computes with it, too."""
         self._verify_base(adapter_name)
         base = self.base_layer
         zero_point = base.frozen("zero_point")
@@ -198,25 +215,30 @@ class LRQATLayer(BaseTunerLayer):
             pass_through=self.pass_through[adapter_name],
         )
 
-    def _inference_weight(self, adapter_name: str, x: Tensor) -> Tensor:
-        """W_hat, (out, in) in the base's dtype, held from an earlier call where it is the same."""
-        w, fingerprint = self.low_rank_weight(adapter_name), self.base_layer.fingerprint
+    def _inference_weight(
+        self, adapter_name: str, x: Tensor, w: LowRankWeight, part: str
+    ) -> Tensor:
+        """W_hat, (out, in) in the base's dtype, held from an earlier call where it is the same.
+
+        ``part`` names it in the cache.
+        """
+        fingerprint = self.base_layer.fingerprint
         # A graph would go on using memory that the cache no longer holds.
         if self.cache is None or capturing():
             return quantized_weight(w)
-        held: Any = self.cache.get(self.name, adapter_name)
+        held: Any = self.cache.get(part, adapter_name)
         weight = None if held is None else held.current(w, fingerprint)
         if weight is not None:
             return weight
         if x.numel() > CACHED_TOKENS * self.in_features:
             return quantized_weight(w)
         held = HeldWeight.make(w, fingerprint)
-        self.cache.put(self.name, adapter_name, held)
+        self.cache.put(part, adapter_name, held)
         return held.weight
 
-    def _forget_weight(self, adapter_name: str) -> None:
+    def _forget_weight(self, adapter_name: str, part: str) -> None:
         if self.cache is not None:
-            self.cache.drop(self.name, adapter_name)
+            self.cache.drop(part, adapter_name)
 
     def quantized_codes(self, adapter_name: str | None = None) -> Tensor:
         """The integers that ship, (out, in), int8 or (asymmetric) uint8; of the active adapter by
@@ -225,7 +247,7 @@ class LRQATLayer(BaseTunerLayer):
         name = adapter_name or self._adapter_to_run()
         if name is None:
             raise ValueError("no adapter of this layer is active; give `adapter_name`")
-        return quantized_codes(self.low_rank_weight(name))
+        return rows_of(map(quantized_codes, self.low_rank_weights(name)))
 
     def matches_base(self, adapter_name: str, fingerprint: Tensor) -> bool:
         """Whether ``fingerprint`` of a saved adapter is that of the downcast weight here."""
@@ -289,8 +311,13 @@ class LRQATLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._verified.pop(adapter_name, None)
-        self._forget_weight(adapter_name)
+        for part in self._cached_parts():
+            self._forget_weight(adapter_name, part)
         super().delete_adapter(adapter_name)
+
+    def _cached_parts(self) -> Iterator[str]:
+        """The names of this layer's dense weights in the cache."""
+        yield self.name
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -321,7 +348,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
 
     def __init__(
         self,
-        linear: nn.Linear | Conv1D | DowncastLinear,
+        linear: Plain | DowncastLinear,
         adapter_name: str,
         format: WeightFormat,
         config: LRQATConfig,
@@ -333,7 +360,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         if isinstance(linear, DowncastLinear):
             base = linear
         else:
-            base = DowncastLinear.from_linear(
+            base = layer_class(linear).from_linear(
                 linear,
                 format,
                 estimator=config.range_estimator,
@@ -371,11 +398,11 @@ class LRQATLinear(nn.Module, LRQATLayer):
         bias = None if base.bias is None else base.bias.to(dtype)
         if self._infers():
             tokens = x.to(dtype) if grid is None else quantized_tokens(x.to(dtype), grid)
-            y = nn.functional.linear(
-                tokens, self._inference_weight(adapter_name, x).to(dtype), bias
-            )
+            w = self.low_rank_weight(adapter_name)
+            weight = self._inference_weight(adapter_name, x, w, self.name)
+            y = nn.functional.linear(tokens, weight.to(dtype), bias)
         else:
-            self._forget_weight(adapter_name)
+            self._forget_weight(adapter_name, self.name)
             y = fake_quant_linear(x.to(dtype), self.low_rank_weight(adapter_name), bias, grid)
         return y if autocast else y.to(x.dtype)
 
@@ -458,7 +485,7 @@ class LRQATLinear(nn.Module, LRQATLayer):
         return plain
 
     def _merged_weight(self, adapter_name: str, safe_merge: bool) -> Tensor:
-        weight = quantized_weight(self.low_rank_weight(adapter_name))
+        weight = rows_of(map(quantized_weight, self.low_rank_weights(adapter_name)))
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(
                 # PEFT's words first, which callers know.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -14,6 +15,7 @@ from peft.tuners.tuners_utils import (
     cast_adapter_dtype,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -21,10 +23,20 @@ from transformers.utils import logging
 from ..activations import attention
 from ..base.downcast import DowncastLinear
 from ..base.embedding import DowncastEmbedding, Ends, TiedHead, input_embedding, untie_head
+from ..base.experts import (
+    DowncastExperts,
+    ExpertWeights,
+    expert_weights,
+    find_experts,
+    fuse_experts,
+    put_expert_weights,
+)
+from ..base.settings import ALL_EXPERTS
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
 from .embedding import LRQATEmbedding
+from .experts import LRQATExperts
 from .layer import LRQATLayer, LRQATLinear
 from .low_bit import (
     check_saved_modules,
@@ -76,6 +88,7 @@ class LRQATModel(BaseTuner):
         shared = layers[0].cache if layers else None
         self._cache: TensorCache = shared or TensorCache(CACHE_BYTES)
         self._plan: Plan | None = None
+        self._experts: tuple[str, ...] = ()
         self._progress = logging.tqdm(disable=True)
         super().__init__(model, *args, **kwargs)
 
@@ -122,7 +135,13 @@ class LRQATModel(BaseTuner):
         low_bit = {*frozen, *weights, *tied}
         check_saved_modules(peft_config, low_bit)
         if all_linear and frozen:
-            peft_config.target_modules = cast(Any, set(frozen) - set(weights))
+            stacked = {n for n, layer in frozen.items() if isinstance(layer, DowncastExperts)}
+            peft_config.target_modules = cast(Any, set(frozen) - set(weights) - stacked)
+            if peft_config.target_parameters is None and stacked:
+                peft_config.target_parameters = sorted(stacked)
+        experts = find_experts(model, peft_config)
+        if peft_config.target_parameters == ALL_EXPERTS:
+            peft_config.target_parameters = list(experts)
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear:
             heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()
@@ -135,7 +154,7 @@ class LRQATModel(BaseTuner):
         frozen = {
             name: layer
             for name, layer in frozen.items()
-            if self._check_target_module_exists(peft_config, name)
+            if name in experts or self._check_target_module_exists(peft_config, name)
         }
         if frozen:
             take_grids(peft_config, frozen)
@@ -147,7 +166,9 @@ class LRQATModel(BaseTuner):
                 name not in tied and bool(self._check_target_module_exists(peft_config, name))
             ),
             weights,
+            experts,
         )
+        self._experts = tuple(experts)
         check_trained_tokens(peft_config, model, {*low_bit, *self._plan.targets})
         # The user's own config, which may serve for several models: what is found in this one must
         # not be taken for the user's word at the next.
@@ -203,7 +224,11 @@ class LRQATModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         format = peft_config.weight_format(current_key, in_features(target))
-        kind = LRQATEmbedding if isinstance(target, DowncastEmbedding) else LRQATLinear
+        kind: type[LRQATLinear] = LRQATLinear
+        if isinstance(target, DowncastExperts | ExpertWeights):
+            kind = LRQATExperts
+        elif isinstance(target, DowncastEmbedding):
+            kind = LRQATEmbedding
         base_dtype = SCALE_DTYPES[
             peft_config.base_dtype_of(current_key) or DTYPE_NAMES[cast(Tensor, target.weight).dtype]
         ]
@@ -220,6 +245,26 @@ class LRQATModel(BaseTuner):
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
         self._progress.update(module.out_features * module.in_features)
+
+    def _inject_parameters(
+        self,
+        peft_config: LRQATConfig,
+        model: nn.Module,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
+    ) -> list[str]:
+        """Adds an adapter to the weights of experts; returns the names of their parameters."""
+        present = expert_weights(model)
+        for name in self._experts:
+            weights = present[name]
+            if isinstance(weights, ExpertWeights):
+                put_expert_weights(model, name, weights)
+            owner, _, kind = name.rpartition(".")
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, weights, kind, model.get_submodule(owner), name
+                )
+        return list(self._experts)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -254,6 +299,7 @@ class LRQATModel(BaseTuner):
             model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if shared:
             config.tie_word_embeddings = tied  # PEFT does not see that they share integers
+        fuse_experts(model)
         if merge:
             _embeddings_follow(model)
         if low_bit and not any(isinstance(m, DowncastLinear) for m in model.modules()):

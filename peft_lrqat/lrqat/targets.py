@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from transformers.utils import logging
 
 from ..activations.attention import check_attention
 from ..base.downcast import DowncastLinear, range_name
+from ..base.experts import ExpertWeights, expert_weights, fused_elsewhere
 from ..quant.grid import SCALE_DTYPES
 from ..quant.storage import WeightFormat
 from .config import LRQATConfig
@@ -49,14 +51,17 @@ def plan(
     config: LRQATConfig,
     is_target: Callable[[str], bool],
     embeddings: tuple[str, ...] = (),
+    experts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Plan:
     """Looks at all targets of ``model``, which stays as it is.
 
     ``is_target`` says of a module's name whether ``config`` means it; ``embeddings`` are those of
-    ``embedding_bits``, which `low_bit` looks at. Raises TypeError for a layer
+    ``embedding_bits``, which `low_bit` looks at; ``experts`` are the weights of experts that
+    `find_experts` found. Raises TypeError for a layer
     of another kind, and ValueError for one that cannot be quantised as ``config`` asks.
     """
     targets = find_targets(model, lambda name: name not in embeddings and is_target(name))
+    targets |= experts
     tied = _tied_weights(model, targets)
     for name, module in targets.items():
         check_target(name, module, config)
@@ -69,7 +74,7 @@ def plan(
         check_attention(model, [model.get_submodule(name.rpartition(".")[0]) for name in targets])
     trained = [name for name in embeddings if is_target(name)]
     _check_patterns(config, [*targets, *embeddings])
-    _warn_of_untouched_experts(model)
+    _warn_of_untouched_experts(model, targets)
     _warn_of_different_targets(model, [*targets, *trained])
     most, others = config.base_dtype, dict(config.base_dtype_pattern)
     if targets and config.base_dtype_is_open:
@@ -117,8 +122,9 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
     reason = _why_not(module)
     if reason is not None:
         raise TypeError(f"`{name}` is a {kind}; {reason}")
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPE_NAMES:
+    weight: Any = module.values if isinstance(module, ExpertWeights) else module.weight
+    plain = isinstance(module, ExpertWeights) or type(weight) is nn.Parameter
+    if not plain or weight.dtype not in DTYPE_NAMES:
         raise TypeError(
             f"`{name}` ({kind}) has a weight of {type(weight).__name__}, {weight.dtype}; LR-QAT "
             "starts from float32, bfloat16 or float16 weights. Load the base model unquantised"
@@ -147,6 +153,8 @@ def _why_not(module: nn.Module) -> str | None:
     """Why LR-QAT cannot stand for a module, and what to do; None if it can."""
     if isinstance(module, BaseTunerLayer):
         return f"it carries an adapter already. Load the base model without it, or {OUT}"
+    if isinstance(module, ExpertWeights):
+        return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return f"nn.MultiheadAttention reads its weight without calling the layer; {OUT}"
     if not isinstance(module, nn.Linear | Conv1D):
@@ -260,12 +268,23 @@ def _tied_weights(model: nn.Module, targets: Mapping[str, nn.Module]) -> set[str
     return {name for name, weight in weights.items() if uses[id(weight)] > own[id(weight)]}
 
 
-def _warn_of_untouched_experts(model: nn.Module) -> None:
-    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n]
-    if experts:
+def _warn_of_untouched_experts(model: nn.Module, targets: Collection[str]) -> None:
+    plain = {
+        name: weights.values.numel()
+        for name, weights in expert_weights(model).items()
+        if isinstance(weights, ExpertWeights) and name not in targets
+    }
+    elsewhere = {name: model.get_parameter(name).numel() for name in fused_elsewhere(model)}
+    left = plain | elsewhere
+    if left:
+        way = (
+            "to quantise them, too, use `target_parameters='all-experts'`"
+            if plain
+            else "LR-QAT does not know how this model computes with them"
+        )
         logger.warning(
-            f"{len(experts)} expert weights stay as they are, for example `{experts[0]}`: LR-QAT "
-            "works on linear modules, and this model keeps its experts as 3-D parameters"
+            f"{len(left)} expert weights stay as they are, for example `{min(left)}`, "
+            f"{sum(left.values()):,} parameters together: {way}"
         )
 
 

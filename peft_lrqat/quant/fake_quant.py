@@ -79,6 +79,7 @@ class _FakeQuantLinear(torch.autograd.Function):
             and scale.shape[1] == 1
             and not rounded_into
             and not torch.compiler.is_compiling()
+            and not torch.is_inference_mode_enabled()  # whose tensors count no writes
         )
         clipped = None
         if low_rank.served(w, x.dtype):

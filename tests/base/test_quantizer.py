@@ -164,7 +164,7 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=6), "format_version` is 6.*pip install -U"),
+        (lambda q: q.update(format_version=8), "format_version` is 8.*pip install -U"),
         (lambda q: q.update(modules={}), "names no module"),
         (lambda q: next(iter(q["modules"].values())).update(bits=9), "2 to 8"),
         (lambda q: next(iter(q["modules"].values())).update(shape=[1]), "shape"),

@@ -44,6 +44,12 @@ MODELS: dict[str, tuple[str, str, dict[str, int | str]]] = {
     ),
     "tiny-llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "tiny-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
+    "tiny-mixtral": ("MixtralForCausalLM", "MixtralConfig", {**DECODER, "num_local_experts": 4}),
+    "tiny-gpt-oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**DECODER, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "tiny-t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "tiny-bart": ("BartForConditionalGeneration", "BartConfig", BART),
     "tiny-bert": ("BertModel", "BertConfig", ENCODER),

@@ -73,6 +73,20 @@ CASES: dict[str, dict[str, list]] = {
         "ALL_CONFIGS": _task("CAUSAL_LM"),
         "PEFT_DECODER_MODELS_TO_TEST": _models("opt", "conv1d", "llama", "qwen2"),
     },
+    "test_target_parameters": {
+        "ALL_CONFIGS": [
+            (
+                model,
+                LRQATConfig,
+                {"task_type": "CAUSAL_LM", "target_modules": [], "target_parameters": names},
+            )
+            for model, names in zip(
+                _models("mixtral", "gpt-oss"),
+                ("all-experts", ["mlp.experts.down_proj"]),
+                strict=True,
+            )
+        ],
+    },
     "test_encoder_decoder_models": {
         "ALL_CONFIGS": _task("SEQ_2_SEQ_LM"),
         "PEFT_ENCODER_DECODER_MODELS_TO_TEST": _models("t5", "bart"),

@@ -1,15 +1,17 @@
 """Exports have the names and shapes that a checkpoint of the architecture has."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
+from mixtures import MIXTURES, experts_of, logits_of, make_mixture
 from peft import get_peft_model
 from safetensors import safe_open
 
 from peft_lrqat import LRQATConfig
-from peft_lrqat.export import export_model, verify_export
+from peft_lrqat.export import export_model, load_quantized, verify_export
 from peft_lrqat.formats.table import FORMATS
 
 
@@ -95,3 +97,60 @@ def test_weights_that_a_checkpoint_stores_together_are_refused(monkeypatch, tmp_
     assert not (tmp_path / "out").exists()
     export_model(model, tmp_path / "out", format="packed", progress=False)
     assert verify_export(model, tmp_path / "out", format="packed").exact
+
+
+def trained_experts(name, **fields):
+    settings = {"target_modules": "all-linear", "target_parameters": "all-experts", "r": 4}
+    settings |= {"bits": 4, "group_size": 16, "init_weights": False, **fields}
+    mixture = make_mixture(name, torch.bfloat16)
+    return get_peft_model(mixture, LRQATConfig(task_type="CAUSAL_LM", **settings)).eval()
+
+
+@pytest.mark.parametrize("format", ["packed", "dequantized", "compressed-tensors"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_low_bit_experts_load_bit_for_bit(format, name, tmp_path):
+    model = trained_experts(name)
+    if (name, format) == ("gpt_oss", "compressed-tensors"):
+        with pytest.raises(ValueError, match="not as one linear layer for each expert; export it"):
+            export_model(model, tmp_path / "out", format=format, progress=False)
+        return
+    export_model(model, tmp_path / "out", format=format, progress=False)
+    assert verify_export(model, tmp_path / "out", format=format).exact
+    make_mixture(name, torch.bfloat16).save_pretrained(tmp_path / "plain")
+    expected = names(tmp_path / "plain")
+    if format == "dequantized":
+        assert names(tmp_path / "out") == expected
+    if format == "compressed-tensors":
+        experts = {n.removesuffix(".weight") for n in expected if re.search(r"experts\.\d", n)}
+        packed = {n.removesuffix(".weight_packed") for n in names(tmp_path / "out")}
+        assert experts
+        assert experts <= packed
+        config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+        assert not [n for n in config["ignore"] if re.search(r"experts\.\d", n)]
+        assert [n for n in config["ignore"] if n.endswith((".gate", ".router"))]
+
+
+def test_a_packed_export_of_experts_is_a_low_bit_base(tmp_path):
+    model = trained_experts("qwen3_moe", symmetric=False, bits=3)
+    export_model(model, tmp_path / "out", format="packed", progress=False)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain = load_quantized(tmp_path / "out")
+    assert torch.equal(logits_of(base), logits_of(model))
+    assert type(experts_of(plain)[0]).__name__ == "Qwen3MoeExperts"
+    assert not [n for n, p in base.named_parameters() if p.dim() == 3]
+
+
+def test_experts_alone(tmp_path):
+    """Without any linear layer among the targets."""
+    model = trained_experts("olmoe", target_modules=[])
+    for format in ("packed", "dequantized", "compressed-tensors"):
+        export_model(model, tmp_path / format, format=format, progress=False)
+        assert verify_export(model, tmp_path / format, format=format).exact
+
+
+@pytest.mark.parametrize("format", ["gptq", "gemma", "gguf"])
+def test_formats_without_experts_refuse_them_by_name(format, tmp_path):
+    model = trained_experts("mixtral", group_size=-1)
+    with pytest.raises(ValueError, match=f"experts.*: {format} holds no weights of experts"):
+        export_model(model, tmp_path / "out", format=format, progress=False)
+    assert not (tmp_path / "out").exists()

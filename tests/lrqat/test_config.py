@@ -20,6 +20,7 @@ OWN = [
 ]
 OTHER_VALUES = {
     "r": 3,
+    "experts_share_a": True,
     "lora_alpha": 1.5,
     "target_modules": ["q_proj", "v_proj"],
     "exclude_modules": ["lm_head"],
@@ -242,7 +243,7 @@ def test_all_documented_values_are_accepted(bits):
 def test_every_field_survives_the_file(tmp_path):
     of_a_run = {"verify_base", "base_dtype_found", "format_version", "library_version"}
     # These exclude some of the other values; tests below have them.
-    apart = {"balanced", "k_quant", "trainable_token_indices"}
+    apart = {"balanced", "k_quant", "trainable_token_indices", "target_parameters"}
     assert {*OTHER_VALUES, *apart} == set(OWN) - of_a_run - {
         "format_version",
         "library_version",
@@ -270,6 +271,17 @@ def test_trained_tokens_survive_the_file(tokens, tmp_path):
 def test_balanced_grids_survive_the_file(tmp_path):
     LRQATConfig(balanced=True).save_pretrained(tmp_path)
     assert LRQATConfig.from_pretrained(tmp_path).weight_grid("q_proj").balanced
+
+
+@pytest.mark.parametrize("names", ["all-experts", ["experts.down_proj"]])
+def test_names_of_experts_survive_the_file(names, tmp_path):
+    config = LRQATConfig(target_parameters=names)
+    config.save_pretrained(tmp_path)
+    assert LRQATConfig.from_pretrained(tmp_path) == config
+
+
+def test_files_of_adapters_without_experts_are_those_of_before():
+    assert not {"target_parameters", "experts_share_a"} & LRQATConfig().to_dict().keys()
 
 
 def test_k_quant_grids_survive_the_file(tmp_path):

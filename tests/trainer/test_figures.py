@@ -109,7 +109,10 @@ def test_a_sample_is_close(make_peft, disturb, lrqat_layers, monkeypatch):
     exact = LRQATCallback().measure(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     monkeypatch.setattr(figures, "SAMPLE", 256)
-    rows = {name: figures._sampled_rows(layer) for name, layer in layers.items()}
+    rows = {
+        name: figures._sampled_rows(layer.low_rank_weight("default"), 1)
+        for name, layer in layers.items()
+    }
     for name, layer in layers.items():
         assert len(rows[name]) == 256 // layer.in_features
         assert len(set(rows[name].tolist())) == len(rows[name])
@@ -130,7 +133,8 @@ def test_a_sample_is_close(make_peft, disturb, lrqat_layers, monkeypatch):
     ("rows", "columns"), [(1, 1), (1, 1 << 18), (3, 1 << 17), (4096, 16), (1 << 20, 1)]
 )
 def test_sampled_rows_are_there(rows, columns):
-    sample = figures._sampled_rows(SimpleNamespace(out_features=rows, in_features=columns))
+    weight = SimpleNamespace(shape=(rows, columns), phi=torch.empty(0))
+    sample = figures._sampled_rows(weight, 1)
     assert 0 <= sample.min() <= sample.max() < rows
     assert len(sample) == min(rows, max(1, figures.SAMPLE // columns)) == len(sample.unique())
 
