@@ -17,6 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peft_lrqat.base.experts import (
+    ExpertWeights,
+    LowBitExperts,
+    by_expert,
+    expert_weights,
+    find_experts,
+    put_expert_weights,
+)
 from peft_lrqat.formats.linear import Target, linear_names
 from peft_lrqat.formats.table import bytes_by_format
 from peft_lrqat.lrqat.config import LRQATConfig
@@ -50,11 +58,33 @@ class Plan:
     architecture: str  # its name
     plain: int  # the unquantised model, which a teacher in memory costs as well
     adapter: int  # the saved adapter
+    plain_experts: int  # of `others`: weights of experts that are not quantised
+    unit: int  # what FSDP2 puts together at a time: a block, or what lies outside them
+    loaded: int  # of the checkpoint's tensors, the largest
     shipped: dict[str, int | str]  # by format, or why not
 
     def peak(self, checkpointing: bool) -> int:
         """Of training on one device."""
         return self.held + self.activations(checkpointing)
+
+    def peak_of_each(self, devices: int, checkpointing: bool) -> int:
+        """Of training on each of several devices under FSDP2, with the same batch on each.
+
+        Everything is shared out; two units are put together, one of them fetched ahead.
+        """
+        shared = self.frozen + self.others + self.training_state
+        together = min(2 * self.unit, shared) if devices > 1 else 0
+        return -(-shared // devices) + together + WORKSPACE + self.activations(checkpointing)
+
+    @property
+    def loading_plain(self) -> int:
+        """The peak while adapters are put on the plain model: its layers are replaced in turn."""
+        return self.plain + self.training_state // 4 + WORKSPACE
+
+    @property
+    def loading_base(self) -> int:
+        """The peak while a low-bit base is loaded."""
+        return self.frozen + self.others + self.loaded
 
     @property
     def held(self) -> int:
@@ -89,6 +119,9 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
     if config.target_modules:
         asked = config.schemes(shapes)
         shapes = {layer: shape for layer, shape in shapes.items() if asked[layer] is not None}
+    experts = cast("dict[str, ExpertWeights]", find_experts(model, config))
+    sizes = {n: (*shape, 0) for n, shape in shapes.items()}
+    sizes |= {n: (m.out_features, m.in_features, m.experts) for n, m in experts.items()}
     targets = [
         Target(
             name=layer,
@@ -96,16 +129,24 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
             scale_dtype=config.scale_dtype,
             out_features=rows,
             in_features=width,
+            experts=number,
             dtype=model.dtype,
         )
-        for layer, (rows, width) in shapes.items()
+        for layer, (rows, width, number) in sizes.items()
     ]
-    own = {id(model.get_submodule(target.name).weight) for target in targets}
+    own = {id(model.get_parameter(target.parameter_name)) for target in targets}
     groups = sum(target.out_features * target.num_groups for target in targets)
-    factors = sum(config.r * (target.out_features + target.in_features) for target in targets)
+    factors = sum(_factors(target, config) for target in targets)
+    plain_experts = sum(
+        p.numel() * p.element_size()
+        for n, p in model.named_parameters()
+        if n in expert_weights(model) and id(p) not in own
+    )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     others = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own)
     vocabulary = cast(Any, model.config).get_text_config().vocab_size
+    loaded = max(p.numel() * p.element_size() for p in model.parameters())
+    unit = _largest_unit(model, targets, config)
     kept = kept_bytes(model, targets, tokens=tokens, batch=batch)
     return Plan(
         weights=sum(target.num_weights for target in targets),
@@ -118,11 +159,37 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
         architecture=type(model).__name__,
         plain=size,
         adapter=4 * (factors + groups),
+        plain_experts=plain_experts,
+        unit=unit,
+        loaded=loaded,
         shipped={
             name: size if isinstance(size, str) else size + others
             for name, size in bytes_by_format(targets).items()
         },
     )
+
+
+def _factors(target: Target, config: LRQATConfig) -> int:
+    """Entries of A and B."""
+    of_A = max(1, 1 if config.experts_share_a else target.experts) * target.in_features
+    return config.r * (of_A + target.out_features)
+
+
+def _largest_unit(model: PreTrainedModel, targets: list[Target], config: LRQATConfig) -> int:
+    """Bytes of the block, or of all that is outside blocks, whose frozen and trained tensors are
+    most.
+    """
+    held = {
+        target.parameter_name: _frozen_bytes(target, config.downcast)
+        + 4 * (_factors(target, config) + target.out_features * target.num_groups)
+        for target in targets
+    }
+    block_of = {id(p): number for number, b in enumerate(_blocks(model)) for p in b.parameters()}
+    units: dict[int | None, int] = {}
+    for name, parameter in model.named_parameters():
+        unit, plain = block_of.get(id(parameter)), parameter.numel() * parameter.element_size()
+        units[unit] = units.get(unit, 0) + held.get(name, plain)
+    return max(units.values())
 
 
 def skeleton(name: str) -> PreTrainedModel:
@@ -169,6 +236,29 @@ class _LowBit(nn.Module):
         return cast(Tensor, _Keeps.apply(x, self.anchor, self.out, self.keeps_output))
 
 
+class _LowBitExperts(nn.Module):
+    """The same for the weights of experts, one of which gets some tokens."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.empty(1, device="meta"))
+        self.out, self.keeps_output = target.out_features // target.experts, target.num_groups == 1
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        def product(expert: int, tokens: Tensor) -> Tensor:
+            kept = _Keeps.apply(tokens, self.anchor, self.out, self.keeps_output)
+            return cast(Tensor, kept)
+
+        return by_expert(x, counts, product, self.out)
+
+
+class _Spread(LowBitExperts):
+    """Experts of which each gets as many tokens as any other: there are no data to choose by."""
+
+    def count(self, chosen: Tensor) -> list[int]:
+        return [len(part) for part in chosen.tensor_split(self.num_experts)]
+
+
 class _FlashAttention(torch.autograd.Function):
     """What a fused attention kernel keeps: its inputs, its output and a number for each row."""
 
@@ -212,13 +302,19 @@ def kept_bytes(
     """What autograd keeps for the backward pass: the fields of `Plan` that say so."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     model.set_attn_implementation(ATTENTION)
+    low_bit = {target.name: _LowBitExperts(target) for target in targets if target.experts}
+    for name, plain in expert_weights(model).items():
+        put_expert_weights(model, name, low_bit.get(name, plain))
+        model.get_submodule(name.rpartition(".")[0]).__class__ = _Spread
     for target in targets:
+        if target.experts:
+            continue
         layer = cast(Any, model.get_submodule(target.name))
         model.set_submodule(target.name, _LowBit(target, layer.bias is not None))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, _LowBit):
+        if isinstance(module, _LowBit | _LowBitExperts):
             module.anchor.requires_grad_(True)
     model.train()
     cast(Any, model.config).pad_token_id = None  # some look for padding in the data

@@ -172,8 +172,7 @@ class LowBitExperts(nn.Module):
         """
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
-        # The only wait for the device.
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        counts = self.count(chosen)
         x = hidden_states[order // top_k_index.shape[-1]]
         up = self._project("gate_up_proj" if self.has_gate else "up_proj", x, counts)
         if self.has_bias:
@@ -189,6 +188,10 @@ class LowBitExperts(nn.Module):
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
         y = y[order.argsort()].unflatten(0, top_k_index.shape).sum(1)
         return y.to(hidden_states.dtype)
+
+    def count(self, chosen: Tensor) -> list[int]:
+        """The tokens of each expert; the only wait for the device."""
+        return torch.bincount(chosen, minlength=self.num_experts).tolist()
 
     def _project(self, kind: str, x: Tensor, counts: list[int]) -> Tensor:
         weights = getattr(self, kind)

@@ -33,7 +33,11 @@ class PlanArguments(JsonOptions):
     tokens: int = field(default=2048, metadata={"help": "tokens in a training example"})
     batch: int = field(default=1, metadata={"help": "examples in a step, on one device"})
     memory: float | None = field(
-        default=None, metadata={"help": "GB of the device: says whether it is enough"}
+        default=None, metadata={"help": "GB of a device: says whether it is enough"}
+    )
+    devices: int = field(
+        default=1,
+        metadata={"help": "how many there are: FSDP2 shares weights and training state out"},
     )
 
 
@@ -51,13 +55,18 @@ def run_plan(argv: Sequence[str]) -> int:
     )
     args, adapter = parser.parse(argv)
     with parser.user_errors():
-        for name in ("tokens", "batch"):
+        for name in ("tokens", "batch", "devices"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, but is {getattr(args, name)}")
         config = adapter_config(adapter)
         plan = make_plan(args.model, config, tokens=args.tokens, batch=args.batch)
     if args.json:
-        peaks = {"peak": plan.peak(False), "peak_checkpointed": plan.peak(True)}
+        peaks = {
+            "peak": plan.peak_of_each(args.devices, False),
+            "peak_checkpointed": plan.peak_of_each(args.devices, True),
+            "loading_plain": plan.loading_plain,
+            "loading_base": plan.loading_base,
+        }
         print(json.dumps({"model": args.model, **dataclasses.asdict(plan), **peaks}))
         return 0
     _print(args, config, plan)
@@ -84,14 +93,24 @@ def _print(args: PlanArguments, config: LRQATConfig, plan: Plan) -> None:
         _row("activations and gradients of the logits", *(plan.activations(way) for way in ways)),
         _row("peak", *(plan.peak(way) for way in ways)),
     ]
+    peaks = [plan.peak_of_each(args.devices, way) for way in ways]
+    if args.devices > 1:
+        rows.append(_row(f"peak of each of {args.devices}, FSDP2", *peaks))
     if args.memory is not None:
-        plain, checkpointed = ("yes" if plan.peak(w) <= args.memory * GB else "no" for w in ways)
+        plain, checkpointed = ("yes" if peak <= args.memory * GB else "no" for peak in peaks)
         rows.append((f"fits {args.memory:g} GB", plain, checkpointed))
     print_columns(("GB of one device", "in training", "with --gradient_checkpointing"), rows)
     print(
         f"\nCUDA takes about half a GB more. The unquantised model has {plan.plain / GB:.2f} GB, "
         "which a teacher in memory\nadds (--distillation_weight without --distillation_cache).\n"
+        f"Before training, loading takes {plan.loading_base / GB:.2f} GB from a low-bit base, and "
+        f"{plan.loading_plain / GB:.2f} GB from the\nplain model.\n"
     )
+    if plan.plain_experts:
+        print(
+            f"{plan.plain_experts / GB:.2f} GB of the other weights are those of experts: "
+            "--target_parameters all-experts quantises them.\n"
+        )
     sizes = {
         name: f"{size / GB:.2f}" for name, size in plan.shipped.items() if not isinstance(size, str)
     }

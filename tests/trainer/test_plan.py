@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from commands_at_work import refusal
+from mixtures import MIXTURES, experts_of, make_mixture, tokens
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, BertConfig
 
-from peft_lrqat import LRQATLayer, deployed_weight_bytes, target_weight_bytes
+from peft_lrqat import LRQATConfig, LRQATLayer, deployed_weight_bytes, target_weight_bytes
 from peft_lrqat.cli import main
 from peft_lrqat.trainer import plan as planning
 from peft_lrqat.trainer.plan import make_plan
@@ -116,6 +117,7 @@ def test_the_command(stored, capsys):
     ("options", "message"),
     [
         (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--devices", "0"], "--devices must be at least 1"),
         (["--group_size", "7"], "group_size"),
         (["--bits", "1"], "bits"),
     ],
@@ -128,3 +130,65 @@ def test_a_model_that_predicts_no_next_token(tmp_path, capsys):
     BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert "plan: error" in refusal(capsys, ["plan", "--model", tmp_path])
+
+
+def experts_config(**fields):
+    settings = {"target_modules": "all-linear", "target_parameters": "all-experts", "r": 4}
+    return LRQATConfig(task_type="CAUSAL_LM", **{**settings, **fields})
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    "fields", [{}, {"group_size": 8, "downcast": "int", "experts_share_a": True}], ids=str
+)
+def test_experts_are_counted(name, fields, tmp_path):
+    make_mixture(name, torch.bfloat16).save_pretrained(tmp_path)
+    plan = make_plan(str(tmp_path), experts_config(**fields), tokens=24, batch=2)
+    fused = name in ("mixtral", "qwen3_moe", "olmoe")  # the attention of the others is another one
+    way = {"attn_implementation": "sdpa"} if fused else {}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **way)
+    model = get_peft_model(base, experts_config(**fields)).train()
+    assert plan.frozen == target_weight_bytes(model)
+    assert plan.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.plain_experts == 0
+    if not fused:
+        return
+    kept, ids = planning._Kept(model), tokens(2, 24)
+    with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    assert plan.kept == pytest.approx(kept.bytes, rel=0.1)
+
+
+def test_experts_that_stay_plain_are_named_with_their_size(tmp_path, capsys):
+    model = make_mixture("qwen3_moe", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    plain = 2 * sum(p.numel() for e in experts_of(model) for p in e.parameters())
+    command = ["plan", "--model", str(tmp_path), "--tokens", "16"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plain_experts"] == plain
+    assert main(command) == 0
+    assert "those of experts: --target_parameters all-experts" in capsys.readouterr().out
+    assert main([*command, "--target_parameters", "all-experts"]) == 0
+    assert "those of experts" not in capsys.readouterr().out
+
+
+def test_several_devices_share_all_but_the_activations(stored, make_config, capsys):
+    plan = make_plan(stored(), make_config(bits=4), tokens=32)
+    shared = plan.frozen + plan.others + plan.training_state
+    assert plan.peak_of_each(1, False) == plan.peak(False)
+    for devices in (2, 4):
+        alone = plan.peak_of_each(devices, True) - plan.activations(True) - planning.WORKSPACE
+        assert alone == -(-shared // devices) + min(2 * plan.unit, shared)
+    assert main(["plan", "--model", stored(), "--devices", "4", "--tokens", "32"]) == 0
+    assert "peak of each of 4, FSDP2" in capsys.readouterr().out
+
+
+def test_the_largest_unit(stored, make_config):
+    config = make_config(bits=4)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(stored()), config)
+    blocks = model.base_model.model.model.layers
+    inside = {id(p) for p in blocks.parameters()}
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks]
+    sizes += [sum(p.numel() * p.element_size() for p in outside)]
+    assert make_plan(stored(), config, tokens=16).unit == max(sizes)
