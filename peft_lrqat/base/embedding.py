@@ -126,7 +126,9 @@ class TiedHead(nn.Module):
         source: Any = self.find()
         if not hasattr(source, "project"):
             return nn.functional.linear(x, source.weight, self.bias)
-        y = source.project(x)
+        # In a model that is spread over devices, the embedding is on the first one.
+        device = next(source.parameters()).device
+        y = source.project(x.to(device)).to(x.device)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

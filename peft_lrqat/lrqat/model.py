@@ -8,6 +8,7 @@ import warnings
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -269,8 +270,15 @@ class LRQATModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Puts a module in its place; it brings its own weight and is on the right device."""
+        """Puts a module in its place; it brings its own weight and is on the right device.
+
+        What accelerate does around the call of the old one, it does around that of the new one.
+        """
         setattr(parent, child_name, new_module)
+        hook = getattr(child, "_hf_hook", None)
+        if hook is not None:
+            remove_hook_from_module(child)
+            add_hook_to_module(new_module, hook)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """NotImplementedError: LR-QAT adapters are not mixed. The message says what to do."""

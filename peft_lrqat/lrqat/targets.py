@@ -116,8 +116,14 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
     if isinstance(module, LRQATLinear):
         _check_same_recipe(name, module, config)
         return
-    if isinstance(module, DowncastLinear):
-        return  # `take_grids` has compared it with the config
+    if isinstance(module, DowncastLinear):  # `take_grids` has compared it with the config
+        if _is_offloaded(module):
+            raise ValueError(
+                f"the integers of `{name}` are offloaded, to CPU or disk, and adapters need them "
+                "where they are computed with; load the base without offloading, or spread it over "
+                "more devices"
+            )
+        return
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     reason = _why_not(module)
     if reason is not None:
@@ -129,7 +135,7 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
             f"`{name}` ({kind}) has a weight of {type(weight).__name__}, {weight.dtype}; LR-QAT "
             "starts from float32, bfloat16 or float16 weights. Load the base model unquantised"
         )
-    if weight.device.type == "meta" or getattr(getattr(module, "_hf_hook", None), "offload", False):
+    if weight.device.type == "meta" or _is_offloaded(module):
         raise ValueError(
             f"the weight of `{name}` is not in memory (meta device, or offloaded to CPU or disk): "
             "its integers cannot be made. Load the base model onto one device, without offloading"
@@ -144,6 +150,12 @@ def check_target(name: str, module: nn.Module, config: LRQATConfig) -> None:
         raise ValueError(
             f"the weight of `{name}` has NaN or infinite entries; repair the base model first"
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the weight when the module is called, and takes it away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
 
 OUT = "leave the module out of `target_modules`"
