@@ -202,7 +202,9 @@ def deployed_model(
         return quantized_linear(name, layers[name], adapter_name)
 
     def quantize(target: Target) -> QuantizedLinear:
-        if target.name in layers:
+        if target.experts:
+            linear = whole(target.name)
+        elif target.name in layers:
             linear = quantized_linear(target.name, layers[target.name], adapter_name)
         else:
             name, rows = layout().parts[target.name]

@@ -140,7 +140,7 @@ class Format(ABC):
             )
         if target.experts and self.experts is None:
             return (
-                f"{self.name} holds no weights of experts; use format='compressed-tensors',"
+                f"{self.name} holds no weights of experts; use format='compressed-tensors', 'gguf',"
                 " 'packed' or 'dequantized'"
             )
         shape = target.in_features, target.is_conv1d and not target.experts

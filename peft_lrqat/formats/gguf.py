@@ -6,6 +6,7 @@ ggml.py makes the blocks of integers, vocabulary.py the tokenizer's words.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ ARCHITECTURES = {
     "phi3": ("phi3", False),
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
+    "qwen3_moe": ("qwen3moe", False),
 }
 MODEL_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -46,6 +48,7 @@ MODEL_CLASSES = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -58,6 +61,7 @@ class Gguf(Format):
     scale_dtypes = ("bfloat16", "float16")
     takes_container_bits = False
     holds_embeddings = True
+    experts = "whole"
     balanced_bits = (2, 3, 4, 5, 6, 7)
     library_name = "gguf"
     tags = ("gguf",)
@@ -123,20 +127,20 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
         if _stretches(config):
             tensors = chain([("rope_freqs.weight", _stretch(config))], tensors)
         for key, value in tensors:
-            is_target = isinstance(value, Target)
-            module, kind = (key, "weight") if is_target else key.rpartition(".")[::2]
-            mapped = names.get_name(module)
-            if mapped is None:
-                raise ValueError(
-                    f"GGUF has no place for `{key}` of a {config.model_type}; export another format"
+            for part in _parts(key, value):
+                mapped = names.get_name(part.module)
+                if mapped is None:
+                    raise ValueError(
+                        f"GGUF has no place for `{key}` of a {config.model_type}; export another"
+                        " format"
+                    )
+                entry = _Entry(part, heads_of(part.module, config) if paired else None)
+                raw = gguf.GGMLQuantizationType[entry.type]
+                writer.add_tensor_info(
+                    f"{mapped}.{part.kind}", entry.shape, entry.numpy_dtype, entry.num_bytes, raw
                 )
-            entry = _Entry(value, heads_of(module, config) if paired else None)
-            raw = gguf.GGMLQuantizationType[entry.type]
-            writer.add_tensor_info(
-                f"{mapped}.{kind}", entry.shape, entry.numpy_dtype, entry.num_bytes, raw
-            )
-            weights += entry.num_bytes if is_target else 0
-            plan.append(entry)
+                weights += entry.num_bytes if entry.is_target else 0
+                plan.append(entry)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -183,34 +187,76 @@ def tensor_names(config: PretrainedConfig) -> Any:
     return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What becomes one tensor of the file: a whole tensor or target, or some rows of experts."""
+
+    module: str
+    kind: str
+    value: Tensor | Target
+    experts: int = 0  # whose rows follow one another; 0: it is no weight of experts
+    half: int | None = None  # of the rows of each expert, the first or the second
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows of a target, (rows,); None: all of them."""
+        if not isinstance(self.value, Target) or self.half is None:
+            return None
+        numbers = torch.arange(self.value.out_features).unflatten(0, (self.experts, 2, -1))
+        return numbers[:, self.half].flatten()
+
+
+def _parts(key: str, value: Tensor | Target) -> list[_Part]:
+    """llama.cpp has the two halves of `gate_up_proj` of experts as two tensors."""
+    owner, _, kind = key.rpartition(".")
+    experts = value.experts if isinstance(value, Target) else 0
+    if isinstance(value, Tensor) and value.dim() == 3 and owner.endswith(".experts"):
+        experts = len(value)
+    if not experts:
+        is_target = isinstance(value, Target)
+        module, kind = (key, "weight") if is_target else (owner, kind)
+        return [_Part(module=module, kind=kind, value=value)]
+    shared: dict[str, Any] = {"kind": "weight", "value": value, "experts": experts}
+    if kind != "gate_up_proj":
+        return [_Part(module=key, **shared)]
+    names = ("gate_proj", "up_proj")
+    return [_Part(module=f"{owner}.{n}", half=half, **shared) for half, n in enumerate(names)]
+
+
 class _Entry:
     """One tensor of the file: what its header says, and its bytes when their turn comes.
 
     ``heads``: of a query or key weight whose rows change places; None for all others.
     """
 
-    def __init__(self, value: Tensor | Target, heads: int | None) -> None:
-        self.value, self.heads = value, heads
+    def __init__(self, part: _Part, heads: int | None) -> None:
+        self.part, self.heads = part, heads
+        value = part.value
         self.is_target = isinstance(value, Target)
         if isinstance(value, Target):
             self.type = ggml.block_type(value.grid, value.in_features)
-            self.shape: tuple[int, ...] = (
-                value.out_features,
-                ggml.row_bytes(self.type, value.in_features),
-            )
+            rows = value.out_features if part.rows is None else len(part.rows)
+            experts = (part.experts, rows // part.experts) if part.experts else (rows,)
+            self.shape: tuple[int, ...] = (*experts, ggml.row_bytes(self.type, value.in_features))
             self.numpy_dtype: np.dtype[Any] = np.dtype(np.uint8)
             item = 1
         else:
             self.type = _plain_type(value)
-            self.shape = tuple(value.shape)
+            self.shape = tuple(self._half_of(value).shape)
             self.numpy_dtype = np.dtype(np.float32)
             item = 4 if self.type == "F32" else 2
         self.num_bytes = int(np.prod(self.shape)) * item
 
+    def _half_of(self, fused: Tensor) -> Tensor:
+        return fused if self.part.half is None else fused.chunk(2, dim=1)[self.part.half]
+
     def data(self, quantize: Callable[[Target], QuantizedLinear]) -> np.ndarray:
-        if not isinstance(self.value, Target):
-            return _plain(self._rows(self.value))
-        return ggml.encode(self.type, quantize(self.value), self._rows)
+        value, rows = self.part.value, self.part.rows
+        if not isinstance(value, Target):
+            return _plain(self._rows(self._half_of(value)))
+        linear = quantize(value)
+        linear = linear if rows is None else linear.rows(self.part.module, rows)
+        return ggml.encode(self.type, linear, self._rows).reshape(self.shape)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.heads is None else paired_rows(tensor, self.heads)
@@ -264,6 +310,8 @@ def _check_config(config: PretrainedConfig) -> None:
             f"GGUF holds a {wanted} with its token head, but this model is a {name}; export"
             " another format"
         )
+    if config.model_type == "qwen3_moe":
+        _check_experts(config)
     if config.hidden_act != "silu":
         raise ValueError(
             f"llama.cpp computes a {config.model_type} with SiLU, which GGUF cannot change, but"
@@ -285,6 +333,17 @@ def _check_config(config: PretrainedConfig) -> None:
         )
 
 
+def _check_experts(config: PretrainedConfig) -> None:
+    """ValueError for a mixture that llama.cpp would compute differently."""
+    needed = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    for name, wanted in needed.items():
+        if (found := getattr(config, name, wanted)) != wanted:
+            raise ValueError(
+                f"llama.cpp computes a {config.model_type} with {name}={wanted!r}, which GGUF"
+                f" cannot change, but it is {found!r}; export another format"
+            )
+
+
 def _add_config(writer: Any, config: PretrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -303,3 +362,7 @@ def _add_config(writer: Any, config: PretrainedConfig) -> None:
     writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_quantization_version(2)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)

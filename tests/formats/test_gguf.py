@@ -72,6 +72,12 @@ ARCHITECTURES = {
     "Phi3": {"pad_token_id": 0},
     "Qwen2": {},
     "Qwen3": {},
+    "Qwen3Moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -130,6 +136,36 @@ def test_architectures(name, tied, make_small, tokenizer, run_llama_cpp, tmp_pat
         assert_llama_cpp_agrees(run_llama_cpp, model, tmp_path / "out" / "model.gguf", within=0.005)
 
 
+@pytest.mark.parametrize(
+    ("names", "grid", "blocks"),
+    [
+        ("all-experts", {"bits": 4, "group_size": 32}, {"Q4_0"}),
+        ("all-experts", {"bits": 2, "symmetric": False}, {"Q2_K"}),
+        (["experts.down_proj"], {"bits": 8, "group_size": 64}, {"Q8_0"}),
+    ],
+)
+def test_experts(names, grid, blocks, make_small, tokenizer, run_llama_cpp, tmp_path):
+    wide = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256}
+    model = make_small("Qwen3Moe", {**grid, "target_parameters": names}, **wide)
+    file = tmp_path / "out" / "model.gguf"
+    export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
+    assert blocks_of(file) == blocks
+    found = verify_export(model, tmp_path / "out", format="gguf")
+    assert found.exact
+    assert found.logits_difference < 1e-4
+    if find_spec("xllamacpp") is not None:
+        assert_llama_cpp_agrees(run_llama_cpp, model, file, within=0.03)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"norm_topk_prob": False}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}]
+)
+def test_mixtures_that_llama_cpp_computes_differently(fields, make_small, tokenizer, tmp_path):
+    model = make_small("Qwen3Moe", **{"norm_topk_prob": True, **fields})
+    with pytest.raises(ValueError, match=f"qwen3_moe with {next(iter(fields))}="):
+        export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
 def test_transformers_loads_the_file_alone(name, make_small, tokenizer, tmp_path):
     model = make_small(name)
@@ -175,7 +211,7 @@ def test_a_model_that_gguf_is_not_written_for(make_peft, make_model, tokenizer, 
     model = make_peft("gemma", torch.bfloat16, bits=4, target_modules=["q_proj"])
     with pytest.raises(
         ValueError,
-        match="GGUF is written for llama, mistral, phi3, qwen2, qwen3, but this model is a gemma",
+        match=r"GGUF is written for llama, mistral, .*, qwen3_moe, but this model is a gemma",
     ):
         export_model(model, tmp_path / "out", format="gguf", tokenizer=tokenizer, progress=False)
     with pytest.raises(ValueError, match="a GGUF file also holds the tokenizer; give `tokenizer`"):
