@@ -546,23 +546,30 @@ def in_cell(perplexities: list[float] | None) -> str:
     return f"{mean:,.{digits}f} ± {half:,.{digits}f}"
 
 
+def table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table in Markdown: a line for each setting and start, a column for each training."""
+    found = summarise(rows)
+    trainings = [name for name in TRAININGS if any(name in by for by in found.values())]
+    lines = ["| setting | start | " + " | ".join(trainings) + " |"]
+    lines.append("|---|---|" + "---|" * len(trainings))
+    for (setting, start), by_training in found.items():
+        cells = " | ".join(in_cell(by_training.get(name)) for name in trainings)
+        lines.append(f"| {setting} | {start} | {cells} |")
+    return lines
+
+
 def print_table(args: argparse.Namespace) -> None:
     rows = [row for row in read_results(Path(args.results)) if row["model"] == args.model]
     if not rows:
         raise SystemExit(f"there are no results of {args.model} in {args.results}")
-    found = summarise(rows)
-    trainings = [name for name in TRAININGS if any(name in by for by in found.values())]
-    print("| setting | start | " + " | ".join(trainings) + " |")
-    print("|---|---|" + "---|" * len(trainings))
-    for (setting, start), by_training in found.items():
-        cells = " | ".join(in_cell(by_training.get(name)) for name in trainings)
-        print(f"| {setting} | {start} | {cells} |")
+    print("\n".join(table_lines(rows)))
     if args.plot:
-        plot(found, trainings, Path(args.plot))
+        found = summarise(rows)
+        plot(found, [n for n in TRAININGS if any(n in by for by in found.values())], args.plot)
 
 
 def plot(
-    found: dict[tuple[str, str], dict[str, list[float]]], trainings: list[str], file: Path
+    found: dict[tuple[str, str], dict[str, list[float]]], trainings: list[str], file: str
 ) -> None:
     """A panel per setting: perplexity by start, one line per training."""
     from matplotlib.figure import Figure

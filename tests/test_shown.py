@@ -1,7 +1,9 @@
 """The figures on the README's first screen are those of a run of the demo."""
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,14 @@ def test_the_figures_of_served_adapters_are_the_runs():
     grown = found["resident after"] - found["resident before"]
     assert f"over 200 adapters | {grown / 1e6:.0f} MB |" in text
     assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]
+
+
+@pytest.mark.parametrize("folder", ["quality_demo", "quality_small_batches"])
+def test_the_tables_of_quality_are_the_runs(folder):
+    results = ROOT / "benchmarks" / "results" / folder
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+    quality = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = quality  # its dataclasses look for their module
+    spec.loader.exec_module(quality)
+    lines = quality.table_lines(quality.read_results(results))
+    assert "\n".join(lines) in (ROOT / "docs" / "results.md").read_text()

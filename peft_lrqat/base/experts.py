@@ -197,7 +197,8 @@ class LowBitExperts(nn.Module):
         weights = getattr(self, kind)
         if isinstance(weights, nn.Module):
             return weights(x, counts)
-        return ExpertWeights.of(self, kind).make()(x, counts)
+        matrices = weights if self.is_transposed else weights.mT  # each (in, out)
+        return by_expert(x, counts, lambda e, tokens: tokens @ matrices[e], matrices.shape[-1])
 
 
 def is_experts(module: nn.Module) -> bool:

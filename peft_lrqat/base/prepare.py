@@ -526,7 +526,10 @@ def _write_rest(directory: Path, name: str, config: LowBitConfig, place: dict[st
     except OSError:
         logger.info(f"{name} has no generation config")
     try:
-        AutoTokenizer.from_pretrained(name, **place).save_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(name, **place)
+        if len(tokenizer) < 2:  # transformers makes some up where there are no files
+            raise ValueError("its files hold no words")
+        tokenizer.save_pretrained(directory)
     except (OSError, ValueError) as error:
         logger.warning(f"{name} has no tokenizer that can be loaded, so none is written: {error}")
     write_card(directory, config)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixtures import make_mixture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,6 +111,13 @@ def gptq(plain, make_gptq, quantise_folder):
 def test_integers_of_others_are_taken_over(gptq, tmp_path):
     prepare_low_bit(gptq, tmp_path / "made", max_shard_bytes=SMALL)
     check_same(tmp_path / "made", saved(gptq, tmp_path / "saved"))
+
+
+def test_no_tokenizer_is_made_up(tmp_path):
+    """transformers makes one without words for some architectures."""
+    make_mixture("qwen3_moe").save_pretrained(tmp_path / "plain")
+    prepare_low_bit(tmp_path / "plain", tmp_path / "base", LowBitConfig(), progress=False)
+    assert not list((tmp_path / "base").glob("tokenizer*"))
 
 
 def test_tokenizer_generation_config_and_card_come_along(tmp_path):

@@ -277,3 +277,17 @@ def test_factors_of_experts_are_not_packed(tmp_path):
     with pytest.raises(ValueError, match="belong to 4 experts, which are not packed"):
         quantize_adapter(tmp_path / "adapter", tmp_path / "packed", progress=False)
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("kind", ["gate_up_proj", "down_proj"])
+def test_one_of_the_two_projections(mixture, kind):
+    """The other one stays a parameter, and is computed with as it lies."""
+    before = logits_of(mixture)
+    model = adapt(mixture, target_modules=[], target_parameters=[f"experts.{kind}"], bits=8)
+    experts = experts_of(model)[-1]
+    assert isinstance(getattr(experts, kind), LRQATExperts)
+    assert sum(isinstance(p, nn.Parameter) for p in experts.parameters(recurse=False)) >= 1
+    torch.testing.assert_close(logits_of(model.eval()), before, rtol=0.2, atol=0.2)
+    merged = model.merge_and_unload()
+    assert type(experts_of(merged)[-1]).__name__.endswith("Experts")
+    torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=1e-4, atol=1e-4)
