@@ -7,11 +7,15 @@ after those of another, and multiplies them with that expert's rows.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.integrations import skip_init_on_device
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
@@ -52,7 +56,9 @@ class ExpertWeights(nn.Module):
         self.weight, self.experts, self.is_transposed = weight, experts, is_transposed
         self.out_features, self.in_features = weight.shape
 
+    # Real weights, even if PEFT creates the adapter's own parameters on the meta device.
     @classmethod
+    @skip_init_on_device
     def of(cls, experts: nn.Module, kind: str) -> ExpertWeights:
         """Those of the parameter ``kind`` of a module of experts, which stays as it is.
 
@@ -71,6 +77,7 @@ class ExpertWeights(nn.Module):
         """The weights in any order."""
         return cast(Tensor, vars(self).get("source", self.weight))
 
+    @skip_init_on_device
     def take(self, fused: Tensor) -> None:
         """Takes the values of the parameter that this stands for."""
         vars(self)["source"] = fused
@@ -78,6 +85,7 @@ class ExpertWeights(nn.Module):
             self.weight = nn.Parameter(fused.flatten(0, 1), requires_grad=False)
         self.make()
 
+    @skip_init_on_device
     def make(self) -> ExpertWeights:
         """These weights, each in its row."""
         source = vars(self).pop("source", None)
@@ -289,17 +297,35 @@ def keep_apart(model: nn.Module) -> None:
     ]
     if not names:
         return
+
+    def of_these(conversion: Any) -> bool:
+        return isinstance(conversion, WeightConverter) and any(
+            re.search(p, name) for p in conversion.target_patterns for name in names
+        )
+
+    known = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
     usual = getattr(model, "_weight_conversions", None)
     if usual is None:
-        conversions = get_model_conversion_mapping(cast(Any, model), add_legacy=False)
-        usual = [c for c in conversions if not isinstance(c, PrefixChange)]
+        usual = [c for c in known if not isinstance(c, PrefixChange)]
+    elif not any(map(of_these, usual)):  # loaded from a low-bit base, which needed none of them
+        usual = [*usual, *filter(of_these, known)]
     vars(model)["_plain_weight_conversions"] = usual
-    vars(model)["_weight_conversions"] = [
-        conversion
-        for conversion in usual
-        if not isinstance(conversion, WeightConverter)
-        or not any(re.search(p, name) for p in conversion.target_patterns for name in names)
-    ]
+    vars(model)["_weight_conversions"] = [c for c in usual if not of_these(c)]
+
+
+@contextmanager
+def as_plain(model: nn.Module) -> Iterator[None]:
+    """Lets transformers convert names as if all experts of ``model`` were plain."""
+    usual = getattr(model, "_plain_weight_conversions", None)
+    if usual is None:
+        yield
+        return
+    now = vars(model)["_weight_conversions"]
+    vars(model)["_weight_conversions"] = usual
+    try:
+        yield
+    finally:
+        vars(model)["_weight_conversions"] = now
 
 
 def _layers(experts: LowBitExperts) -> Iterator[tuple[str, nn.Module]]:
@@ -323,13 +349,14 @@ def find_experts(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """The weights of experts that ``config.target_parameters`` means, by name of the parameter.
 
     ``config`` is that of an adapter or of a low-bit base. Raises ValueError for a name that means
-    none, or one whose computation is not known.
+    none, or one whose computation is not known. ``exclude_modules``, which may also name what they
+    lie in, ``layers_to_transform`` and ``modules_to_save`` are heeded as for modules.
     """
     asked = config.target_parameters
     if not asked:
         return {}
     present = expert_weights(model)
-    everything = asked == ALL_EXPERTS
+    everything = asked in (ALL_EXPERTS, [ALL_EXPERTS])
     names = {".".join(name.split(".")[-2:]) for name in present} if everything else set(asked)
     if not names:
         raise ValueError(_no_experts(model, ALL_EXPERTS, present))
@@ -338,10 +365,17 @@ def find_experts(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         some = {n: m for n, m in present.items() if f".{n}".endswith(f".{asked_name}")}
         if not some:
             raise ValueError(_no_experts(model, asked_name, present))
-        found |= some
-    if everything and config.exclude_modules:
-        found = {n: m for n, m in found.items() if not is_excluded(config, n)}
+        found |= {n: m for n, m in some.items() if _is_meant(config, n, asked_name)}
     return {name: weights for name, weights in present.items() if name in found}
+
+
+def _is_meant(config: Any, name: str, asked_name: str) -> bool:
+    asked = copy.copy(config)
+    asked.target_modules = [asked_name]
+    parts = name.split(".")
+    inside = [".".join(parts[:i]) for i in range(1, len(parts))]
+    excluded = any(is_excluded(config, parent) for parent in inside)
+    return not excluded and bool(check_target_module_exists(asked, name))
 
 
 def _no_experts(model: nn.Module, name: str, present: Collection[str]) -> str:

@@ -18,7 +18,6 @@ from ..shared.checks import (
     check_flag,
     check_integer,
     check_items,
-    check_names,
     check_regex,
 )
 
@@ -225,10 +224,10 @@ def is_excluded(config: Any, name: str) -> bool:
 
 def check_parameter_names(names: object) -> None:
     """``target_parameters``: names of parameters, or 'all-experts'."""
-    if isinstance(names, str) and names != ALL_EXPERTS:
+    if names is None or names == ALL_EXPERTS:
+        return
+    if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) for n in names):
         raise ValueError(
             f"`target_parameters` must be a list of names of parameters, or {ALL_EXPERTS!r}, but "
             f"is {names!r}"
         )
-    if not isinstance(names, str):
-        check_names("target_parameters", names, one_string=False)

@@ -39,7 +39,9 @@ from .options import JsonOptions, ModelOptions
 from .parser import Parser, print_columns
 
 
-LAYER = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lrqat_(?P<part>A|scale)(?:\.weight)?")
+LAYER = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lrqat_(?P<part>A|B|scale)(?:\.weight)?"
+)
 ROWS_AT_A_TIME = 4096
 Facts = dict[str, Any]
 
@@ -181,6 +183,7 @@ def _model(place: str) -> Facts:
             out_features=weight.shape[0],
             in_features=weight.shape[1],
             is_conv1d=weight.transposed,
+            experts=weight.experts,
             is_embedding=weight.embedding,
             dtype=getattr(torch, weight.base_dtype),
         )
@@ -212,13 +215,14 @@ def _targets_of_adapter(place: str, config: LRQATConfig) -> Iterable[Target]:
                 parts = shapes.setdefault(found["module"], {})
                 parts[found["part"]] = stored.get_slice(key).get_shape()
     for name, parts in shapes.items():
-        if parts.keys() == {"A", "scale"}:
+        if parts.keys() == {"A", "B", "scale"}:
             yield Target(
                 name=name,
                 grid=config.weight_grid(name),
                 scale_dtype=config.scale_dtype,
                 out_features=parts["scale"][0],
-                in_features=parts["A"][1],
+                in_features=parts["A"][-1],
+                experts=parts["B"][0] if len(parts["B"]) == 3 else 0,
                 dtype=getattr(torch, config.base_dtype_of(name) or "bfloat16"),
             )
 

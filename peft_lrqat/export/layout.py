@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..base.experts import as_plain
 from ..formats.linear import Target
 
 
@@ -42,7 +43,7 @@ class CheckpointLayout:
             key: self._apart(key, target) for key, target in self.targets.items() if target.experts
         }
         apart = {name for parts in self._parts.values() for name in parts}
-        whole = revert_weight_conversion(model, dict(shapes))
+        whole = _reverted(model, dict(shapes))
         # By the first of its tensors: the tensors that are converted together.
         self._groups: dict[str, list[str]] = {name: [name] for name in shapes}
         self._names = {name: name for name in self.targets if name not in self._parts}
@@ -72,9 +73,7 @@ class CheckpointLayout:
         height = target.out_features // target.experts
         numbers = torch.arange(target.out_features).view(target.experts, height, 1)
         numbers = numbers.expand(-1, -1, target.in_features)
-        made = revert_weight_conversion(
-            self._model, {name: numbers.mT if target.is_conv1d else numbers}
-        )
+        made = _reverted(self._model, {name: numbers.mT if target.is_conv1d else numbers})
         width = target.in_features
         if not all(
             part.endswith(".weight") and t.dim() == 2 and t.shape[1] == width
@@ -90,7 +89,7 @@ class CheckpointLayout:
     def _find_groups(self, shapes: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
         made: dict[str, list[str]] = {}
         for name, tensor in shapes.items():
-            alone = revert_weight_conversion(self._model, {name: tensor})
+            alone = _reverted(self._model, {name: tensor})
             for out in alone:
                 made.setdefault(out, []).append(name)
             if name in self._names:
@@ -129,7 +128,13 @@ class CheckpointLayout:
             waiting[key] = value
             if all(member in waiting for member in group):
                 together = {member: waiting.pop(member) for member in group}
-                yield from revert_weight_conversion(self._model, together).items()
+                yield from _reverted(self._model, together).items()
+
+
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a checkpoint has them."""
+    with as_plain(model):
+        return revert_weight_conversion(model, tensors)
 
 
 def _key(name: str, value: Tensor | Target) -> str:

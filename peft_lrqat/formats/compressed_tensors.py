@@ -8,6 +8,7 @@ bits with 8-bit activations.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..quant.grid import Grid
 from .base import (
@@ -28,6 +30,8 @@ from .base import (
 from .linear import QuantizedLinear, Target
 
 
+logger = logging.get_logger(__name__)
+EXPERT = re.compile(r"\.experts\.\d+\.")
 INSTALL = (
     "writing compressed-tensors needs the package of that name; run"
     " `pip install 'peft-lrqat[export]'`"
@@ -82,6 +86,23 @@ model = {auto_class}.from_pretrained(
                 "transformers loads asymmetric compressed-tensors of one width and group size"
                 " only, but this model has several; export it as 'packed' or 'dequantized', or"
                 " train with symmetric=True"
+            )
+
+        inside = {_scheme(target) for name, target in model.targets.items() if EXPERT.search(name)}
+        plain = [name for name in model.plain_linears() if EXPERT.search(name)]
+        several = len(inside) > 1 or len({bits for bits, _, _ in schemes}) > 1
+        if inside and (plain or several):
+            what = "they have several widths or group sizes"
+            what = f"`{plain[0]}` stays plain" if plain else what
+            raise ValueError(
+                "transformers loads low-bit experts from compressed-tensors only where all of them"
+                f" are low-bit, with one group size and the width of all layers, but {what}; export"
+                " it as 'packed' or 'dequantized', or train all layers with the same settings"
+            )
+        if plain:
+            logger.warning(
+                f"`{plain[0]}` and other experts stay plain: vLLM loads them beside low-bit"
+                " layers, but transformers 5.23 does not"
             )
 
     def tensors_of(

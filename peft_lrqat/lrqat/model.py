@@ -101,7 +101,8 @@ class LRQATModel(BaseTuner):
             # The grids of this base must not be taken for the user's word on another model.
             self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._progress.close()
         layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LRQATLayer)]
@@ -114,6 +115,8 @@ class LRQATModel(BaseTuner):
         self, peft_config: LRQATConfig, model_config: dict[str, Any]
     ) -> LRQATConfig:
         """PEFT's choice of targets, with a warning if it leaves most of the model unquantised."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = []
         chosen = peft_config.target_modules is not None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if not chosen:
@@ -141,8 +144,12 @@ class LRQATModel(BaseTuner):
             if peft_config.target_parameters is None and stacked:
                 peft_config.target_parameters = sorted(stacked)
         experts = find_experts(model, peft_config)
-        if peft_config.target_parameters == ALL_EXPERTS:
-            peft_config.target_parameters = list(experts)
+        if peft_config.target_parameters in (ALL_EXPERTS, [ALL_EXPERTS]) or not experts:
+            asked = bool(peft_config.target_parameters)
+            peft_config.target_parameters = list(experts) if asked else None
+        if len(experts) < len(expert_weights(model)):
+            # PEFT counts modules alone; `inject_adapter` ends what this begins.
+            warnings.filterwarnings("ignore", "You have passed exclude_modules")
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear:
             heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()

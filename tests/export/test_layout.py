@@ -9,8 +9,9 @@ import transformers
 from mixtures import MIXTURES, experts_of, logits_of, make_mixture
 from peft import get_peft_model
 from safetensors import safe_open
+from transformers.utils import logging
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LowBitConfig, LRQATConfig
 from peft_lrqat.export import export_model, load_quantized, verify_export
 from peft_lrqat.formats.table import FORMATS
 
@@ -154,3 +155,45 @@ def test_formats_without_experts_refuse_them_by_name(format, tmp_path):
     with pytest.raises(ValueError, match=f"experts.*: {format} holds no weights of experts"):
         export_model(model, tmp_path / "out", format=format, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+def test_experts_of_a_low_bit_base(name, adapter, tmp_path):
+    make_mixture(name, torch.bfloat16).save_pretrained(tmp_path / "plain")
+    config = LowBitConfig(bits=4, group_size=16, target_parameters="all-experts")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base").eval()
+    if adapter:
+        settings = {"target_modules": "all-linear", "r": 4, "init_weights": False}
+        model = get_peft_model(model, LRQATConfig(task_type="CAUSAL_LM", **settings)).eval()
+    for format in ("compressed-tensors", "packed", "dequantized"):
+        export_model(model, tmp_path / format, format=format, progress=False)
+        assert verify_export(model, tmp_path / format, format=format).exact
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"bits_pattern": {r".*self_attn.*": 8}}, "they have several widths or group sizes"),
+        ({"bits_pattern": {"experts.down_proj": 8}}, "they have several widths or group sizes"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, r"experts\.0\.down_proj` stays plain"),
+        ({"exclude_modules": r".*layers\.0\.mlp.*"}, r"layers\.0\.mlp\.experts.*` stays plain"),
+    ],
+    ids=str,
+)
+def test_experts_that_transformers_would_misread_are_refused(fields, what, tmp_path):
+    """transformers 5.23 loads them, and computes with other weights or random ones."""
+    model = trained_experts("qwen3_moe", **fields)
+    with pytest.raises(ValueError, match=rf"only where all of them.*{what}"):
+        export_model(model, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    export_model(model, tmp_path / "packed", format="packed", progress=False)
+    assert verify_export(model, tmp_path / "packed", format="packed").exact
+
+
+def test_plain_experts_beside_low_bit_layers_are_warned_of(caplog, tmp_path):
+    logging.enable_propagation()
+    export_model(trained_experts("qwen3_moe", target_parameters=None), tmp_path, progress=False)
+    assert "stay plain: vLLM loads them beside low-bit" in caplog.text

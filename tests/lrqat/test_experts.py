@@ -1,6 +1,7 @@
 """LR-QAT on the weights of experts: the same as on a linear layer for each expert."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from peft_lrqat import LowBitConfig, LRQATConfig
 from peft_lrqat.base.experts import LowBitExperts
+from peft_lrqat.cli import main
 from peft_lrqat.loraquant import quantize_adapter
 from peft_lrqat.lrqat.experts import LRQATExperts
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
@@ -291,3 +293,50 @@ def test_one_of_the_two_projections(mixture, kind):
     merged = model.merge_and_unload()
     assert type(experts_of(merged)[-1]).__name__.endswith("Experts")
     torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def low_bit_experts(model):
+    return [name for name, m in model.named_modules() if isinstance(m, LRQATExperts)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"exclude_modules": r".*layers\.0.*"}, [1]),
+        ({"exclude_modules": ["experts.down_proj"]}, [0, 1]),
+        ({"exclude_modules": ["experts"]}, []),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, [1]),
+        ({"modules_to_save": ["experts"]}, []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("names", ["all-experts", ["experts.down_proj", "experts.gate_up_proj"]])
+def test_what_else_chooses_modules_chooses_experts_too(fields, layers, names):
+    model = adapt(make_mixture("qwen3_moe"), target_parameters=names, **fields)
+    found = low_bit_experts(model)
+    assert sorted({int(name.split("layers.")[1][0]) for name in found}) == layers
+    if fields.get("exclude_modules") == ["experts.down_proj"]:
+        assert not [name for name in found if name.endswith("down_proj")]
+
+
+def test_experts_alone_need_no_target_modules():
+    model = adapt(make_mixture("qwen3_moe"), target_modules=None, target_parameters=["all-experts"])
+    assert len(low_bit_experts(model)) == 4
+    assert not [n for n, _ in model.named_parameters() if "q_proj.lrqat" in n]
+
+
+def test_loading_onto_the_meta_device_first(mixture, tmp_path):
+    plain = copy.deepcopy(mixture)
+    model = disturbed(adapt(mixture))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_info_knows_experts(tmp_path, capsys):
+    adapt(make_mixture("qwen3_moe"), group_size=16).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = sum(p.numel() for e in experts_of(make_mixture("qwen3_moe")) for p in e.parameters())
+    assert found["quantised weights"] > weights
+    assert "holds no weights of experts" in str(found["bytes of these by format"]["gptq"])
