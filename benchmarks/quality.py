@@ -43,7 +43,14 @@ from transformers import (
 from transformers.optimization import get_scheduler
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from peft_lrqat import CalibratedStart, LowBitConfig, LRQATConfig, calibrate_low_bit
+from peft_lrqat import (
+    CalibratedStart,
+    LowBitConfig,
+    LRQATConfig,
+    calibrate_low_bit,
+    choose_bits,
+)
+from peft_lrqat.base.bits import as_pattern
 from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.calibration.gptq import GPTQ
 from peft_lrqat.calibration.reconstruct import Reconstruction
@@ -61,6 +68,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W3": {"bits": 3},
     "W2-g64": {"bits": 2, "group_size": 64, "symmetric": False},
     "W2": {"bits": 2, "symmetric": False},
+    # Bits of each layer by what rounding it costs, as many on average.
+    "W3-by-layer": {"average_bits": 3.0},
+    "W2.5-by-layer": {"average_bits": 2.5, "symmetric": False, "group_size": 32},
     "W4-k": {"bits": 4, "symmetric": False, "k_quant": True},
     "W3-k": {"bits": 3, "k_quant": True},
     "W2-k": {"bits": 2, "symmetric": False, "k_quant": True},
@@ -201,13 +211,25 @@ Start = Callable[[Place, Run, LowBitConfig], PreTrainedModel]
 STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks, TUNED: blocks}
 
 
+def settings_of(place: Place, run: Run) -> dict[str, Any]:
+    """The fields of a setting; bits by layer are chosen on calibration data."""
+    fields = dict(SETTINGS[run.setting])
+    average = fields.pop("average_bits", None)
+    if average is not None:
+        text = place.blocks(run.seed, min(64, place.args.calibration_blocks))
+        grid = LowBitConfig(**fields)
+        layers = choose_bits(place.load(place.model), text, grid, average_bits=average)
+        fields["bits"], fields["bits_pattern"] = as_pattern(layers)
+    return fields
+
+
 def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
     """The base that a run starts from, made once for all trainings, and the seconds that took."""
     folder = place.bases / f"{run.setting}-{run.start}-{run.seed}"
     seconds = folder / "seconds.json"
     if not seconds.exists():
         p = {} if place.args.range_p is None else {"range_p": place.args.range_p}
-        config = LowBitConfig(downcast="fixed8", **SETTINGS[run.setting], **p)
+        config = LowBitConfig(downcast="fixed8", **settings_of(place, run), **p)
         begin = time.perf_counter()
         base = STARTS[run.start](place, run, config)
         took = time.perf_counter() - begin

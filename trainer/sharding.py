@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -34,6 +36,8 @@ class ShardedTraining(TrainerPart):
                 "FSDP1 cannot shard integers; set `fsdp_version: 2` in accelerate's configuration, "
                 "or train with DDP"
             )
+        if self.accelerator.num_processes > 1:
+            _check_same_base(self.model)
         if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
             _gather_layer_by_layer(self.model)
         prepare = self.accelerator.prepare
@@ -82,6 +86,19 @@ class ShardedTraining(TrainerPart):
 def is_in_parts(tensor: Tensor) -> bool:
     """Whether each process has a share of a tensor only."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def _check_same_base(model: nn.Module) -> None:
+    """Raises ValueError, on all processes, unless they hold the same frozen weights."""
+    prints = [m.base_layer.fingerprint for m in model.modules() if isinstance(m, LRQATLayer)]
+    digest = hashlib.blake2b(repr(prints).encode(), digest_size=8).hexdigest()
+    found = gather_object([digest])
+    if len(set(found)) > 1:
+        different = [rank for rank, other in enumerate(found) if other != found[0]]
+        raise ValueError(
+            f"processes {different} hold other base weights than process 0, so they would train "
+            "different models; give all of them the same files, in the same dtype"
+        )
 
 
 def _gather_layer_by_layer(model: Any) -> None:
