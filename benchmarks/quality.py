@@ -593,10 +593,12 @@ def print_table(args: argparse.Namespace) -> None:
 def plot(
     found: dict[tuple[str, str], dict[str, list[float]]], trainings: list[str], file: str
 ) -> None:
-    """A panel per setting: perplexity by start, one line per training."""
+    """A panel per setting of several trainings: perplexity by start, one line per training."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
-    settings = [s for s in SETTINGS if any(setting == s for setting, _ in found)]
+    trained = {setting: len(by_training) for (setting, _), by_training in found.items()}
+    settings = [s for s in SETTINGS if trained.get(s, 0) > 2]
     figure = Figure(figsize=(4 * len(settings), 4), layout="constrained")
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
     for panel, setting in zip(panels, settings, strict=True):
@@ -608,10 +610,17 @@ def plot(
             ]
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=training)
-        for training, values in found.get((UNQUANTISED, "none"), {}).items():
-            panel.axhline(statistics.mean(values), linestyle=":", linewidth=1, color="gray")
-            panel.text(0, statistics.mean(values), f"unquantised, {training}", fontsize=7)
         panel.set(title=setting, xlabel="start", ylabel="perplexity", yscale="log")
+        plain = sorted(
+            (statistics.mean(v), n) for n, v in found.get((UNQUANTISED, "none"), {}).items()
+        )
+        for number, (value, training) in enumerate(plain):
+            panel.axhline(value, linestyle=":", linewidth=1, color="gray")
+            panel.text(0.6 * number, value, f"unquantised, {training}", fontsize=7)
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        low, high = panel.get_ylim()
+        panel.set_yticks([low * (high / low) ** (i / 5) for i in range(6)])
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         panel.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
