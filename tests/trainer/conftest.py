@@ -24,6 +24,20 @@ SHORT = {
 }
 
 
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """What several processes train together."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _less_to_collect():
     """The Trainer collects garbage at every start, which takes long over all the imports."""

@@ -73,20 +73,12 @@ def script(base, out, resume):
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(tmp_path_factory, tiny_llama):
     """``launch(out, config, processes, resume=False)``: what each process found."""
     if not dist.is_gloo_available():
         pytest.skip("this torch was built without gloo, the only backend for CPUs")
     folder = tmp_path_factory.mktemp("accelerate")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "plain")
+    tiny_llama.save_pretrained(folder / "plain")
     prepare_low_bit(folder / "plain", folder / "base", LowBitConfig(bits=4, group_size=8))
     blocks = re.findall(r"```yaml\n# (\w+).yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
     configs = dict(blocks)

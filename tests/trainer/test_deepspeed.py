@@ -77,22 +77,14 @@ def script(base, out, config, resume):
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(tmp_path_factory, tiny_llama):
     """``launch(out, stage, resume=False)``: what each process found."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch was built without gloo, the only backend for CPUs")
     if not BESIDE.is_dir():
         pytest.skip(f"{BESIDE} does not hold DeepSpeed; `make test` puts it there")
     folder = tmp_path_factory.mktemp("deepspeed")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "plain")
+    tiny_llama.save_pretrained(folder / "plain")
     prepare_low_bit(folder / "plain", folder / "base", LowBitConfig(bits=4, group_size=8))
     (documented,) = re.findall(r"```json\n(\{.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
 
