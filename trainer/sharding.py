@@ -85,7 +85,7 @@ class ShardedTraining(TrainerPart):
 
 def is_in_parts(tensor: Tensor) -> bool:
     """Whether each process has a share of a tensor only."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")  # FSDP2's, ZeRO-3's
 
 
 def _check_same_base(model: nn.Module) -> None:
