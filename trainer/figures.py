@@ -114,6 +114,7 @@ class LRQATCallback(TrainerCallback):
             if adapter is None or is_in_parts(layer.lrqat_B[adapter]):
                 continue
             parts = list(layer.low_rank_weights(adapter))
+            counts = []
             for part, weight in enumerate(parts):
                 rows = _sampled_rows(weight, len(parts))
                 codes, outside = inspect_rows(weight, rows)
@@ -121,17 +122,13 @@ class LRQATCallback(TrainerCallback):
                 before = self._codes.get((name, part), start)
                 self._codes[name, part] = codes
                 seen += codes.numel()
-                # One wait for the device instead of three.
-                counts = torch.stack(
-                    [
-                        outside.sum(),
-                        (codes != start).sum(),
-                        (codes != before.to(codes.device)).sum(),
-                    ]
-                )
-                clipped, changed, flipped = (
-                    a + b for a, b in zip((clipped, changed, flipped), counts.tolist(), strict=True)
-                )
+                moved, since = codes != start, codes != before.to(codes.device)
+                counts.append(torch.stack([outside.sum(), moved.sum(), since.sum()]))
+            # One wait for the device.
+            found = torch.stack(counts).sum(0).tolist()
+            clipped, changed, flipped = (
+                a + b for a, b in zip((clipped, changed, flipped), found, strict=True)
+            )
             first = layer.base_layer.scale0
             scale = rows_of(weight.scale for weight in parts)
             scale_change += ((scale - first).abs() / first).sum().item()

@@ -65,7 +65,7 @@ class Plan:
 
     def peak(self, checkpointing: bool) -> int:
         """Of training on one device."""
-        return self.held + self.activations(checkpointing)
+        return self.peak_of_each(1, checkpointing)
 
     def peak_of_each(self, devices: int, checkpointing: bool) -> int:
         """Of training on each of several devices under FSDP2, with the same batch on each.
@@ -139,8 +139,7 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
     factors = sum(_factors(target, config) for target in targets)
     plain_experts = sum(
         p.numel() * p.element_size()
-        for n, p in model.named_parameters()
-        if n in expert_weights(model) and id(p) not in own
+        for p in map(model.get_parameter, expert_weights(model).keys() - experts.keys())
     )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     others = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own)
@@ -171,8 +170,8 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
 
 def _factors(target: Target, config: LRQATConfig) -> int:
     """Entries of A and B."""
-    of_A = max(1, 1 if config.experts_share_a else target.experts) * target.in_features
-    return config.r * (of_A + target.out_features)
+    matrices = 1 if config.experts_share_a else max(1, target.experts)
+    return config.r * (matrices * target.in_features + target.out_features)
 
 
 def _largest_unit(model: PreTrainedModel, targets: list[Target], config: LRQATConfig) -> int:

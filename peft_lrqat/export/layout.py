@@ -42,7 +42,12 @@ class CheckpointLayout:
         self._parts = {
             key: self._apart(key, target) for key, target in self.targets.items() if target.experts
         }
-        apart = {name for parts in self._parts.values() for name in parts}
+        # The experts' layers by name: the weights they are rows of, and which (rows,).
+        self.parts = {
+            part.removesuffix(".weight"): (name, rows)
+            for name, parts in self._parts.items()
+            for part, rows in parts.items()
+        }
         whole = _reverted(model, dict(shapes))
         # By the first of its tensors: the tensors that are converted together.
         self._groups: dict[str, list[str]] = {name: [name] for name in shapes}
@@ -55,28 +60,14 @@ class CheckpointLayout:
             for name, tensor in whole.items()
             if tensor.ndim == 2 and name.endswith(".weight")
         ]
-        self.target_names = {
-            name.removesuffix(".weight") for name in (*self._names.values(), *apart)
-        }
-
-    @property
-    def parts(self) -> dict[str, tuple[str, Tensor]]:
-        """The experts' layers by name: the weights they are rows of, and which (rows,)."""
-        return {
-            part.removesuffix(".weight"): (name, rows)
-            for name, parts in self._parts.items()
-            for part, rows in parts.items()
-        }
+        self.target_names = {name.removesuffix(".weight") for name in self._names.values()}
+        self.target_names |= self.parts.keys()
 
     def _apart(self, name: str, target: Target) -> dict[str, Tensor]:
         """Where the rows of experts' weights are in a checkpoint: (rows,) by name."""
-        height = target.out_features // target.experts
-        numbers = torch.arange(target.out_features).view(target.experts, height, 1)
-        numbers = numbers.expand(-1, -1, target.in_features)
-        made = _reverted(self._model, {name: numbers.mT if target.is_conv1d else numbers})
-        width = target.in_features
+        made = _reverted(self._model, {name: _empty(target)})
         if not all(
-            part.endswith(".weight") and t.dim() == 2 and t.shape[1] == width
+            part.endswith(".weight") and t.dim() == 2 and t.shape[1] == target.in_features
             for part, t in made.items()
         ):
             raise ValueError(
@@ -84,7 +75,10 @@ class CheckpointLayout:
                 f"{', '.join(map(repr, list(made)[:2]))}, and not as one linear layer for each "
                 "expert; export it as 'packed' or 'dequantized'"
             )
-        return {part: rows[:, 0].clone() for part, rows in made.items()}
+        # Whole rows go to one layer or another, so a column of their numbers shows where.
+        numbers = torch.arange(target.out_features).view(target.experts, -1, 1)
+        made = _reverted(self._model, {name: numbers})
+        return {part: rows.flatten() for part, rows in made.items()}
 
     def _find_groups(self, shapes: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
         made: dict[str, list[str]] = {}

@@ -235,7 +235,7 @@ class _Entry:
         self.is_target = isinstance(value, Target)
         if isinstance(value, Target):
             self.type = ggml.block_type(value.grid, value.in_features)
-            rows = value.out_features if part.rows is None else len(part.rows)
+            rows = value.out_features if part.half is None else value.out_features // 2
             experts = (part.experts, rows // part.experts) if part.experts else (rows,)
             self.shape: tuple[int, ...] = (*experts, ggml.row_bytes(self.type, value.in_features))
             self.numpy_dtype: np.dtype[Any] = np.dtype(np.uint8)
