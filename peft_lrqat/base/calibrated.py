@@ -32,7 +32,7 @@ from ..shared.words import some
 from .config import LowBitConfig
 from .downcast import DowncastLinear
 from .embedding import Plain, find_ends, layer_class, let_resize, tie_head, width_of
-from .experts import DowncastExperts, ExpertWeights, keep_apart, put_expert_weights, set_layer
+from .experts import ExpertWeights, keep_apart, put_expert_weights, set_layer
 from .quantizer import LowBitQuantizer, describe, find_targets
 
 
@@ -276,8 +276,7 @@ def as_layer(
         is_conv1d=isinstance(linear, Conv1D),
         device=stored.phi.device,
     )
-    if isinstance(layer, DowncastExperts) and isinstance(linear, ExpertWeights):
-        layer.stand_for(linear)
+    layer.stand_for(linear)
     layer.fill(stored.phi, stored.scale, stored.zero_point)
     return layer
 

@@ -123,6 +123,7 @@ class DowncastLinear(nn.Module):
             is_conv1d=is_conv1d,
             device=weight.device,
         )
+        made.stand_for(linear)
         made._quantize(weight.to(base_dtype) if narrower else weight, estimator, p)
         return made
 
@@ -137,6 +138,14 @@ class DowncastLinear(nn.Module):
             phi = grid.units(weight[rows].float(), scale0[rows], offset)
             self.phi.data[rows] = self.format.encode(phi)
         self.fill(self.phi.data, scale0, zero_point)
+
+    def stand_for(self, plain: nn.Module) -> None:
+        """Takes over what only the kind of ``plain`` has; linear layers have nothing more."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight of the plain model is (in, out)."""
+        return self.is_conv1d
 
     def fill(self, phi: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
         """Takes a stored weight, (out, row_elements), with its scales and zero points."""

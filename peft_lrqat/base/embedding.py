@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,9 @@ class DowncastEmbedding(DowncastLinear):
         present = {f"{prefix}mark": self.mark, **state_dict}
         super()._load_from_state_dict(present, prefix, *args)
 
-    @classmethod
-    def from_linear(cls, linear: Any, *args: Any, **kwargs: Any) -> Self:
-        """The layer for an `nn.Embedding`; arguments as those of `DowncastLinear.from_linear`."""
-        made = super().from_linear(linear, *args, **kwargs)
-        made.padding_idx = linear.padding_idx
-        return made
+    def stand_for(self, plain: nn.Module) -> None:
+        """Takes over the row of the padding of an `nn.Embedding`."""
+        self.padding_idx = cast(nn.Embedding, plain).padding_idx
 
     def place_mark(self) -> None:
         """Moves the mark to the other parameters, once they are loaded."""

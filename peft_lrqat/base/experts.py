@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -116,16 +116,14 @@ class DowncastExperts(DowncastLinear):
 
     is_transposed: bool = False
 
-    @classmethod
-    def from_linear(cls, linear: Any, *args: Any, **kwargs: Any) -> Self:
-        """The layer for `ExpertWeights`; arguments as those of `DowncastLinear.from_linear`."""
-        made = super().from_linear(linear, *args, **kwargs)
-        made.stand_for(linear)
-        return made
-
-    def stand_for(self, weights: ExpertWeights) -> None:
-        """Takes over how the parameter of plain weights lies."""
+    def stand_for(self, plain: nn.Module) -> None:
+        """Takes over how the parameter of `ExpertWeights` lies."""
+        weights = cast(ExpertWeights, plain)
         self.experts, self.is_transposed = weights.experts, weights.is_transposed
+
+    @property
+    def transposed(self) -> bool:
+        return self.is_transposed
 
     def rows(self, expert: int) -> slice:
         """The rows of one expert."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,6 @@ from .embedding import (
     width_of,
 )
 from .experts import (
-    DowncastExperts,
     ExpertWeights,
     expert_weights_at,
     find_experts,
@@ -225,14 +223,6 @@ def downcast(
     )
 
 
-def target_of(parameter: str, targets: Collection[str]) -> str | None:
-    """The name of the target whose weight a parameter is: its module, or of experts its own."""
-    module, _, kind = parameter.rpartition(".")
-    if parameter in targets:
-        return parameter
-    return module if kind == "weight" and module in targets else None
-
-
 def check_tied_copy(files: list[str], ends: Ends) -> None:
     """Raises ValueError where the files hold another weight for the tied output layer."""
     if not ends.tied:
@@ -378,10 +368,7 @@ class LowBitQuantizer(HfQuantizer):
             is_conv1d=conv1d,
             device="meta",
         )
-        if isinstance(made, DowncastEmbedding):
-            made.padding_idx = cast("nn.Embedding", linear).padding_idx
-        if isinstance(made, DowncastExperts) and isinstance(linear, ExpertWeights):
-            made.stand_for(linear)
+        made.stand_for(linear)
         set_layer(model, name, made)
 
     # While loading
@@ -393,8 +380,11 @@ class LowBitQuantizer(HfQuantizer):
         return not self.pre_quantized and self.target_of(param_name) is not None
 
     def target_of(self, param_name: str) -> str | None:
-        """The name of the target whose weight a parameter is."""
-        return target_of(param_name, self._targets)
+        """The name of the target whose weight a parameter is: its module, or of experts its own."""
+        module, _, kind = param_name.rpartition(".")
+        if param_name in self._targets:
+            return param_name
+        return module if kind == "weight" and module in self._targets else None
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Downcast(self)
@@ -540,7 +530,7 @@ def describe(layer: DowncastLinear) -> StoredWeight:
         scale_dtype=layer.format.scale_dtype,
         base_dtype=DTYPE_NAMES[layer.base_dtype],
         first_range=layer.range,
-        transposed=layer.is_conv1d or getattr(layer, "is_transposed", False),
+        transposed=layer.transposed,
         embedding=isinstance(layer, DowncastEmbedding),
         balanced=grid.balanced,
         k_quant=grid.k_quant,

@@ -22,7 +22,7 @@ from ..shared.model_files import check_signed
 from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
-from .embedding import DowncastEmbedding, Plain, layer_class
+from .embedding import Plain, layer_class
 from .experts import set_layer
 from .layouts import SCALE_NAMES, find_layout
 
@@ -192,8 +192,7 @@ class Takeover:
             is_conv1d=transposed,
             device=taken.phi.device,
         )
-        if isinstance(made, DowncastEmbedding):
-            made.padding_idx = cast("nn.Embedding", linear).padding_idx
+        made.stand_for(linear)
         made.fill(taken.phi, taken.scale.float(), taken.zero_point)
         self.scale_dtypes.add(taken.scale.dtype)
         return made

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..base.downcast import DowncastLinear
 from ..base.embedding import DowncastEmbedding
-from ..base.experts import DowncastExperts
 from ..formats.linear import QuantizedLinear, Target
 from ..lrqat.config import LRQATConfig
 from ..lrqat.layer import LRQATLayer, rows_of
@@ -73,11 +72,6 @@ def frozen_of(layer: Layer) -> DowncastLinear:
     return layer.base_layer if isinstance(layer, LRQATLayer) else layer
 
 
-def is_transposed(base: DowncastLinear) -> bool:
-    """Whether the weight of the plain model is (in, out)."""
-    return base.is_transposed if isinstance(base, DowncastExperts) else base.is_conv1d
-
-
 def target_of(name: str, layer: Layer) -> Target:
     """What is known of a layer before its integers are computed."""
     base = frozen_of(layer)
@@ -87,7 +81,7 @@ def target_of(name: str, layer: Layer) -> Target:
         scale_dtype=base.format.scale_dtype,
         out_features=layer.out_features,
         in_features=layer.in_features,
-        is_conv1d=is_transposed(base),
+        is_conv1d=base.transposed,
         experts=base.experts,
         is_embedding=isinstance(base, DowncastEmbedding),
         dtype=base.dtype,
@@ -109,7 +103,7 @@ def quantized_linear(name: str, layer: Layer, adapter_name: str) -> QuantizedLin
         scale=step.float().to(SCALE_DTYPES[format.scale_dtype]),
         zero_point=layer.base_layer.frozen("zero_point"),
         weight=rows_of(map(quantized_weight, parts)),
-        is_conv1d=is_transposed(layer.base_layer),
+        is_conv1d=layer.base_layer.transposed,
         experts=layer.base_layer.experts,
     )
 
@@ -125,6 +119,6 @@ def _frozen_linear(name: str, base: DowncastLinear) -> QuantizedLinear:
         scale=base.frozen("scale0").to(SCALE_DTYPES[format.scale_dtype]),
         zero_point=zero_point,
         weight=base.stored_weight(),
-        is_conv1d=is_transposed(base),
+        is_conv1d=base.transposed,
         experts=base.experts,
     )
