@@ -10,9 +10,11 @@ A Llama of random bfloat16 weights in several files is made in a temporary direc
     prepare   `prepare_low_bit` writes the artefact, a tensor at a time
     stored    `from_pretrained` of that artefact, integers verified
 
-Peak: growth of the resident set from before loading to its largest; mapped pages of files count.
+Peak: growth of the resident set from before loading to its largest, all weights once read; mapped
+pages of files count.
 Bound: packed weights, what stays 16-bit, the largest tensor, and 10 per cent. The time of
 `stored` is compared with safetensors' own load of the same files, both with the files in memory.
+Planned: by `lrqat plan`, which counts an adapter, too.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from process import MB, in_own_process, peak_bytes, resident
+from process import MB, forget_peak, in_own_process, peak_bytes, resident
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -36,6 +38,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from peft_lrqat import LowBitConfig, LRQATConfig, prepare_low_bit
 from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.formats.shards import ShardWriter
+from peft_lrqat.trainer.plan import make_plan
 
 
 SHAPE = {
@@ -67,13 +70,20 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def load_wrapped(args: argparse.Namespace) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(args.folder / "plain")
+def adapter(args: argparse.Namespace) -> LRQATConfig:
     fields = {"bits": args.bits, "group_size": args.group_size, "downcast": "int"}
-    config = LRQATConfig(
+    return LRQATConfig(
         r=args.r, target_modules="all-linear", range_estimator=args.range_estimator, **fields
     )
-    return get_peft_model(model, config)
+
+
+def load_wrapped(args: argparse.Namespace) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(args.folder / "plain")
+    for parameter in model.parameters():
+        # Out of the mapped files, whose pages would count until the last weight in them is gone.
+        parameter.data = parameter.data.clone()
+    forget_peak()
+    return get_peft_model(model, adapter(args))
 
 
 def settings(args: argparse.Namespace) -> LowBitConfig:
@@ -115,12 +125,19 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         made.append(VARIANTS[name](args))
         found["seconds"] = time.perf_counter() - start
+        for tensor in made[0].state_dict().values() if made[0] is not None else ():
+            touch(tensor)
 
     before = resident()
     found["peak"] = peak_bytes(run) - before
     if name == "stored":
         found |= sizes(made[0]) | {"read": read_seconds(args.folder / "base")}
     return found
+
+
+def touch(tensor: torch.Tensor) -> None:
+    """Reads a value of every page: a mapped file is in memory only where it was read."""
+    tensor.detach().flatten().view(torch.uint8)[:: 1 << 10].max()
 
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
@@ -154,9 +171,12 @@ def report(args: argparse.Namespace, count: int, figures: dict[str, dict[str, An
         f"packed {stored['packed'] / MB:.0f} MB, rest {stored['rest'] / MB:.0f} MB, largest tensor "
         f"{stored['largest'] / MB:.0f} MB: bound {bound / MB:.0f} MB"
     )
+    plan = make_plan(str(args.folder / "plain"), adapter(args), tokens=1)
+    planned = {"wrap": plan.loading_plain, "stored": plan.loading_base}
     for name, found in figures.items():
         inside = "" if name == "wrap" else ", within" if found["peak"] <= bound else ", ABOVE"
-        print(f"{name:8} peak {found['peak'] / MB:5.0f} MB{inside}; {found['seconds']:.1f} s")
+        told = f", planned {planned[name] / MB:.0f} MB" if name in planned else ""
+        print(f"{name:8} peak {found['peak'] / MB:5.0f} MB{inside}{told}; {found['seconds']:.1f} s")
     size = sum(file.stat().st_size for file in (args.folder / "base").glob("*.safetensors")) / 1e9
     print(
         f"stored: {stored['seconds'] / size:.2f} s per GB; safetensors alone "

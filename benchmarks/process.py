@@ -20,11 +20,16 @@ def resident(field: str = "VmRSS") -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The largest resident set while ``run`` runs."""
+def forget_peak() -> None:
+    """The largest resident set so far becomes the present one."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The largest resident set while ``run`` runs."""
+    forget_peak()
     run()
     return resident("VmHWM")
 

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 import peft_lrqat
+from peft_lrqat import trainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peft_lrqat" / "__init__.py"
 
 
-@pytest.mark.parametrize("name", peft_lrqat.__all__)
-def test_every_name_is_there(name):
-    assert getattr(peft_lrqat, name) is not None
-    assert name in dir(peft_lrqat)
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [(package, name) for package in (peft_lrqat, trainer) for name in package.__all__],
+)
+def test_every_name_is_there(package, name):
+    assert getattr(package, name) is not None
+    assert name in dir(package)
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -26,15 +30,17 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = peft_lrqat.LRQATTrianer
 
 
-def test_type_checkers_see_the_same_names():
-    (block,) = [node for node in ast.parse(PACKAGE.read_text()).body if isinstance(node, ast.If)]
+@pytest.mark.parametrize("package", [peft_lrqat, trainer], ids=["peft_lrqat", "trainer"])
+def test_type_checkers_see_the_same_names(package):
+    source = Path(package.__file__).read_text()
+    (block,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
     imported = {
         alias.name: "." + node.module
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported.keys() == peft_lrqat._LAZY.keys()
+    assert imported.keys() == package._LAZY.keys()
 
 
 def test_the_import_leaves_training_export_and_data_for_later():
@@ -56,6 +62,10 @@ def test_the_import_leaves_training_export_and_data_for_later():
         "before = set(sys.modules)\n"
         "import peft_lrqat\n"
         f"loaded = (set(sys.modules) - before) & set({later})\n"
+        "assert not loaded, loaded\n"
+        # A plan takes as long as it takes to import PEFT.
+        "import peft_lrqat.cli.plan\n"
+        "loaded = (set(sys.modules) - before) & {'datasets', 'evaluate', 'transformers.trainer'}\n"
         "assert not loaded, loaded\n"
     )
     done = subprocess.run(

@@ -1,14 +1,35 @@
 """Training of LR-QAT adapters with the transformers Trainer; packed adapters of LoRA training."""
 
-from .arguments import LRQATArguments, LRQATTrainingArguments
-from .checkpoint import last_complete_checkpoint
-from .comparison import Comparison, compare_models
-from .divergence import distillation_loss
-from .figures import LRQATCallback
-from .loraquant_callback import LoRAQuantCallback
-from .optimizer import LRQATOptimizerFactory, clip_by_group, parameter_groups
-from .trainer import LRQATTrainer, LRQATTrainerMixin
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from .arguments import LRQATArguments, LRQATTrainingArguments
+    from .checkpoint import last_complete_checkpoint
+    from .comparison import Comparison, compare_models
+    from .divergence import distillation_loss
+    from .figures import LRQATCallback
+    from .loraquant_callback import LoRAQuantCallback
+    from .optimizer import LRQATOptimizerFactory, clip_by_group, parameter_groups
+    from .trainer import LRQATTrainer, LRQATTrainerMixin
+
+# Imported when they are first asked for: a plan takes no Trainer, and no metrics.
+_LAZY = {
+    "Comparison": ".comparison",
+    "LRQATArguments": ".arguments",
+    "LRQATCallback": ".figures",
+    "LRQATOptimizerFactory": ".optimizer",
+    "LRQATTrainer": ".trainer",
+    "LRQATTrainerMixin": ".trainer",
+    "LRQATTrainingArguments": ".arguments",
+    "LoRAQuantCallback": ".loraquant_callback",
+    "clip_by_group": ".optimizer",
+    "compare_models": ".comparison",
+    "distillation_loss": ".divergence",
+    "last_complete_checkpoint": ".checkpoint",
+    "parameter_groups": ".optimizer",
+}
 
 __all__ = [
     "Comparison",
@@ -25,3 +46,13 @@ __all__ = [
     "last_complete_checkpoint",
     "parameter_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,8 +25,10 @@ from peft_lrqat.base.experts import (
     find_experts,
     put_expert_weights,
 )
+from peft_lrqat.export.layout import CheckpointLayout
+from peft_lrqat.formats.base import DeployedModel, Format
 from peft_lrqat.formats.linear import Target, linear_names
-from peft_lrqat.formats.table import bytes_by_format
+from peft_lrqat.formats.table import FORMATS, bytes_by_format
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.quant.packing import packed_bytes
 
@@ -60,7 +62,6 @@ class Plan:
     adapter: int  # the saved adapter
     plain_experts: int  # of `others`: weights of experts that are not quantised
     unit: int  # what FSDP2 puts together at a time: a block, or what lies outside them
-    loaded: int  # of the checkpoint's tensors, the largest
     shipped: dict[str, int | str]  # by format, or why not
 
     def peak(self, checkpointing: bool) -> int:
@@ -83,8 +84,8 @@ class Plan:
 
     @property
     def loading_base(self) -> int:
-        """The peak while a low-bit base is loaded."""
-        return self.frozen + self.others + self.loaded
+        """The peak while a low-bit base is loaded, and adapters are put on it."""
+        return self.frozen + self.others + self.training_state // 4
 
     @property
     def held(self) -> int:
@@ -137,14 +138,12 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
     own = {id(model.get_parameter(target.parameter_name)) for target in targets}
     groups = sum(target.out_features * target.num_groups for target in targets)
     factors = sum(_factors(target, config) for target in targets)
-    plain_experts = sum(
-        p.numel() * p.element_size()
-        for p in map(model.get_parameter, expert_weights(model).keys() - experts.keys())
-    )
+    left = sorted(expert_weights(model).keys() - experts.keys())
+    plain_experts = sum(p.numel() * p.element_size() for p in map(model.get_parameter, left))
+    refused = {name: _why_not(format, model, targets, left) for name, format in FORMATS.items()}
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     others = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own)
     vocabulary = cast(Any, model.config).get_text_config().vocab_size
-    loaded = max(p.numel() * p.element_size() for p in model.parameters())
     unit = _largest_unit(model, targets, config)
     kept = kept_bytes(model, targets, tokens=tokens, batch=batch)
     return Plan(
@@ -160,12 +159,38 @@ def make_plan(name: str, config: LRQATConfig, *, tokens: int, batch: int = 1) ->
         adapter=4 * (factors + groups),
         plain_experts=plain_experts,
         unit=unit,
-        loaded=loaded,
         shipped={
-            name: size if isinstance(size, str) else size + others
+            name: size if isinstance(size, str) else refused[name] or size + others
             for name, size in bytes_by_format(targets).items()
         },
     )
+
+
+def _why_not(
+    format: Format, model: PreTrainedModel, targets: list[Target], left: list[str]
+) -> str | None:
+    """Why a format does not hold a model with these targets, and weights of experts left plain."""
+    experts = [(target.name, target) for target in targets if target.experts]
+    names = [name.rpartition(".") for name in left]
+    deployed = DeployedModel(
+        config=model.config,
+        targets={target.name: target for target in targets},
+        tensors=list,
+        checkpoint_tensors=list,
+        quantize=_without_weights,
+        plain_linears=lambda: tuple(f"{owner}.0.{kind}" for owner, _, kind in names),
+    )
+    try:
+        format.check(deployed)
+        if experts and format.experts == "apart":
+            CheckpointLayout(model, lambda: experts[:2])  # the other blocks are like the first
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _without_weights(target: Target) -> Any:
+    raise RuntimeError(f"`{target.name}` has no weights here")
 
 
 def _factors(target: Target, config: LRQATConfig) -> int:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -315,7 +316,7 @@ class LowBitQuantizer(HfQuantizer):
         folder = files[0].parent if files else None
         if folder is None or not (folder / CONFIG).is_file():
             return
-        if self.is_packed_export:
+        if self.is_packed_export and not _gets_its_share():
             check_model(folder, files)
         else:
             check_settings(folder)
@@ -453,6 +454,11 @@ class LowBitQuantizer(HfQuantizer):
 
     def _verify(self, layers: dict[str, DowncastLinear]) -> None:
         """Raises ValueError unless all that is stored is what was written."""
+        if _gets_its_share():
+            for name, layer in layers.items():
+                if (known := self.stored[name].fingerprint) is not None:
+                    layer.trust(known)
+            return
         digests = self.quantization_config.digests
         read = {name for name in layers if f"{name}.phi" in digests}
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
@@ -511,6 +517,11 @@ class LowBitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _gets_its_share() -> bool:
+    """Whether FSDP sends this process its weights, which the first one of the machine reads."""
+    return is_fsdp_enabled() and not is_local_dist_rank_0()
 
 
 def _in_files(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

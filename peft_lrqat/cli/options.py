@@ -1,7 +1,14 @@
 """Options that several commands share, each with its help told once."""
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.shared.config import AdapterConfig
+
+from .fields import config_values, options_of
 
 
 DATASET_HELP = (
@@ -76,3 +83,32 @@ class JsonOptions:
     """How the result is printed."""
 
     json: bool = field(default=False, metadata={"help": "print one JSON object, with all digits"})
+
+
+# Fields that the library fills in, or that matter only when an adapter is loaded.
+NOT_FOR_TRAINING = {
+    "base_dtype",
+    "base_dtype_pattern",
+    "base_made_from",
+    "packed_factors",
+    "training_record",
+    "base_dtype_found",
+    "verify_base",
+}
+AdapterArguments = options_of(
+    LRQATConfig,
+    "AdapterArguments",
+    "LR-QAT adapter",
+    NOT_FOR_TRAINING | {inherited.name for inherited in dataclasses.fields(AdapterConfig)},
+)
+
+
+def adapter_config(options: Any, given: Collection[str] | None = None) -> LRQATConfig:
+    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`.
+
+    ``given``: the options that the user named; a low-bit base decides the others. None: all.
+    """
+    values = config_values(options)
+    if given is not None:
+        values = {n: v for n, v in values.items() if n in given or n == "target_modules"}
+    return LRQATConfig(task_type="CAUSAL_LM", **values)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from peft_lrqat.lrqat.config import LRQATConfig
 from peft_lrqat.trainer.plan import WORKSPACE, Plan, make_plan
 
-from .options import JsonOptions
+from .options import AdapterArguments, JsonOptions, adapter_config
 from .parser import Parser, print_columns
-from .train import AdapterArguments, adapter_config
 
 
 GB = 1e9

@@ -1,7 +1,6 @@
 """`lrqat train`: trains an LR-QAT adapter on a text."""
 
-import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +9,6 @@ from accelerate import PartialState
 from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from peft_lrqat.lrqat.config import LRQATConfig
-from peft_lrqat.shared.config import AdapterConfig
 from peft_lrqat.trainer import LRQATTrainingArguments, last_complete_checkpoint
 from peft_lrqat.trainer.chats import (
     CLOSE,
@@ -26,40 +23,11 @@ from peft_lrqat.trainer.data import load_rows, make_blocks, only_text
 from peft_lrqat.trainer.labels import IGNORED
 from peft_lrqat.trainer.pipeline import describe_size, load_base, load_model, make_trainer
 
-from .fields import config_values, given_names, options_of
-from .options import ModelOptions
+from .fields import given_names
+from .options import AdapterArguments, ModelOptions, adapter_config
 from .parser import Parser
 from .run_file import write_run_file
 from .stop import StopOnSignal
-
-
-# Fields that the library fills in, or that matter only when an adapter is loaded.
-NOT_FOR_TRAINING = {
-    "base_dtype",
-    "base_dtype_pattern",
-    "base_made_from",
-    "packed_factors",
-    "training_record",
-    "base_dtype_found",
-    "verify_base",
-}
-AdapterArguments = options_of(
-    LRQATConfig,
-    "AdapterArguments",
-    "LR-QAT adapter",
-    NOT_FOR_TRAINING | {inherited.name for inherited in dataclasses.fields(AdapterConfig)},
-)
-
-
-def adapter_config(options: Any, given: Collection[str] | None = None) -> LRQATConfig:
-    """`LRQATConfig` for a causal language model from the parsed `AdapterArguments`.
-
-    ``given``: the options that the user named; a low-bit base decides the others. None: all.
-    """
-    values = config_values(options)
-    if given is not None:
-        values = {n: v for n, v in values.items() if n in given or n == "target_modules"}
-    return LRQATConfig(task_type="CAUSAL_LM", **values)
 
 
 @dataclass(kw_only=True)

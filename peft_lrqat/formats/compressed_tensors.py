@@ -88,7 +88,11 @@ model = {auto_class}.from_pretrained(
                 " train with symmetric=True"
             )
 
-        inside = {_scheme(target) for name, target in model.targets.items() if EXPERT.search(name)}
+        inside = {
+            _scheme(target)
+            for name, target in model.targets.items()
+            if target.experts or EXPERT.search(name)
+        }
         plain = [name for name in model.plain_linears() if EXPERT.search(name)]
         several = len(inside) > 1 or len({bits for bits, _, _ in schemes}) > 1
         if inside and (plain or several):

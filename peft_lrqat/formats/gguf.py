@@ -89,8 +89,6 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
                 f" {config.model_type}; export it as 'compressed-tensors' or 'dequantized', from"
                 " which llama.cpp's own converter starts (it rounds the weights again)"
             )
-        if model.tokenizer is None:
-            raise ValueError("a GGUF file also holds the tokenizer; give `tokenizer`")
         _check_config(config)
 
     def config_for(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -115,7 +113,8 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
         except ImportError as error:
             raise ImportError(INSTALL) from error
         config, tokenizer = model.config, model.tokenizer
-        assert tokenizer is not None  # held by `check`
+        if tokenizer is None:
+            raise ValueError("a GGUF file also holds the tokenizer; give `tokenizer`")
         name, paired = ARCHITECTURES[config.model_type]
         names = tensor_names(config)
         writer = gguf.GGUFWriter(directory / FILE, name)

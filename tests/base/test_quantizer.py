@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_lrqat import LowBitConfig, LRQATConfig, load_quantized
+from peft_lrqat.base import quantizer
 from peft_lrqat.base.downcast import DowncastLinear
 
 
@@ -152,6 +153,23 @@ def test_a_missing_tensor_is_noticed(kind, checkpoint, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"not whole|damaged"):
         load(tmp_path / "base")
+
+
+def test_under_fsdp_the_first_process_alone_reads_the_files(checkpoint, tmp_path, monkeypatch):
+    made = load(checkpoint, bits=4)
+    made.save_pretrained(tmp_path / "base")
+
+    read, digest = [], quantizer.digest
+    monkeypatch.setattr(quantizer, "digest", lambda tensor: read.append(tensor) or digest(tensor))
+    monkeypatch.setattr(quantizer, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(quantizer, "is_local_dist_rank_0", lambda: False)
+    other = load(tmp_path / "base")
+    for name, layer in layers(made).items():
+        assert layers(other)[name].fingerprint == layer.fingerprint
+    assert not read
+    monkeypatch.setattr(quantizer, "is_local_dist_rank_0", lambda: True)
+    load(tmp_path / "base")
+    assert len(read) == len(made.config.quantization_config.digests)
 
 
 def rewrite(folder, change):

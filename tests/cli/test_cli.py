@@ -30,9 +30,9 @@ from transformers import (
 from peft_lrqat import LRQATConfig
 from peft_lrqat.cli import main
 from peft_lrqat.cli.adapters import RECIPE, _warn, gain_kept
+from peft_lrqat.cli.options import NOT_FOR_TRAINING, AdapterArguments, adapter_config
 from peft_lrqat.cli.parser import Parser
 from peft_lrqat.cli.stop import StopOnSignal
-from peft_lrqat.cli.train import NOT_FOR_TRAINING, AdapterArguments, adapter_config
 from peft_lrqat.demo import run
 from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
 from peft_lrqat.shared.config import AdapterConfig

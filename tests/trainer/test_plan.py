@@ -192,3 +192,28 @@ def test_the_largest_unit(stored, make_config):
     sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks]
     sizes += [sum(p.numel() * p.element_size() for p in outside)]
     assert make_plan(stored(), config, tokens=16).unit == max(sizes)
+
+
+def test_formats_that_do_not_hold_a_mixture_say_so(tmp_path):
+    found = {}
+    different = {"qwen3_moe": {"norm_topk_prob": True}, "gpt_oss": {"intermediate_size": 64}}
+    for name in ("mixtral", "qwen3_moe", "gpt_oss"):
+        fields = different.get(name, {})
+        make_mixture(name, torch.bfloat16, **fields).save_pretrained(tmp_path / name)
+        found[name] = make_plan(str(tmp_path / name), experts_config(), tokens=8).shipped
+        assert isinstance(found[name]["packed"], int)
+    for name in ("mixtral", "qwen3_moe"):
+        assert isinstance(found[name]["compressed-tensors"], int)
+    assert isinstance(found["qwen3_moe"]["gguf"], int)
+    assert "not as one linear layer for each" in found["gpt_oss"]["compressed-tensors"]
+    assert "GGUF is written for" in found["gpt_oss"]["gguf"]
+
+
+def test_formats_that_need_one_width_for_all_say_so(tmp_path):
+    make_mixture("mixtral", torch.bfloat16).save_pretrained(tmp_path)
+    config = experts_config(group_size=8, bits_pattern={"experts.down_proj": 3})
+    found = make_plan(str(tmp_path), config, tokens=8).shipped
+    assert "with one group size and the width of all layers" in found["compressed-tensors"]
+    some = experts_config(group_size=8, target_parameters=["experts.down_proj"])
+    found = make_plan(str(tmp_path), some, tokens=8).shipped
+    assert "experts.0.gate_up_proj` stays plain" in found["compressed-tensors"]
