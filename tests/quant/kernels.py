@@ -7,6 +7,8 @@ Not collected by its name: `test_triton_kernels.py` runs this file in a process 
 Triton decides when it is imported whether it interprets.
 """
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,19 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 KINDS = ["symmetric", "asymmetric", "balanced"]
 SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False, "balanced"], ids=KINDS)
-GROUPS = pytest.mark.parametrize("group_size", [-1, 8, 24], ids=["per-row", "g8", "g24"])
+GROUP_SIZES = [-1, 8, 24]
+GROUPS = pytest.mark.parametrize("group_size", GROUP_SIZES, ids=["per-row", "g8", "g24"])
+
+
+def each_with_a_group(**axes):
+    """All combinations, with the group sizes in turn: each with every pair of other values."""
+    combinations = [
+        (*(value for _, value in picks), GROUP_SIZES[sum(number for number, _ in picks) % 3])
+        for picks in product(*map(enumerate, axes.values()))
+    ]
+    return pytest.mark.parametrize((*axes, "group_size"), combinations, ids=str)
+
+
 # Shapes that no tile divides.
 OUT, IN = 67, 72
 
@@ -91,10 +105,7 @@ def weight(bits=4, symmetric=True, group_size=-1, downcast="fixed8", dtype=torch
 # The integers
 
 
-@GROUPS
-@SYMMETRIES
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("downcast", DOWNCASTS)
+@each_with_a_group(downcast=DOWNCASTS, bits=range(2, 9), symmetric=[True, False, "balanced"])
 def test_integers_are_those_of_float64_but_near_a_tie(downcast, bits, symmetric, group_size):
     """Within `low_rank`'s bound of the middle between two integers, and nowhere else."""
     w = make(bits, symmetric, group_size, downcast, torch.float32, spread=0.5, out=OUT, in_=IN)
@@ -155,10 +166,11 @@ def test_factors_of_every_dtype(factors, without_kernels):
 # W_hat
 
 
-@GROUPS
-@SYMMETRIES
-@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_with_a_group(
+    dtype=DTYPES,
+    scale_dtype=["float32", "bfloat16", "float16"],
+    symmetric=[True, False, "balanced"],
+)
 def test_weight_is_step_times_integer(dtype, scale_dtype, symmetric, group_size):
     w = weight(3, symmetric, group_size, "int", dtype, scale_dtype=scale_dtype)
     grid = w.format.grid
@@ -245,10 +257,7 @@ def expected_ways(way, group_size):
     return ["_by_rank", "_leave_out_clipped"] if way == "few clipped" else ["_by_rank"]
 
 
-@GROUPS
-@SYMMETRIES
-@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("way", WAYS)
+@each_with_a_group(way=WAYS, biased=[True, False], symmetric=[True, False, "balanced"])
 def test_gradients_are_those_of_the_formula(way, biased, symmetric, group_size, ways):
     w = weight(symmetric=symmetric, group_size=group_size, **WAYS[way])
     x, upstream = torch.randn(2, 19, IN, requires_grad=True), torch.randn(2, 19, OUT)
