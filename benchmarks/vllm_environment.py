@@ -1,4 +1,4 @@
-"""An environment with vLLM for CPUs, which cannot share one with this package's own versions."""
+"""Environments with vLLM for CPUs, which cannot share one with this package's own versions."""
 
 import subprocess
 import sys
@@ -17,6 +17,10 @@ STEPS = [
 ]
 
 
+# AMD's kernels: without them, vLLM for CPUs runs low-bit experts on Intel's AMX alone.
+ZEN_STEPS = [["install", "--no-deps", "zentorch==2.13.0.2", "deprecated", "wrapt"]]
+
+
 def vllm_python(folder: Path) -> Path:
     """The interpreter of the environment in ``folder``, which is made where it is not there."""
     python = folder / "bin" / "python"
@@ -24,6 +28,24 @@ def vllm_python(folder: Path) -> Path:
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for step in STEPS:
+            subprocess.run([str(python), "-m", "pip", "-q", *step], check=True)
+        done.touch()
+    return python
+
+
+def zen_python(folder: Path) -> Path:
+    """The same environment with AMD's kernels, in a folder beside it."""
+    plain, beside = vllm_python(folder), folder.with_name(f"{folder.name}-zen")
+    python, done = beside / "bin" / "python", beside / "made"
+    if not done.exists():
+        subprocess.run([str(plain), "-m", "venv", str(beside)], check=True)
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        packages, extra = (
+            subprocess.run([str(p), "-c", where], check=True, capture_output=True, text=True)
+            for p in (plain, python)
+        )
+        Path(extra.stdout.strip(), "vllm.pth").write_text(packages.stdout)
+        for step in ZEN_STEPS:
             subprocess.run([str(python), "-m", "pip", "-q", *step], check=True)
         done.touch()
     return python
