@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import (
@@ -433,6 +433,8 @@ def perform(place: Place, run: Run) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     tokens = 0 if run.training == "none" else args.steps * args.batch_size * args.window
     trained.eval()
+    if args.adapters and isinstance(trained, PeftModel):
+        trained.save_pretrained(Path(args.adapters, run.file).with_suffix(""))
     chosen_by = place.chosen_by
     return {
         **asdict(run),
@@ -673,6 +675,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", default=str(Path(__file__).parent / "results" / "quality"), help="for results"
     )
+    parser.add_argument("--adapters", help="a directory in which trained adapters are kept")
     parser.add_argument("--plot", help="a PNG file, with `table`")
     return parser
 

@@ -1,22 +1,14 @@
-"""The figures on the README's first screen are those of a run of the demo."""
+"""The figures of README and docs are those of the files of the runs."""
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {  # in the table of the README
-    "unquantised, float32": "unquantised",
-    "training the scales only": "scales only",
-    "calibrated, not trained": "calibrated",
-    "**LR-QAT** on the calibrated base": "LR-QAT",
-    "**LR-QAT**": "LR-QAT",
-}
 
 
 @pytest.fixture
@@ -24,38 +16,33 @@ def rows():
     return json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
 
 
-def test_the_table_is_the_runs(rows):
-    text = (ROOT / "README.md").read_text().partition("| unquantised, float32")
-    lines = (text[1] + text[2].partition("\n\n")[0]).splitlines()
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        method, bits, perplexity, training, deployed = (
-            cell.strip() for cell in line.strip("|").split("|")
-        )
-        assert NAMES.get(method, method) == row["method"]
-        assert bits == str(row["bits"] or "")
-        assert perplexity.strip("*") == f"{row['perplexity']:.2f}"
-        assert training in ("", f"{row['training_bytes'] or 0:,}")
-        assert deployed == f"{row['deployed_bytes']:,}"
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("report")
+
+
+def test_the_tables_are_the_runs(report):
+    shown = set()
+    for page in report.pages():
+        text = page.read_text()
+        assert report.filled(text) == text, f"run `python benchmarks/report.py`: {page.name}"
+        shown |= {place[0] for place in report.PLACE.findall(text)}
+        assert text.count("<!-- figures:") == text.count("<!-- end of figures -->")
+    assert shown == report.TABLES.keys()
+
+
+def test_another_figure_is_noticed(report):
+    text = (ROOT / "README.md").read_text()
+    first = re.search(r"\| (\d+\.\d\d) \|", text)
+    other = text.replace(first[1], f"{float(first[1]) + 1:.2f}", 1)
+    assert other != text
+    assert report.filled(other) == text
 
 
 def test_the_picture_is_the_runs(rows):
     drawn = re.findall(r">([\d.]+)</text>", (ROOT / "docs" / "images" / "demo.svg").read_text())
     assert {f"{row['perplexity']:.2f}" for row in rows} <= set(drawn)
-
-
-def test_the_table_of_runtimes_is_the_runs():
-    found = json.loads((ROOT / "benchmarks" / "results" / "runtimes.json").read_text())
-    text = (ROOT / "docs" / "deploy.md").read_text()
-    for row in found:
-        told = "refused: no kernel for it | |"
-        if "refused" not in row:
-            told = f"{'the same' if row['same_first'] else 'another'} | {row['furthest']:.3f} |"
-        else:
-            assert row["refused"].startswith("Failed to find a kernel")
-        cells = " | ".join(row[name] for name in ("runtime", "weights", "format"))
-        assert f"| {cells} | {told}\n" in text
-    assert {row["runtime"] for row in found} == {"vllm", "llama.cpp", "transformers"}
 
 
 def test_the_figures_of_served_adapters_are_the_runs():
@@ -76,14 +63,3 @@ def test_the_figures_of_served_adapters_are_the_runs():
     grown = found["resident after"] - found["resident before"]
     assert f"over 200 adapters | {grown / 1e6:.0f} MB |" in text
     assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]
-
-
-@pytest.mark.parametrize("folder", ["quality_demo", "quality_small_batches"])
-def test_the_tables_of_quality_are_the_runs(folder):
-    results = ROOT / "benchmarks" / "results" / folder
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = quality  # its dataclasses look for their module
-    spec.loader.exec_module(quality)
-    lines = quality.table_lines(quality.read_results(results))
-    assert "\n".join(lines) in (ROOT / "docs" / "results.md").read_text()

@@ -1,0 +1,94 @@
+"""Puts the tables of README and docs in place, from the files of the runs.
+
+    python benchmarks/report.py            # writes the tables
+    python benchmarks/report.py --check    # says which differ, and fails
+
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import quality
+import runtimes
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"<!-- figures: (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
+DEMO_NAMES = {
+    "unquantised": "unquantised, float32",
+    "scales only": "training the scales only",
+    "calibrated": "calibrated, not trained",
+}
+
+
+def demo() -> list[str]:
+    """What `make demo` prints."""
+    lines = [
+        "| | bits | perplexity | bytes in training | bytes deployed |",
+        "|---|---|---|---|---|",
+    ]
+    methods: list[str] = []
+    for row in json.loads((RESULTS / "demo.json").read_text()):
+        method, perplexity = row["method"], f"{row['perplexity']:.2f}"
+        name = DEMO_NAMES.get(method, method)
+        if method == "LR-QAT":
+            on = " on the calibrated base" if methods[-1] == "calibrated" else ""
+            name, perplexity = f"**LR-QAT**{on}", f"**{perplexity}**"
+        methods.append(method)
+        training = f"{row['training_bytes']:,}" if row["trainable"] else ""
+        cells = [name, row["bits"] or "", perplexity, training, f"{row['deployed_bytes']:,}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [re.sub(r"\|  (?=\|)", "| ", line) for line in lines]
+
+
+def of_quality(folder: str) -> Callable[[], list[str]]:
+    return lambda: quality.table_lines(quality.read_results(RESULTS / folder))
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "demo": demo,
+    "quality_demo": of_quality("quality_demo"),
+    "quality_small_batches": of_quality("quality_small_batches"),
+    "runtimes": lambda: runtimes.table_lines(json.loads((RESULTS / "runtimes.json").read_text())),
+}
+
+
+def filled(text: str) -> str:
+    """A page with the tables that its places name."""
+
+    def table(place: re.Match[str]) -> str:
+        name = place[1]
+        return "\n".join([f"<!-- figures: {name} -->", *TABLES[name](), "<!-- end of figures -->"])
+
+    return PLACE.sub(table, text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    differ = []
+    for page in pages():
+        text = page.read_text()
+        if (made := filled(text)) != text:
+            differ.append(page.relative_to(ROOT).as_posix())
+            if not args.check:
+                page.write_text(made)
+    if args.check and differ:
+        sys.exit(f"not what the runs say: {', '.join(differ)}; run `python benchmarks/report.py`")
+
+
+if __name__ == "__main__":
+    main()
