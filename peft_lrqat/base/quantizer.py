@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -495,7 +495,19 @@ class LowBitQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
-        """Writes the digests of all tensors into the configuration."""
+        """Writes the digests of all tensors into the configuration.
+
+        Raises:
+            ValueError: adapters stand in the place of its layers.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapter alone
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "adapters are attached to this low-bit base, under whose names it could not be "
+                "loaded: save them with `save_pretrained` of the PEFT model, or take them off with "
+                "its `unload()` first"
+            )
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         config = model.config.quantization_config

@@ -64,6 +64,27 @@ def test_logits_and_integers_are_those_of_the_plain_way(
         assert torch.equal(layer.quantized_codes(), found[name].quantized_codes())
 
 
+def test_a_base_under_adapters_is_not_saved(stored, logits_of, tmp_path):
+    folder = stored(bits=4)
+    model = adapt(load(folder))
+    with pytest.raises(ValueError, match=r"adapters are attached to this low-bit base.*unload"):
+        model.base_model.model.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*.safetensors"))
+    model.unload().save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(load(folder)))
+
+
+def test_transformers_saves_its_own_adapters_of_a_base(stored, disturb, logits_of, tmp_path):
+    folder = stored(bits=4)
+    base = load(folder)
+    base.add_adapter(LRQATConfig(target_modules=["q_proj"], r=4))
+    disturb(base)
+    base.save_pretrained(tmp_path / "adapter")
+    again = load(folder)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits_of(again), logits_of(base))
+
+
 def test_the_config_says_what_the_base_has(plain, stored, settings):
     model = adapt(load(stored(**settings)))
     config, on_plain = model.peft_config["default"], adapt(load(plain), **settings)
