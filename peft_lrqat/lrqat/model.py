@@ -33,6 +33,7 @@ from ..base.experts import (
     put_expert_weights,
 )
 from ..base.settings import ALL_EXPERTS
+from ..formats.linear import computes_otherwise
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
@@ -155,7 +156,11 @@ class LRQATModel(BaseTuner):
             heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()
             # PEFT trains in full what ends so, such as DistilBERT's `pre_classifier`.
             saved = tuple(peft_config.modules_to_save or ())
-            names = [n for n in peft_config.target_modules or () if not n.endswith(saved)]
+            names = [
+                name
+                for name in peft_config.target_modules or ()
+                if not name.endswith(saved) and not computes_otherwise(model.get_submodule(name))
+            ]
             peft_config.target_modules = cast(Any, set(names) - heads)
         if ends is not None:
             self._take_targets(peft_config, ends)

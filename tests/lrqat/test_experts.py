@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from mixtures import MIXTURES, experts_of, logits_of, make_mixture, tokens
+import transformers
+from mixtures import MIXTURES, SIZES, experts_of, logits_of, make_mixture, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from peft_lrqat.cli import main
 from peft_lrqat.loraquant import quantize_adapter
 from peft_lrqat.lrqat.experts import LRQATExperts
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
+from peft_lrqat.trainer.plan import make_plan
 
 
 def adapt(model, seed=0, **fields):
@@ -266,6 +268,21 @@ def test_experts_of_an_unknown_kind_are_refused_by_name():
             del vars(experts)[flag]
     with pytest.raises(ValueError, match=r"is in a HomemadeExperts, which does not say"):
         adapt(model)
+
+
+def test_a_router_of_its_own_kind_stays_as_it_is(tmp_path):
+    config = transformers.PhimoeConfig(**{**SIZES, "num_local_experts": 4, "eos_token_id": 2})
+    config.architectures = ["PhimoeForCausalLM"]
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    kind = type(model.model.layers[0].mlp.router)
+    fields = {"target_modules": "all-linear", "target_parameters": "all-experts"}
+    settings = LRQATConfig(task_type="CAUSAL_LM", **fields)
+    adapted = get_peft_model(model, settings)
+    assert isinstance(adapted.base_model.model.model.layers[0].mlp.router, kind)
+    adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+    plan = make_plan(str(tmp_path), LRQATConfig(task_type="CAUSAL_LM", **fields), tokens=8)
+    assert plan.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def test_a_model_without_experts_says_so(make_base):
