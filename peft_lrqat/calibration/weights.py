@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quant import WeightFormat
+from ..quant import Grid, WeightFormat
 from ..quant.blocks import row_blocks
 
 
@@ -148,34 +148,39 @@ class _RoundedWeight(torch.autograd.Function):
         zero = None if zero_point is None else _whole(zero_point, format)
         step = format.step(scale, zero)
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        kept = made.new_empty(weight.shape, dtype=torch.int8 if grid.symmetric else torch.uint8)
         for rows in row_blocks(len(weight), weight.shape[1], weight.device):
-            offset = None if zero is None else zero[rows]
-            units = grid.units(weight[rows], step[rows], offset)
-            codes = _as_stored(units, format).round_().clamp_(grid.qmin, grid.qmax)
-            made[rows] = grid.values(codes, step[rows], offset)
-        ctx.save_for_backward(weight, step, zero)
+            steps, shift = step[rows].unsqueeze(-1), _shift(grid, zero, rows)
+            codes = _as_stored(grid.split(weight[rows]).div(steps).sub_(shift), format)
+            codes = codes.round_().clamp_(grid.qmin, grid.qmax)
+            kept[rows] = codes.flatten(1)
+            made[rows] = codes.add_(shift).mul_(steps).flatten(1)
+        ctx.save_for_backward(weight, step, zero, kept)
         ctx.format = format
         return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, step, zero = ctx.saved_tensors
-        format: WeightFormat = ctx.format
-        grid = format.grid
+        weight, step, zero, kept = ctx.saved_tensors
+        grid: Grid = ctx.format.grid
         grad_weight, grad_scale = torch.empty_like(weight), torch.empty_like(step)
         grad_zero = None if zero is None else torch.empty_like(step)
         for rows in row_blocks(len(weight), weight.shape[1], weight.device):
-            offset = None if zero is None else zero[rows]
-            G = grad[rows].float()
-            units = grid.units(weight[rows], step[rows], offset)
-            inside = (units > grid.qmin - 0.5) & (units < grid.qmax + 0.5)
-            codes = _as_stored(units, format).round_().clamp_(grid.qmin, grid.qmax)
-            grad_weight[rows] = G * inside
-            # Q - zero - inside * (Z - zero): rounding inside, the distance to zero where clipped.
-            distance = torch.where(inside, codes - units, grid.centered(codes, offset))
-            grad_scale[rows] = grid.split(distance.mul_(G)).sum(-1)
+            G, W = grid.split(grad[rows].float()), grid.split(weight[rows])
+            steps, shift = step[rows].unsqueeze(-1), _shift(grid, zero, rows)
+            low, high = steps * (shift + (grid.qmin - 0.5)), steps * (shift + (grid.qmax + 0.5))
+            inner = G.where((low < W) & (high > W), 0.0)
+            grad_weight[rows] = inner.flatten(1)
+            # The sum over G (Q - zero_point), less that over inside * G W / s.
+            values = grid.split(kept[rows]).to(G.dtype).add_(shift)
+            of_values, of_weights = values.mul_(G).sum(-1), W.mul(inner).sum(-1)
+            grad_scale[rows] = of_values - of_weights / step[rows]
             if grad_zero is not None:
-                lost = grid.split(G - grad_weight[rows]).sum(-1)
-                grad_zero[rows] = lost.mul_(step[rows]).neg_()
+                grad_zero[rows] = (inner.sum(-1) - G.sum(-1)).mul_(step[rows])
         return grad_weight, grad_scale, grad_zero, None, None
+
+
+def _shift(grid: Grid, zero_point: Tensor | None, rows: slice) -> Tensor | float:
+    """What an integer's value is more than the integer, in steps; (rows, groups, 1)."""
+    return grid.shift if zero_point is None else -zero_point[rows].unsqueeze(-1)
