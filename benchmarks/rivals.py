@@ -2,14 +2,14 @@
 
     python benchmarks/rivals.py run --rivals modelopt modelopt-learned
     python benchmarks/rivals.py cost --rivals modelopt modelopt-learned
-    python benchmarks/rivals.py export --rivals modelopt
+    python benchmarks/rivals.py export --exports modelopt
     python benchmarks/rivals.py table
 
 ``run`` trains the demo's model on the same blocks in the same order as `quality.py`, and measures
 it twice: as trained, and as what would be deployed (integers and scales). Each rival tries three
-rates on seed 0 at 3 bits, and a fourth where the largest is the best of them. The one whose
-deployed model is best on the tokens of ``chosen_by``, which are not those of the table, is taken
-for the other settings and seeds. LR-QAT has one set of rates for all rows, too.
+rates on seed 0 at 3 bits, and a fourth beyond them where the least or the largest is best. The rate
+whose deployed model is best on the tokens of ``chosen_by``, which are not those of the table, is
+taken for the other settings and seeds. LR-QAT has one set of rates for all rows, too.
 
 ``cost`` compares time and memory of a step with PEFT's LoRA on the unquantised model, in the same
 run. ``export`` tries the export that each tool documents. Every run leaves one JSON file, and those
@@ -29,6 +29,7 @@ CPUs, transformers 5.23.0 and peft 0.21.2.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -36,7 +37,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ from peft_lrqat.quant import Grid
 
 
 RESULTS = Path(__file__).parent / "results"
-# The last one is tried only where the one before is the best.
-LORA_RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2)  # of A and B
-WEIGHT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of all weights
+# The first and the last are tried only where the one beside is the best of the three.
+LORA_RATES = (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2)  # of A and B
+WEIGHT_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of all weights
 RANGE_SHARE = 0.1  # of these, for learned ranges
 OPTIONS = ("dtype", "window", "steps", "batch_size", "rank")
 # The job of `results/quality_demo`.
@@ -82,12 +82,6 @@ JOB += ["--batch_size", "8", "--epochs", "4", "--calibration_blocks", "384"]
 # (model, bits, rank, example tokens (1, T)) -> the model in training, where what has a gradient is
 # trained. In place.
 Prepare = Callable[[PreTrainedModel, int, int, Tensor], nn.Module]
-# What a tool needs to have imported, so that a peak counts none of it.
-TOOLS = {
-    "torchao": ["torchao.quantization.qat"],
-    "nvidia-modelopt": ["modelopt.torch.quantization"],
-    "nncf": ["nncf.torch", "nncf.torch.function_hook.nncf_graph.nncf_graph_builder"],
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +239,28 @@ def nncf_deploy(model: nn.Module, bits: int, example: Tensor) -> nn.Module:
     )
 
 
+# This package
+
+
+def lrqat(model: PreTrainedModel, bits: int, rank: int, example: Tensor) -> nn.Module:
+    """LR-QAT from rounding to nearest, on the grid that the tools can do at all widths."""
+    config = LRQATConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=rank,
+        bits=bits,
+        symmetric=True,
+        downcast="fixed8",
+    )
+    adapted: Any = get_peft_model(model, config)
+    return adapted
+
+
+def lrqat_deploy(model: nn.Module, bits: int, example: Tensor) -> nn.Module:
+    """Nothing is to be done: training sees the integers and scales that are deployed."""
+    return model
+
+
 RIVALS: dict[str, Rival] = {
     "torchao-lora": Rival(
         title="torchao: QAT, LoRA beside it",
@@ -284,6 +300,12 @@ RIVALS: dict[str, Rival] = {
         prepare=nncf_lora,
         deploy=nncf_deploy,
         tried_on="W4",
+    ),
+    "lrqat": Rival(
+        title="**LR-QAT, from nearest, its rate chosen in the same way**",
+        package="peft-lrqat",
+        prepare=lrqat,
+        deploy=lrqat_deploy,
     ),
 }
 
@@ -351,10 +373,13 @@ def run_all(args: argparse.Namespace) -> None:
             # The rate is chosen first.
             for setting in sorted(args.settings, key=lambda s: s != rival.tried_on):
                 if setting == rival.tried_on and seed == 0:
-                    for rate in rival.rates[:-1]:
+                    below, *three, above = rival.rates
+                    for rate in three:
                         once(name, setting, seed, rate)
-                    if chosen_rate(name, read_results(results)) == rival.rates[-2]:
-                        once(name, setting, seed, rival.rates[-1])
+                    best = chosen_rate(name, read_results(results))
+                    for edge, beyond in ((three[0], below), (three[-1], above)):
+                        if best == edge:
+                            once(name, setting, seed, beyond)
                 else:
                     once(name, setting, seed, chosen_rate(name, read_results(results)))
 
@@ -425,23 +450,22 @@ def make_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
 
 def measure_peak(name: str, args: argparse.Namespace) -> int:
     """Bytes of the peak of a step above the imports, in this process."""
-    if name in RIVALS:
-        for module in TOOLS[RIVALS[name].package]:
-            import_module(module)
+    small = argparse.Namespace(**{**vars(args), "hidden": 64, "layers": 1, "tokens": 16})
+    make_step(name, small)()  # imports what the tool needs, which a peak should count none of
+    gc.collect()
     start = resident()
     step = make_step(name, args)
     step()  # optimizer state, workspaces
     return peak_bytes(step) - start
 
 
-def measure_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure_costs(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and peak of a step, and those of LoRA on the unquantised model in the same run."""
     shape = [f"--{key}={getattr(args, key)}" for key in ("hidden", "layers", "tokens", "bits")]
-    peaks = {
-        key: in_own_process(__file__, "cost", *shape, "--peak_of", key) for key in (LORA, name)
-    }
-    steps = {key: make_step(key, args) for key in (LORA, name)}
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
+    every = [LORA, *names]
+    peaks = {key: in_own_process(__file__, "cost", *shape, "--peak_of", key) for key in every}
+    steps = {key: make_step(key, args) for key in every}
+    seconds: dict[str, list[float]] = {key: [] for key in every}
     for round_ in range(args.rounds + 1):
         for key, step in steps.items():
             # Processor time, on one thread: others may work on this machine.
@@ -450,30 +474,33 @@ def measure_cost(name: str, args: argparse.Namespace) -> dict[str, Any]:
             if round_:  # the first one warms up
                 seconds[key].append(time.process_time() - begin)
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    package = RIVALS[name].package if name in RIVALS else "peft-lrqat"
-    return {
-        "kind": "cost",
-        "rival": name,
-        "package": f"{package} {version(package)}",
-        "time_to_lora": round(median[name] / median[LORA], 3),
-        "peak": peaks[name],
-        "peak_of_lora": peaks[LORA],
-        "tokens": args.tokens,
-        "options": {key: getattr(args, key) for key in ("hidden", "layers", "bits", "rounds")},
-        "dtype": "bfloat16",
-        "rank": RANK,
-        "threads": torch.get_num_threads(),
-    }
+    packages = {key: RIVALS[key].package if key in RIVALS else "peft-lrqat" for key in names}
+    return [
+        {
+            "kind": "cost",
+            "rival": name,
+            "package": f"{packages[name]} {version(packages[name])}",
+            "time_to_lora": round(median[name] / median[LORA], 3),
+            "peak": peaks[name],
+            "peak_of_lora": peaks[LORA],
+            "tokens": args.tokens,
+            "options": {key: getattr(args, key) for key in ("hidden", "layers", "bits", "rounds")},
+            "dtype": "bfloat16",
+            "rank": RANK,
+            "threads": torch.get_num_threads(),
+        }
+        for name in names
+    ]
 
 
 def cost_all(args: argparse.Namespace) -> None:
     if args.peak_of:
         print(measure_peak(args.peak_of, args))
         return
-    for name in args.rivals:
-        file = Path(args.results) / f"cost-{name}.json"
-        if not file.exists():
-            save(file, measure_cost(name, args))
+    files = {name: Path(args.results) / f"cost-{name}.json" for name in args.rivals}
+    left = [name for name, file in files.items() if not file.exists()]
+    for row in measure_costs(left, args) if left else []:
+        save(files[row["rival"]], row)
 
 
 # Exports

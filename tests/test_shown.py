@@ -78,12 +78,23 @@ def test_the_figures_of_served_adapters_are_the_runs():
     assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]
 
 
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("folder", ["quality_demo", "quality_small_batches"])
 def test_the_tables_of_quality_are_the_runs(folder):
-    results = ROOT / "benchmarks" / "results" / folder
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = quality  # its dataclasses look for their module
-    spec.loader.exec_module(quality)
-    lines = quality.table_lines(quality.read_results(results))
+    quality = benchmark("quality")
+    lines = quality.table_lines(quality.read_results(ROOT / "benchmarks" / "results" / folder))
     assert "\n".join(lines) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_tables_of_other_tools_are_the_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    rivals = benchmark("rivals")
+    lines = rivals.table_lines(rivals.read_results(ROOT / "benchmarks" / "results" / "rivals"))
+    assert "\n".join(lines) in (ROOT / "docs" / "other-tools.md").read_text()
