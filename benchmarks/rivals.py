@@ -72,6 +72,7 @@ RESULTS = Path(__file__).parent / "results"
 # The first and the last are tried only where the one beside is the best of the three.
 LORA_RATES = (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2)  # of A and B
 WEIGHT_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of all weights
+TRIED = ("W4", "W3", "W2-symmetric")
 RANGE_SHARE = 0.1  # of these, for learned ranges
 OPTIONS = ("dtype", "window", "steps", "batch_size", "rank")
 # The job of `results/quality_demo`.
@@ -95,6 +96,8 @@ class Rival:
     deploy: Callable[[nn.Module, int, Tensor], nn.Module]
     rates: tuple[float, ...] = LORA_RATES
     tried_on: str = "W3"  # the setting that the rate is chosen on
+    settings: tuple[str, ...] = TRIED
+    why_not: str = "not run"  # of a setting without a figure
 
 
 def is_target(module: nn.Module, name: str) -> bool:
@@ -300,6 +303,8 @@ RIVALS: dict[str, Rival] = {
         prepare=nncf_lora,
         deploy=nncf_deploy,
         tried_on="W4",
+        settings=("W4",),
+        why_not="not run: 4 and 8 bits only",
     ),
     "lrqat": Rival(
         title="**LR-QAT, from nearest, its rate chosen in the same way**",
@@ -368,10 +373,10 @@ def run_all(args: argparse.Namespace) -> None:
             save(file, perform(place, name, setting, seed, rate))
 
     for seed in args.seeds:
-        for name in args.rivals:
-            rival = RIVALS[name]
+        for rival, name in [(RIVALS[name], name) for name in args.rivals if name in RIVALS]:
+            wanted = [setting for setting in args.settings if setting in rival.settings]
             # The rate is chosen first.
-            for setting in sorted(args.settings, key=lambda s: s != rival.tried_on):
+            for setting in sorted(wanted, key=lambda s: s != rival.tried_on):
                 if setting == rival.tried_on and seed == 0:
                     below, *three, above = rival.rates
                     for rate in three:
@@ -698,15 +703,16 @@ def quality_lines(rows: list[dict[str, Any]], ours: list[dict[str, Any]]) -> lis
     lines += [line_of(key, title) for key, title in REFERENCES.items()]
     for name, rival in RIVALS.items():
         its = [row for row in rows if row["rival"] == name]
-        if not its:
-            continue
-        rate = chosen_rate(name, its)
+        rate = chosen_rate(name, its) if its else None
         cells = []
         for setting in SHOWN:
             at = [r for r in its if r["setting"] == setting and r["rate"] == rate]
             deployed, trained = (in_cell([r[k] for r in at]) for k in ("deployed", "trained"))
-            cells.append(deployed if deployed == trained else f"{deployed} ({trained})")
-        lines.append(f"| {rival.title} | {rate:g} | {' | '.join(cells)} |")
+            if at:
+                cells.append(deployed if deployed == trained else f"{deployed} ({trained})")
+            else:
+                cells.append(rival.why_not if setting in TRIED else "-")
+        lines.append(f"| {rival.title} | {rate or ''} | {' | '.join(cells)} |")
     lines += [line_of(key, title) for key, title in PACKAGE.items()]
     return lines
 
@@ -759,7 +765,7 @@ def main() -> None:
         "--rivals", nargs="+", default=list(RIVALS), choices=[*RIVALS, *OURS], help="of run, cost"
     )
     parser.add_argument("--exports", nargs="+", default=list(EXPORTS), choices=EXPORTS)
-    parser.add_argument("--settings", nargs="+", default=["W4", "W3", "W2-symmetric"])
+    parser.add_argument("--settings", nargs="+", default=TRIED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--work", default="quality-benchmark", help="for bases")
     parser.add_argument("--results", default=str(RESULTS / "rivals"))
