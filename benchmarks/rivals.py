@@ -665,6 +665,7 @@ REFERENCES = {
     ("nearest", "none"): "rounded to nearest, not trained",
 }
 PACKAGE = {
+    ("blocks", "none"): "calibrated blocks, not trained",
     ("blocks", "scales"): "EfficientQAT's recipe: calibrated blocks, then scales",
     ("nearest", "full"): "all weights, from nearest",
     ("nearest", "lrqat"): "**LR-QAT, from nearest**",
