@@ -308,7 +308,7 @@ def lora(place: Place, run: Run, model: PreTrainedModel, steps: int | None = Non
     groups = [
         {"params": [p for p in adapted.parameters() if p.requires_grad], "lr": place.args.lora_rate}
     ]
-    return _train_in_full(place, run, adapted, groups, steps or place.args.steps, first=True)
+    return train_in_full(place, run, adapted, groups, steps or place.args.steps, first=True)
 
 
 def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
@@ -336,8 +336,8 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     if run.setting == UNQUANTISED:
         # Master weights in float32; products in bfloat16, as under a grid.
         bf16 = place.args.dtype == "bfloat16"
-        return _train_in_full(place, run, model, groups, place.args.steps, bf16=bf16)
-    return _train_in_full(place, run, model, groups, place.left(run))
+        return train_in_full(place, run, model, groups, place.args.steps, bf16=bf16)
+    return train_in_full(place, run, model, groups, place.left(run))
 
 
 class FullQAT(nn.Module):
@@ -356,7 +356,7 @@ class FullQAT(nn.Module):
         return nn.functional.linear(x, self.trained(), self.bias)
 
 
-def _train_in_full(
+def train_in_full(
     place: Place,
     run: Run,
     model: nn.Module,

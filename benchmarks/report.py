@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import quality
+import rivals
 import runtimes
 
 
@@ -55,6 +56,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "quality_demo": of_quality("quality_demo"),
     "quality_small_batches": of_quality("quality_small_batches"),
+    "rivals": lambda: rivals.table_lines(rivals.read_results(RESULTS / "rivals")),
     "runtimes": lambda: runtimes.table_lines(json.loads((RESULTS / "runtimes.json").read_text())),
 }
 
