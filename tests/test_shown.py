@@ -87,3 +87,31 @@ def test_the_tables_of_quality_are_the_runs(folder):
     spec.loader.exec_module(quality)
     lines = quality.table_lines(quality.read_results(results))
     assert "\n".join(lines) in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["loraquant", "loraquant_error"])
+def test_the_tables_of_packed_adapters_are_the_runs(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module(name)
+    lines = benchmark.table_lines(benchmark.read_results(ROOT / "benchmarks" / "results" / name))
+    block = "\n".join([f"<!-- figures: {name} -->", "", *lines, "", "<!-- end of figures -->"])
+    assert block in (ROOT / "docs" / "results-adapters.md").read_text()
+
+
+# Errors of the public code of LoRAQuant, refined, on the same spectra.
+PUBLIC = {
+    ("0.6^k", "published 2@0.8"): 0.62,
+    ("0.8^k", "published 2@0.9"): 0.53,
+    ("0.8^k", "published 3@0.8"): 0.45,
+    ("0.9^k", "published 2@0.9"): 0.54,
+}
+
+
+def test_the_published_method_is_as_strong_as_its_public_code():
+    results = ROOT / "benchmarks" / "results" / "loraquant_error"
+    found = {
+        (one["spectrum"], row["row"]): row["error"]
+        for one in map(json.loads, (file.read_text() for file in results.glob("geometric-*.json")))
+        for row in one["rows"]
+    }
+    assert all(found[case] <= error for case, error in PUBLIC.items())
