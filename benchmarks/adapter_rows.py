@@ -200,7 +200,7 @@ for _bits, _ratio in VARIANTS:
             packed, method=_method, bits_high=_bits, ratio=_ratio
         )
 for _bits in AVERAGE_BITS:
-    ROWS[f"residual, {_bits:g} bits"] = partial(packed, average_bits=_bits)
+    ROWS[f"residual, {_bits} bits"] = partial(packed, average_bits=_bits)
 
 
 def rows(names: list[str] | None = None) -> dict[str, Row]:

@@ -261,6 +261,7 @@ def cells_of(several: list[Row], percent: bool) -> list[str]:
         told += f" \u00b1 {unit * mean(several, 'standard_error'):.{digits}f}"
     if several[0]["row"] == REFERENCE:
         return [told, "", f"{mean(several, 'error'):.3f}"]
+    change = round(change, digits) + 0.0  # no "-0.0"
     lost = f"{change:+.{digits}f} \u00b1 {error:.{digits}f}"
     if len(several) > 1:
         ends = [unit * end(row["change"] for row in several) for end in (min, max)]

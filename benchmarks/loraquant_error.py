@@ -183,7 +183,7 @@ def plot(found: list[dict[str, Any]], file: str) -> None:
         what = "random spectra" if kind == "random" else "trained adapters"
         panel.set(title=f"{len(several)} {what}", xlabel="bits of storage per parameter")
     panels[0].set(ylabel="relative error of B A")
-    panels[0].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="upper right")
     figure.savefig(file)
 
 
