@@ -1,352 +1,377 @@
-"""What packing costs a real LoRA adapter: perplexity or accuracy, error, true bits and bytes, by
-method.
+"""What packing costs trained LoRA adapters: scores of tasks with error bars, by method and bits.
 
-    python benchmarks/loraquant.py                                        # SmolLM2-135M on Python's
-    help topics python benchmarks/loraquant.py --style shakespeare=tinyshakespeare.txt --style
-    stories=stories.txt \\
-        --task sst2=sst2_train.tsv,sst2_dev.tsv                           # files of your own
+    python benchmarks/loraquant.py run --data tasks --adapters sst2:0 gsm8k:0 e2e:0
+    python benchmarks/loraquant.py run                       # without files: CPython's help topics
+    python benchmarks/loraquant.py table --plot adapters.svg
 
-Each adapter is trained once (rank 16, all linear layers, bfloat16 base) and kept in ``--output``;
-so is each finished row, and a second run goes on where the first ended. A style is a text, whose
-last part is held out; its score is perplexity. A task is two files of tab-separated ``sentence``
-and ``label`` (0 negative, 1 positive); its score is the share of sentences for which the right word
-is the likelier one. About 5 minutes of training and 20 seconds a row for each adapter, on one core.
+An adapter is a task and a seed (see adapter_tasks.py); --data is the folder with the tasks' files.
+Each is trained once on SmolLM2-135M and kept in --work. A row is a way to store it (see
+adapter_rows.py); each writes one JSON file into --results when it ends, and rows that have theirs
+are passed over. An adapter is merged into the bfloat16 weights to be scored.
 
-    FP16        the adapter itself, in float16
-    RTN, sign   B and A each rounded as they are, by columns of B and rows of A, in groups of 128
-    paper       LoRAQuant as published, bits_high @ ratio
-    residual    this package's procedure in the storage that the paper's would take; or at
-    --average_bits
+Beside the score stands its standard error over the held-out items, and how far the row is from the
+same adapter in float16, with the standard error of the difference, item by item.
 """
 
 import argparse
 import json
+import math
 import shutil
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-)
+from adapter_rows import GROUP_SIZE, ROWS, Factors, Stored, rows
+from adapter_tasks import ALPHA, LEARNING_RATE, RANK, TASKS, Example, Task, trained
+from quality import read_results
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from peft_lrqat.demo.smollm2 import load_smollm2
-from peft_lrqat.demo.text import load_topics
-from peft_lrqat.loraquant import LoRAQuantConfig, quantize_adapter
-from peft_lrqat.quant.factors.groups import quantize_midrise, quantize_rtn
-from peft_lrqat.quant.factors.svd import squared_error, squared_norm
-from peft_lrqat.quant.packing import packed_bytes
-from peft_lrqat.trainer.metrics import evaluate_perplexity
+from peft_lrqat.loraquant.convert import split_lora
 
 
-WEIGHTS = "adapter_model.safetensors"
-GROUP_SIZE, SCALE_DTYPE = 128, torch.bfloat16
-BLOCK, HELD_OUT = 512, 8192  # tokens
-WORDS = (" negative", " positive")
-PLAIN = {"RTN 2-bit": (2, quantize_rtn), "sign 1-bit": (1, quantize_midrise)}
-VARIANTS = [(2, 0.8), (2, 0.9), (3, 0.8)]
+BASE, REFERENCE = "no adapter", "float16"
 
 
-class Style:
-    """A text to imitate; scored by perplexity on the part that was held out."""
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A task, and the seed that the adapter was trained with."""
 
-    score = "perplexity"
-
-    def __init__(self, path: str | None, tokenizer, steps: int, batch_size: int) -> None:
-        texts = (
-            ["\n\n".join(load_topics(split)) for split in ("train", "heldout")]
-            if path is None
-            else [read(path)]
-        )
-        ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-        if len(ids) == 1:
-            ids = [ids[0][:-HELD_OUT], ids[0][-HELD_OUT:]]
-        blocks = ids[0][: len(ids[0]) // BLOCK * BLOCK].view(-1, BLOCK).tolist()
-        self.train_set = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-        self.held_out = ids[-1][:HELD_OUT]
-        self.collate = default_data_collator
-        self.options = {"per_device_train_batch_size": batch_size, "max_steps": steps}
-
-    def measure(self, model) -> float:
-        return evaluate_perplexity(
-            model, self.held_out, window=BLOCK, batch_size=4, progress=False
-        )["perplexity"]
+    task: str
+    seed: int
 
 
-class Task:
-    """Sentiment of a sentence as the next word after a prompt; scored by the share right."""
+class Scorer:
+    """The model, with any factors merged into its weights, on the held-out items of a task."""
 
-    score = "accuracy"
-
-    def __init__(self, path: str, tokenizer, steps: int, batch_size: int) -> None:
-        train, dev = (
-            load_dataset("csv", data_files=p, delimiter="\t", quoting=3, split="train")
-            for p in path.split(",")
-        )
-        self.words = torch.tensor([tokenizer(word)["input_ids"][0] for word in WORDS])
-
-        def encode(row: dict) -> dict:
-            prompt = tokenizer(f"Review: {row['sentence'].strip()}\nSentiment:")["input_ids"]
-            answer = [int(self.words[row["label"]])]
-            return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-
-        self.train_set = (
-            train.shuffle(seed=0)
-            .select(range(8 * batch_size * steps))
-            .map(encode, remove_columns=train.column_names)
-        )
-        self.held_out = (
-            dev.shuffle(seed=0).select(range(1000)).map(encode, remove_columns=dev.column_names)
-        )
-        self.held_out = sorted(self.held_out, key=lambda row: len(row["input_ids"]))
-        self.collate = DataCollatorForSeq2Seq(tokenizer)
-        self.options = {"per_device_train_batch_size": 8 * batch_size, "max_steps": steps}
+    def __init__(self, base: Path, task: Task, tokenizer: Any, items: list[Example]) -> None:
+        self.task, self.tokenizer, self.items = task, tokenizer, items
+        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        self.model.eval()
+        self.weights: dict[str, torch.Tensor] = {}  # those of the base, where factors are merged
 
     @torch.no_grad()
-    def measure(self, model) -> float:
-        model.eval()
-        right = 0
-        for start in range(0, len(self.held_out), 25):
-            rows = self.held_out[start : start + 25]
-            batch = self.collate(
-                [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-            )
-            last = batch["attention_mask"].sum(-1) - 2  # the place that predicts the answer
-            logits = model(
-                batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits
-            chosen = self.words[
-                logits[torch.arange(len(rows)), last][:, self.words].float().argmax(-1)
-            ]
-            right += int((chosen == batch["input_ids"][torch.arange(len(rows)), last + 1]).sum())
-        return right / len(self.held_out)
+    def scores(self, factors: Factors) -> list[float]:
+        for name, (B, A) in factors.items():
+            layer: Any = self.model.get_submodule(name)
+            weight = self.weights.setdefault(name, layer.weight.data)
+            layer.weight.data = (weight.float() + ALPHA / RANK * (B @ A)).to(weight.dtype)
+        found = self.task.score(self.model, self.tokenizer, self.items)
+        for name in factors:
+            self.model.get_submodule(name).weight.data = self.weights[name]
+        return found
 
 
-def read(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")
+def find_base(work: Path) -> Path:
+    base = work / "base"
+    if not (base / "config.json").exists():
+        for part in load_smollm2():
+            part.save_pretrained(base)
+    return base
 
 
-def train(data, base: Path, output: Path) -> None:
-    """A LoRA adapter on the base model, saved in ``output``."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    )
-    args = TrainingArguments(
-        str(output) + "-training",
-        **data.options,
-        learning_rate=5e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
-        save_strategy="no",
-        logging_steps=10,
-        disable_tqdm=True,
-        report_to=[],
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = Trainer(
-        model=model, args=args, train_dataset=data.train_set, data_collator=data.collate
-    )
-    trainer.train()
-    model.save_pretrained(str(output))
-
-
-def rounded(source: Path, target: Path, bits: int, quantize) -> dict[str, float]:
-    """The adapter with B and A rounded as they are, written as LoRA; error, and the bytes that
-    packing would take.
-    """
-    state = load_file(source / WEIGHTS)
-    stored = error = norm = parameters = 0.0
-    for key in [key for key in state if "lora_A" in key]:
-        pair = [state[key.replace("lora_A", "lora_B")], state[key]]
-        found = []
-        for factor in (pair[0].T, pair[1]):
-            codes = quantize(
-                factor,
-                torch.full((len(factor),), bits),
-                group_size=GROUP_SIZE,
-                scale_dtype=SCALE_DTYPE,
-            )
-            found.append(codes.values())
-            stored += len(factor) * packed_bytes(factor.shape[1], bits) + 2 * codes.scale.numel()
-            if codes.zero_point is not None:
-                stored += len(factor) * packed_bytes(codes.scale.shape[1], bits)
-            parameters += factor.numel()
-        quantized = [found[0].T.contiguous(), found[1]]
-        error += float(squared_error(*(t[None] for t in (*pair, *quantized))))
-        norm += float(squared_norm(*(t[None] for t in pair)))
-        state[key.replace("lora_A", "lora_B")], state[key] = quantized
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-    return {
-        "error": (error / norm) ** 0.5,
-        "bits": 8 * stored / parameters,
-        "nominal": float(bits),
-        "bytes": stored,
-    }
-
-
-def packed(source: Path, target: Path, config: LoRAQuantConfig) -> dict[str, float]:
-    report = quantize_adapter(source, target, config, progress=False).report
-    return {
-        "error": report["relative_error"],
-        "bits": report["bits_per_parameter"],
-        "nominal": report["nominal_bits_per_parameter"],
-        "bytes": (target / WEIGHTS).stat().st_size,
-    }
-
-
-def half(source: Path, target: Path) -> dict[str, float]:
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    state = {name: tensor.half() for name, tensor in load_file(source / WEIGHTS).items()}
-    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
-    return {"error": 0.0, "bits": 16.0, "nominal": 16.0, "bytes": (target / WEIGHTS).stat().st_size}
-
-
-def rows_of(args: argparse.Namespace) -> dict:
-    """What makes each row's adapter, by the row's name."""
-    rows = {"FP16": half}
-    for name, (bits, quantize) in PLAIN.items():
-        rows[name] = lambda s, t, b=bits, q=quantize: rounded(s, t, b, q)
-    for bits, ratio in VARIANTS:
-        for method in ("paper", "residual"):
-            config = LoRAQuantConfig(
-                method=method, bits_high=bits, ratio=ratio, group_size=GROUP_SIZE
-            )
-            rows[f"{method} {bits}@{ratio}"] = lambda s, t, c=config: packed(s, t, c)
-    for bits in args.average_bits:
-        config = LoRAQuantConfig(average_bits=bits, group_size=GROUP_SIZE)
-        rows[f"residual {bits} bits"] = lambda s, t, c=config: packed(s, t, c)
-    return rows
-
-
-def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    adapters = list(dict.fromkeys(row["adapter"] for row in results))
-    figure, axes = plt.subplots(
-        2, len(adapters), figsize=(4.2 * len(adapters), 7), squeeze=False, sharex=True
-    )
-    kinds = {"paper": "o", "residual": "s", "RTN": "^", "sign": "v"}
-    for column, adapter in enumerate(adapters):
-        own = [row for row in results if row["adapter"] == adapter]
-        for kind, marker in kinds.items():
-            points = sorted(
-                (row["bits"], row["error"], row["score"])
-                for row in own
-                if row["row"].startswith(kind)
-            )
-            for axis, what in ((axes[0][column], 1), (axes[1][column], 2)):
-                line = "-" if kind in ("paper", "residual") else ""
-                axis.plot(
-                    [p[0] for p in points], [p[what] for p in points], line + marker, label=kind
-                )
-        for name, style in (("no adapter", ":"), ("FP16", "--")):
-            axes[1][column].axhline(
-                next(r["score"] for r in own if r["row"] == name), color="grey", ls=style
-            )
-        axes[0][column].set(title=adapter, ylabel="relative error of BA")
-        axes[1][column].set(
-            xlabel="true bits per parameter", ylabel=own[0]["measure"] + " (-- FP16, .. no adapter)"
+def find_adapter(
+    args: argparse.Namespace, adapter: Adapter, base: Path, examples: list[Example]
+) -> Path:
+    """Trains it, if it is not there yet."""
+    folder = Path(args.work) / f"{adapter.task}-{adapter.seed}"
+    if not folder.exists():
+        whole = Path(args.work) / "unfinished"
+        shutil.rmtree(whole, ignore_errors=True)
+        model, tokens = trained(
+            base,
+            examples,
+            seed=adapter.seed,
+            tokens=args.tokens or TASKS[adapter.task].tokens,
+            batch_size=args.batch_size,
         )
-        if own[0]["measure"] == "perplexity":
-            axes[1][column].set_yscale("log")
-        axes[0][column].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"plot in {path}")
+        model.save_pretrained(whole)
+        (whole / "tokens.json").write_text(json.dumps(tokens))
+        whole.rename(folder)
+    return folder
 
 
-def main() -> None:
+def factors_of(folder: Path) -> Factors:
+    factors, _, _ = split_lora(load_file(folder / "adapter_model.safetensors"))
+    return factors
+
+
+# Runs
+
+
+def run_all(args: argparse.Namespace) -> None:
+    disable_progress_bar()
+    set_verbosity_error()
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    base = find_base(Path(args.work))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for adapter in args.adapters:
+        run_adapter(args, adapter, base, tokenizer)
+
+
+def run_adapter(
+    args: argparse.Namespace, adapter: Adapter, base: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    task = TASKS[adapter.task]
+    examples, heldout = task.read(args.data, tokenizer)
+    heldout = heldout[: args.items or task.items]
+    folder = find_adapter(args, adapter, base, examples)
+    factors = factors_of(folder)
+    scorer: Scorer | None = None
+    for name, store in rows(args.rows).items():
+        file = Path(args.results) / f"{adapter.task}-{adapter.seed}-{slug(name)}.json"
+        if file.exists():
+            continue
+        stored = store(factors)
+        scorer = scorer or Scorer(base, task, tokenizer, heldout)
+        common = {
+            "task": adapter.task,
+            "seed": adapter.seed,
+            "measure": task.measure,
+            "items": len(heldout),
+            "tokens": json.loads((folder / "tokens.json").read_text()),
+            "threads": torch.get_num_threads(),
+            "options": {
+                "model": "SmolLM2-135M",
+                "dtype": "bfloat16",
+                "rank": RANK,
+                "alpha": ALPHA,
+                "learning_rate": LEARNING_RATE,
+                "batch_size": args.batch_size,
+                "group_size": GROUP_SIZE,
+            },
+        }
+        # Both are scored once, and kept for the differences.
+        plain = kept(Path(args.work) / f"{adapter.task}-{len(heldout)}-items.json", scorer, {})
+        halved = rows([REFERENCE])[REFERENCE](factors).factors
+        whole = kept(folder / f"{len(heldout)}-items.json", scorer, halved)
+        scores = whole if name == REFERENCE else scorer.scores(stored.factors)
+        write(file, common | measured(name, stored, scores, whole))
+        if name == REFERENCE:
+            nothing = Stored(factors={}, error=1.0, bits=0.0, nominal=0.0)
+            file = file.with_name(f"{adapter.task}-{adapter.seed}-{slug(BASE)}.json")
+            write(file, common | measured(BASE, nothing, plain, whole))
+
+
+def kept(file: Path, scorer: Scorer, factors: Factors) -> list[float]:
+    """The scores of all items, from the file or for it."""
+    if not file.exists():
+        file.write_text(json.dumps(scorer.scores(factors)))
+    found: list[float] = json.loads(file.read_text())
+    return found
+
+
+def measured(
+    row: str, stored: Stored, scores: list[float], whole: list[float]
+) -> dict[str, float | str]:
+    change = [score - other for score, other in zip(scores, whole, strict=True)]
+    return {
+        "row": row,
+        "score": round(statistics.mean(scores), 5),
+        "standard_error": round(standard_error(scores), 5),
+        "change": round(statistics.mean(change), 5),
+        "change_standard_error": round(standard_error(change), 5),
+        "error": round(stored.error, 4),
+        "bits": round(stored.bits, 4),
+        "nominal_bits": round(stored.nominal, 4),
+    }
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=2) + "\n")
+    temporary.replace(file)
+    print(json.dumps(found), flush=True)
+
+
+def slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+# The table
+
+
+TITLES = {"sst2": "SST-2", "gsm8k": "GSM8K", "e2e": "E2E", "text": "text"}
+Row = dict[str, Any]
+
+
+def by_row(found: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The results of all seeds, by task and name of the row."""
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(found, key=lambda row: row["seed"]):
+        grouped.setdefault((row["task"], row["row"]), []).append(row)
+    return grouped
+
+
+def mean(several: list[Row], what: str) -> float:
+    return statistics.mean(row[what] for row in several)
+
+
+def table_lines(found: list[Row]) -> list[str]:
+    """A table in Markdown: a line for each row, three columns for each task.
+
+    Scores, and their changes from float16 with a standard error, are means over the adapters of a
+    task. All of them are scored on the same items, so the error does not shrink with their number.
+    """
+    grouped = by_row(found)
+    tasks = [task for task in TASKS if (task, REFERENCE) in grouped]
+    names = [BASE, *ROWS]
+    heads = []
+    for task in tasks:
+        unit = ", %" if TASKS[task].percent else ""
+        heads += [f"{TITLES[task]}: {TASKS[task].measure}{unit}", "change from float16", "error"]
+    lines = ["| | bits | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
+    for name in names:
+        present = [task for task in tasks if (task, name) in grouped]
+        if not present:
+            continue
+        bits = [mean(grouped[task, name], "bits") for task in present]
+        cells = [name, "" if name == BASE else in_range(bits)]
+        for task in tasks:
+            cells += cells_of(grouped.get((task, name), []), TASKS[task].percent)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def in_range(values: list[float]) -> str:
+    ends = [f"{value:.2f}" for value in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def cells_of(several: list[Row], percent: bool) -> list[str]:
+    if not several:
+        return ["-", "-", "-"]
+    unit, digits = (100, 1) if percent else (1, 3)
+    score, change, error = (
+        unit * mean(several, what) for what in ("score", "change", "change_standard_error")
+    )
+    told = f"{score:.{digits}f}"
+    if several[0]["row"] in (BASE, REFERENCE):
+        told += f" \u00b1 {unit * mean(several, 'standard_error'):.{digits}f}"
+    if several[0]["row"] == REFERENCE:
+        return [told, "", f"{mean(several, 'error'):.3f}"]
+    change = round(change, digits) + 0.0  # no "-0.0"
+    lost = f"{change:+.{digits}f} \u00b1 {error:.{digits}f}"
+    if len(several) > 1:
+        ends = [unit * end(row["change"] for row in several) for end in (min, max)]
+        lost += f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})"
+    return [told, lost, "" if several[0]["row"] == BASE else f"{mean(several, 'error'):.3f}"]
+
+
+def print_table(args: argparse.Namespace) -> None:
+    found = read_results(Path(args.results))
+    if not found:
+        raise SystemExit(f"there are no results in {args.results}")
+    print("\n".join(table_lines(found)))
+    if args.plot:
+        plot(found, args.plot)
+
+
+# In the plots, and their marks.
+FAMILIES = {
+    "residual, ": ("residual", "s-"),
+    "published": ("published", "o-"),
+    "GPTQ": ("GPTQ", "D-"),
+    "RTN": ("RTN", "^"),
+    "sign": ("sign", "v"),
+    "HQQ": ("HQQ", "x"),
+}
+
+
+def plot(found: list[Row], file: str) -> None:
+    """A panel for each task: change from float16 by true bits, with error bars."""
+    from matplotlib.figure import Figure
+
+    grouped = by_row(found)
+    tasks = [task for task in TASKS if (task, REFERENCE) in grouped]
+    figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        unit = 100 if TASKS[task].percent else 1
+        for start, (label, style) in FAMILIES.items():
+            points = sorted(
+                (
+                    mean(several, "bits"),
+                    unit * mean(several, "change"),
+                    unit * mean(several, "change_standard_error"),
+                )
+                for (own, name), several in grouped.items()
+                if own == task and name.startswith(start)
+            )
+            if points:
+                bits, change, error = zip(*points, strict=True)
+                panel.errorbar(
+                    bits, change, yerr=error, fmt=style, label=label, capsize=2, markersize=4
+                )
+        panel.axhline(0, color="gray", linewidth=1)
+        base = unit * mean(grouped[task, BASE], "change")
+        panel.axhline(base, color="gray", linestyle=":", linewidth=1)
+        panel.annotate(
+            "no adapter",
+            (0.98, base),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
+        percent = " (points)" if TASKS[task].percent else ""
+        panel.set(
+            title=f"{TITLES[task]}: {TASKS[task].measure}",
+            xlabel="bits of storage per parameter",
+            ylabel=f"change from float16{percent}",
+        )
+    panels[0].legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+
+
+def adapter_of(text: str) -> Adapter:
+    task, _, seed = text.partition(":")
+    if task not in TASKS:
+        raise argparse.ArgumentTypeError(f"knows {', '.join(TASKS)}, but not {task}")
+    return Adapter(task=task, seed=int(seed or 0))
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--style", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--task", action="append", default=[], metavar="NAME=TRAIN,DEV")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--data", type=Path, help="folder of the tasks; of `text`, a file")
     parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=2,
-        help="blocks of 512 tokens a step; 8 times as many sentences",
+        "--adapters",
+        nargs="+",
+        type=adapter_of,
+        default=[adapter_of("text:0")],
+        metavar="TASK:SEED",
     )
-    parser.add_argument("--average_bits", type=float, nargs="*", default=[0.75, 1.0, 2.5])
-    parser.add_argument("--train_only", action="store_true", help="train the adapters and stop")
-    parser.add_argument("--output", default="loraquant-benchmark")
-    args = parser.parse_args()
-    disable_progress_bar()
-    set_verbosity_error()
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    base = output / "base"
-    if not base.exists():
-        model, tokenizer = load_smollm2()
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sources = [(Style, *pair.split("=", 1)) for pair in args.style] + [
-        (Task, *p.split("=", 1)) for p in args.task
-    ]
-    log = output / "results.jsonl"
-    for kind, name, path in sources or [(Style, "topics", None)]:
-        data = kind(path, tokenizer, args.steps, args.batch_size)
-        source = output / name
-        if not source.exists():
-            train(data, base, source)
-        if args.train_only:
-            continue
-        done = {(r["adapter"], r["row"]) for r in read_results(log)}
-        for row, make in {"no adapter": None, **rows_of(args)}.items():
-            if (name, row) in done:
-                continue
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-            found = {"error": 1.0, "bits": 0.0, "nominal": 0.0, "bytes": 0}
-            if make is not None:
-                target = output / f"{name} {row}"
-                shutil.rmtree(target, ignore_errors=True)
-                found = make(source, target)
-                model = PeftModel.from_pretrained(model, str(target))
-            result = {
-                "adapter": name,
-                "row": row,
-                "measure": kind.score,
-                "score": data.measure(model),
-                **found,
-            }
-            with open(log, "a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(json.dumps(result), flush=True)
-    results = read_results(log)
-    for adapter in dict.fromkeys(row["adapter"] for row in results):
-        print(
-            f"\n{adapter}\n{'':20} {'score':>8} {'error':>7} {'bits':>7} {'nominal':>8} "
-            f"{'bytes':>11}"
-        )
-        for r in (r for r in results if r["adapter"] == adapter):
-            print(
-                f"{r['row']:20} {r['score']:8.3f} {r['error']:7.3f} {r['bits']:7.3f} "
-                f"{r['nominal']:8.3f} {r['bytes']:11,.0f}"
-            )
-    if results:
-        plot(results, output / "loraquant.png")
+    parser.add_argument("--rows", nargs="+", help="default: all")
+    parser.add_argument("--tokens", type=int, help="to train on; default: the task's")
+    parser.add_argument("--batch_size", type=int, default=384, help="tokens in a training step")
+    parser.add_argument("--items", type=int, help="to score; default: the task's")
+    parser.add_argument("--work", default="loraquant-benchmark", help="for base and adapters")
+    parser.add_argument(
+        "--results",
+        default=str(Path(__file__).parent / "results" / "loraquant"),
+        help="for results",
+    )
+    parser.add_argument("--plot", help="an image file, with `table`")
+    return parser
 
 
-def read_results(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def main() -> None:
+    args = make_parser().parse_args()
+    print_table(args) if args.action == "table" else run_all(args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import loraquant
+import loraquant_error
 import quality
 import rivals
 import runtimes
@@ -56,6 +58,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "quality_demo": of_quality("quality_demo"),
     "quality_small_batches": of_quality("quality_small_batches"),
+    "loraquant": lambda: loraquant.table_lines(loraquant.read_results(RESULTS / "loraquant")),
+    "loraquant_error": lambda: loraquant_error.table_lines(
+        loraquant_error.read_results(RESULTS / "loraquant_error")
+    ),
     "rivals": lambda: rivals.table_lines(rivals.read_results(RESULTS / "rivals")),
     "runtimes": lambda: runtimes.table_lines(json.loads((RESULTS / "runtimes.json").read_text())),
 }

@@ -63,3 +63,22 @@ def test_the_figures_of_served_adapters_are_the_runs():
     grown = found["resident after"] - found["resident before"]
     assert f"over 200 adapters | {grown / 1e6:.0f} MB |" in text
     assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]
+
+
+# Errors of the public code of LoRAQuant, refined, on the same spectra.
+PUBLIC = {
+    ("0.6^k", "published 2@0.8"): 0.62,
+    ("0.8^k", "published 2@0.9"): 0.53,
+    ("0.8^k", "published 3@0.8"): 0.45,
+    ("0.9^k", "published 2@0.9"): 0.54,
+}
+
+
+def test_the_published_method_is_as_strong_as_its_public_code():
+    results = ROOT / "benchmarks" / "results" / "loraquant_error"
+    found = {
+        (one["spectrum"], row["row"]): row["error"]
+        for one in map(json.loads, (file.read_text() for file in results.glob("geometric-*.json")))
+        for row in one["rows"]
+    }
+    assert all(found[case] <= error for case, error in PUBLIC.items())
