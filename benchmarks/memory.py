@@ -39,22 +39,28 @@ MEASURED = (
 )
 
 
-def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
-    """Bytes of the target weights and of the step's peak, in this process."""
+def random_llama(hidden: int, layers: int) -> LlamaForCausalLM:
+    """In bfloat16."""
     torch.manual_seed(0)
-    device = torch.device(args.device)
     config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 512),
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 512),
         vocab_size=4096,
         use_cache=False,
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
+    """Bytes of the target weights and of the step's peak, in this process."""
+    device = torch.device(args.device)
+    model = random_llama(args.hidden, args.layers).to(device)
     targets = [
         m
         for n, m in model.named_modules()

@@ -20,11 +20,16 @@ def resident(field: str = "VmRSS") -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The largest resident set while ``run`` runs."""
+def reset_peak() -> None:
+    """VmHWM counts from here."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The largest resident set while ``run`` runs."""
+    reset_peak()
     run()
     return resident("VmHWM")
 
