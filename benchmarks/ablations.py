@@ -130,6 +130,10 @@ def run_all(args: argparse.Namespace) -> None:
             continue
         if args.values and in_words(change.value) not in args.values:
             continue
+        if change.run.setting not in args.settings or change.run.start not in args.starts:
+            continue
+        if args.trainings and change.run.training not in args.trainings:
+            continue
         options = base_options("--work", args.work)
         option = ABLATIONS[change.ablation].option
         if option != "training":
@@ -225,6 +229,9 @@ def main() -> None:
     )
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--ablations", nargs="+", default=list(ABLATIONS), choices=ABLATIONS)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
+    parser.add_argument("--trainings", nargs="+", help="only these")
     parser.add_argument("--values", nargs="+", help="only these, as the table has them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--work", default="quality-benchmark", help="for bases")

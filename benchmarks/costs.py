@@ -5,9 +5,11 @@
 
 Parameters and bytes are those of the demo's model. It is too small for the rest: the peak and the
 time of a step are those of a random Llama in bfloat16, by the same trainings, each in a process of
-its own. The peak is that of the resident set above the imports, after the first step (Linux); the
-time is the processor time of a step, as a ratio to LoRA's in the same run. Each row writes one JSON
-file; rows that have theirs are passed over.
+its own, at 4 bits: the frozen weight takes one byte, and a step does the same, at any bits. The
+peak is that of the resident set above the imports, after the first step (Linux); the time is the
+processor time of a step, as a ratio to LoRA's in the same run. Of several processes of a row, the
+least peak counts, since what else a process holds varies, and the median time. Each row writes one
+JSON file; rows that have theirs are passed over.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from peft_lrqat.demo.run import linear_bytes
 SETTINGS = ("W4", "W3", "W2")
 MEASURED = ("scales", "lrqat", "predictions", "full")
 LORA = (UNQUANTISED, "lora")
+ON_A_LLAMA = (UNQUANTISED, "W4")
 ROWS = (LORA, *((setting, training) for setting in SETTINGS for training in MEASURED))
 
 
@@ -53,6 +56,7 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.trained = 0
+        self.peak = 0
         self.seconds: list[float] = []
         self._begin = 0.0
 
@@ -67,6 +71,7 @@ class Watch(TrainerCallback):
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if state.global_step > 1:
             self.seconds.append(time.process_time() - self._begin)
+            self.peak = resident("VmHWM")
 
 
 def make_run(setting: str, training: str, model: str, text: str) -> Run:
@@ -97,7 +102,7 @@ def on_a_llama(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Peak and processor time of a step, in this process."""
     start = resident()
     watch = train(llama_place(args), run)
-    return {"peak": resident("VmHWM") - start, "seconds": statistics.median(watch.seconds)}
+    return {"peak": watch.peak - start, "seconds": watch.seconds}
 
 
 def llama_place(args: argparse.Namespace) -> Place:
@@ -130,25 +135,27 @@ def run_all(args: argparse.Namespace) -> None:
     lora: dict[str, Any] | None = None
     for setting, training in ROWS:
         file = results / f"{setting}-{training}.json"
-        if file.exists():
+        if file.exists() or setting not in (UNQUANTISED, *args.settings):
             continue
-        run = make_run(setting, training, "llama", "random")
-        if setting != UNQUANTISED:
-            started(llama, run)  # not in the process that is measured
-        if lora is None:  # of this run
-            lora = _in_own_process(args, *LORA)
-        there = lora if (setting, training) == LORA else _in_own_process(args, setting, training)
+        there = None
+        if setting in ON_A_LLAMA:
+            if setting != UNQUANTISED:  # not in the process that is measured
+                started(llama, make_run(setting, training, "llama", "random"))
+            lora = lora or _in_own_process(args, *LORA)  # of this run
+            of_lora = (setting, training) == LORA
+            there = lora if of_lora else _in_own_process(args, setting, training)
         written = {
             "setting": setting,
             "training": training,
             "seed": 0,
             "demo": on_the_demo(demo, make_run(setting, training, "tiny", "topics")),
             "llama": there,
-            "lora": lora,
+            "lora": there and lora,
             "hidden": args.hidden,
             "layers": args.layers,
             "tokens": args.tokens,
             "steps": args.steps,
+            "repeats": args.repeats,
             "rank": options.rank,
             "threads": torch.get_num_threads(),
         }
@@ -159,7 +166,15 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def _in_own_process(args: argparse.Namespace, setting: str, training: str) -> dict[str, Any]:
-    return in_own_process(__file__, *sys.argv[1:], "--child", setting, training)
+    """Bytes and processor seconds of a step."""
+    found = [
+        in_own_process(__file__, *sys.argv[1:], "--child", setting, training)
+        for _ in range(args.repeats)
+    ]
+    return {
+        "peak": min(one["peak"] for one in found),
+        "seconds": statistics.median(s for one in found for s in one["seconds"]),
+    }
 
 
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -170,11 +185,14 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: ROWS.index((row["setting"], row["training"]))):
-        ratio = row["llama"]["seconds"] / row["lora"]["seconds"]
-        lines.append(
-            f"| {row['setting']} | {row['training']} | {row['demo']['trained']:,} "
-            f"| {row['demo']['shipped']:,} | {row['llama']['peak'] / MB:,.0f} | {ratio:.2f} |"
-        )
+        cells = [row["setting"], row["training"]]
+        cells += [f"{row['demo'][name]:,}" for name in ("trained", "shipped")]
+        if row["llama"] is None:
+            cells += ["-", "-"]
+        else:
+            ratio = row["llama"]["seconds"] / row["lora"]["seconds"]
+            cells += [f"{row['llama']['peak'] / MB:,.0f}", f"{ratio:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -183,10 +201,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--hidden", type=int, default=1024, help="of the Llama")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=2, help="processes of a row")
     parser.add_argument("--tokens", type=int, default=256, help="in a step")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--work", default="quality-benchmark", help="for bases")
     parser.add_argument("--results", default=str(Path(__file__).parent / "results" / "costs"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
