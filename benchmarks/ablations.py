@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import quality
-from quality import OPTIONS, Run, find_bases, find_place, in_cell, perform, read_results
+from quality import Run, find_bases, find_place, in_cell, perform, read_results
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 
@@ -158,21 +158,21 @@ def _known(change: Change, base: str) -> bool:
 
 def with_base(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of ablations, and those of the base wherever an ablation has its value."""
-    wanted = base_options()
-    shared = {name: getattr(wanted, name) for name in OPTIONS if name in base[0]["options"]}
-    found = list(rows)
+    found, options = list(rows), vars(base_options())
     for name in dict.fromkeys(row["ablation"] for row in rows):
         asked = ABLATIONS[name]
+        is_training = asked.option == "training"
+        trainings = set(asked.values if is_training else ("lrqat",))
+        trainings |= {"none"} if asked.changes_start else set()
         for row in base:
             if row["setting"] not in SETTINGS or row["start"] not in asked.starts:
                 continue
-            if any(row["options"][option] != value for option, value in shared.items()):
+            if row["training"] not in trainings:
+                continue
+            if any(options[option] != value for option, value in row["options"].items()):
                 raise ValueError(f"a run of the base has other options: {row}")
-            trainings = asked.values if asked.option == "training" else ("lrqat",)
-            if row["training"] in (*trainings, *(("none",) if asked.changes_start else ())):
-                is_training = asked.option == "training"
-                value = row["training"] if is_training else asked.base(row["start"])
-                found.append({"ablation": name, "value": value, **row})
+            value = row["training"] if is_training else asked.base(row["start"])
+            found.append({"ablation": name, "value": value, **row})
     return found
 
 
