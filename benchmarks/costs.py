@@ -217,7 +217,8 @@ def main() -> None:
     disable_progress_bar()
     set_verbosity_error()
     if args.child:
-        print(json.dumps(on_a_llama(args, make_run(*args.child, "llama", "random"))))
+        setting, training = args.child
+        print(json.dumps(on_a_llama(args, make_run(setting, training, "llama", "random"))))
     elif args.action == "run":
         run_all(args)
     else:
