@@ -1,9 +1,8 @@
 """The figures on the README's first screen are those of a run of the demo."""
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,12 +77,44 @@ def test_the_figures_of_served_adapters_are_the_runs():
     assert found["largest bytes unpacked"] <= found["bound of bytes unpacked"]
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of benchmarks/, which imports others from there."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def shown(page, name):
+    """What stands between the lines that name some figures and end them."""
+    text = (ROOT / "docs" / page).read_text()
+    _, begin, rest = text.partition(f"<!-- figures: {name} -->\n")
+    found, end, _ = rest.partition("<!-- end of figures -->")
+    assert begin, f"no figures of {name} in {page}"
+    assert end
+    return found.strip().splitlines()
+
+
+def found_in(folder):
+    files = sorted((ROOT / "benchmarks" / "results" / folder).glob("*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
 @pytest.mark.parametrize("folder", ["quality_demo", "quality_small_batches"])
-def test_the_tables_of_quality_are_the_runs(folder):
-    results = ROOT / "benchmarks" / "results" / folder
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = quality  # its dataclasses look for their module
-    spec.loader.exec_module(quality)
-    lines = quality.table_lines(quality.read_results(results))
-    assert "\n".join(lines) in (ROOT / "docs" / "results.md").read_text()
+def test_the_tables_of_quality_are_the_runs(script, folder):
+    assert shown("results.md", folder) == script("quality").table_lines(found_in(folder))
+
+
+def test_the_shares_of_the_gap_are_the_runs(script):
+    lines = script("quality").gap_lines(found_in("quality_demo"))
+    assert shown("results.md", "quality_demo, gap") == lines
+
+
+def test_the_costs_are_the_runs(script):
+    assert shown("results.md", "costs") == script("costs").table_lines(found_in("costs"))
+
+
+def test_the_tables_of_ablations_are_the_runs(script):
+    ablations, rows = script("ablations"), found_in("ablations")
+    for name in ablations.ABLATIONS:
+        lines = ablations.table_lines([row for row in rows if row["ablation"] == name])
+        assert shown("ablations.md", f"ablations, {name}") == lines
