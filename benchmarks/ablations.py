@@ -191,12 +191,14 @@ def _one_table(name: str, rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     by_cell: dict[tuple[Any, ...], dict[int, float]] = {}
+    changed = set()
     for row in rows:
         trained = row["training"] != "none"
         key = (row["value"], trained, row["setting"], row["start"])
         by_cell.setdefault(key, {})[row["seed"]] = row["perplexity"]
-    # The seeds that every changed run has, and the base too.
-    columns = list(product(SETTINGS, asked.starts))
+        if row["value"] != asked.base(row["start"]):
+            changed.add((row["setting"], row["start"]))
+    columns = [column for column in product(SETTINGS, asked.starts) if column in changed]
     lines = [f"| {name} | " + " | ".join(f"{s}, {start}" for s, start in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for trained in (False, True) if asked.changes_start else (True,):
