@@ -6,10 +6,10 @@
 Parameters and bytes are those of the demo's model. It is too small for the rest: the peak and the
 time of a step are those of a random Llama in bfloat16, by the same trainings, each in a process of
 its own, at 4 bits: the frozen weight takes one byte, and a step does nearly the same, at any bits.
-The peak is that of the resident set above the imports, after the first step (Linux); the time is the
-processor time of a step, as a ratio to LoRA's in the same run. Of several processes of a row, the
-least peak counts, since what else a process holds varies, and the median time. Each row writes one
-JSON file; rows that have theirs are passed over.
+The peak is that of the resident set above the imports, after the first step (Linux); the time is
+the processor time of a step, as a ratio to LoRA's in the same run. Of several processes of a row,
+the least peak counts, since what else a process holds varies, and the median time. Each row writes
+one JSON file; rows that have theirs are passed over.
 """
 
 import argparse
