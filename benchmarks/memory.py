@@ -39,8 +39,9 @@ MEASURED = (
 )
 
 
-def make_llama(hidden: int, layers: int, device: torch.device) -> LlamaForCausalLM:
-    """A random model in bfloat16."""
+def random_llama(hidden: int, layers: int) -> LlamaForCausalLM:
+    """In bfloat16."""
+    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
@@ -51,16 +52,15 @@ def make_llama(hidden: int, layers: int, device: torch.device) -> LlamaForCausal
         use_cache=False,
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model
 
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, int]:
     """Bytes of the target weights and of the step's peak, in this process."""
-    torch.manual_seed(0)
     device = torch.device(args.device)
-    model = make_llama(args.hidden, args.layers, device)
+    model = random_llama(args.hidden, args.layers).to(device)
     targets = [
         m
         for n, m in model.named_modules()

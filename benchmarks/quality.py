@@ -15,13 +15,14 @@ see the same tokens of the training text in every run of a seed.
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -101,7 +103,18 @@ OPTIONS = (
     "full_rate",
     "lora_rate",
     "unquantised_rate",
+    "gamma",
+    "clipping",
+    "downcast",
 )
+# The paper's own options, for the training of that name (LR-QAT, section 5).
+PUBLISHED = {
+    "gamma": 1 / 32,
+    "learning_rate": 1e-3,
+    "scale_learning_rate": 1e-5,
+    "clipping": "all",
+    "downcast": "fixed8",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,7 @@ class Place:
     tokenizer: Any
     args: argparse.Namespace
     bases: Path
+    callbacks: tuple[TrainerCallback, ...] = ()  # of every Trainer
 
     def load(self, folder: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.args.dtype)
@@ -229,7 +243,7 @@ def started(place: Place, run: Run) -> tuple[PreTrainedModel, float]:
     seconds = folder / "seconds.json"
     if not seconds.exists():
         p = {} if place.args.range_p is None else {"range_p": place.args.range_p}
-        config = LowBitConfig(downcast="fixed8", **settings_of(place, run), **p)
+        config = LowBitConfig(downcast=place.args.downcast, **settings_of(place, run), **p)
         begin = time.perf_counter()
         base = STARTS[run.start](place, run, config)
         took = time.perf_counter() - begin
@@ -252,47 +266,88 @@ def untrained(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
 
 def low_rank(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     """LR-QAT."""
-    return _adapted(place, run, model, scales_only=False)
+    return _adapted(place, run, model)
+
+
+def published(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT with the rates, the factor of the product and the clipping of the paper."""
+    args = argparse.Namespace(**vars(place.args) | PUBLISHED)
+    return _adapted(replace(place, args=args), run, model)
 
 
 def scales_only(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     """Only the scales; the integers stay those of the start."""
-    return _adapted(place, run, model, scales_only=True)
+    rate = place.args.scales_only_learning_rate
+    return _adapted(place, run, model, scales_only=True, scale_learning_rate=rate)
 
 
 def predictions(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     """LR-QAT, with a part of the loss from the unquantised model's predictions, 64 for a token."""
-    return _adapted(place, run, model, scales_only=False, distillation_target="predictions")
+    return _distilled(place, run, model, distillation_target="predictions")
 
 
 def hidden_states(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     """LR-QAT, with a part of the loss from the unquantised model's last hidden states."""
-    return _adapted(place, run, model, scales_only=False, distillation_target="hidden_states")
+    return _distilled(place, run, model, distillation_target="hidden_states")
+
+
+def resident_teacher(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
+    """LR-QAT, with a part of the loss from all predictions of the unquantised model, which stays
+    in memory.
+    """
+    return _distilled(place, run, model, distillation_cache=None)
+
+
+def _distilled(place: Place, run: Run, model: PreTrainedModel, **fields: Any) -> nn.Module:
+    given = {
+        "distillation_weight": place.args.distillation_weight,
+        "distillation_cache": str(Path(place.args.work) / "teacher"),
+    }
+    return _adapted(place, run, model, **given | fields)
+
+
+class ClippedOverAll(LRQATTrainer):
+    """One gradient norm over all trained parameters, as in a plain Trainer."""
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        return Trainer._clip_grad_norm(self, model)
+
+
+CLIPPINGS: dict[str, type[LRQATTrainer]] = {"group": LRQATTrainer, "all": ClippedOverAll}
+
+
+def freeze_scales(model: nn.Module) -> None:
+    """Trains only the factors."""
+    for name, parameter in model.named_parameters():
+        if "lrqat_scale" in name:
+            parameter.requires_grad_(False)
 
 
 def _adapted(
-    place: Place, run: Run, model: PreTrainedModel, *, scales_only: bool, **fields: Any
+    place: Place, run: Run, model: PreTrainedModel, *, scales_only: bool = False, **fields: Any
 ) -> nn.Module:
+    """``fields`` are those of the training arguments, and win over the options."""
     args = place.args
-    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=args.rank)
+    config = LRQATConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=args.rank,
+        lora_alpha=args.gamma * args.rank,
+    )
     adapted = get_peft_model(model, config)
     if scales_only:
         freeze_factors(adapted)
-    options = LRQATTrainingArguments(
-        learning_rate=args.learning_rate,
-        scale_learning_rate=(
-            args.scales_only_learning_rate if scales_only else args.scale_learning_rate
-        ),
-        distillation_weight=args.distillation_weight if fields else 0.0,
-        distillation_cache=str(Path(args.work) / "teacher"),
-        **_options(place, run, place.left(run)),
-        **fields,
-    )
-    trainer = LRQATTrainer(
+    rates = {name: getattr(args, name) for name in ("learning_rate", "scale_learning_rate")}
+    if rates["scale_learning_rate"] == 0:
+        freeze_scales(adapted)
+        del rates["scale_learning_rate"]
+    options = LRQATTrainingArguments(**_options(place, run, place.left(run)) | rates | fields)
+    trainer = CLIPPINGS[args.clipping](
         model=adapted,
         args=options,
         train_dataset=_training_set(place, run, place.left(run)),
         data_collator=default_data_collator,
+        callbacks=list(place.callbacks),
         teacher_model=place.plain(run) if options.distillation_weight else None,
     )
     trainer.train()
@@ -374,6 +429,7 @@ def train_in_full(
         args=options,
         train_dataset=_training_set(place, run, steps, first=first),
         data_collator=default_data_collator,
+        callbacks=list(place.callbacks),
         optimizers=(optimizer, schedule),
     )
     trainer.train()
@@ -409,9 +465,11 @@ Training = Callable[[Place, Run, PreTrainedModel], nn.Module]
 TRAININGS: dict[str, Training] = {
     "none": untrained,
     "scales": scales_only,
+    "published": published,
     "lrqat": low_rank,
     "predictions": predictions,
     "hidden states": hidden_states,
+    "resident teacher": resident_teacher,
     "full": full,
     "lora": lora,
 }
@@ -446,7 +504,8 @@ def perform(place: Place, run: Run) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         "data": data_digest(place),
-        "options": {name: getattr(args, name) for name in OPTIONS},
+        "options": {name: getattr(args, name) for name in OPTIONS}
+        | (PUBLISHED if run.training == "published" else {}),
     }
 
 
@@ -479,8 +538,6 @@ def find_place(args: argparse.Namespace) -> Place:
         made = load_blocks(args.train, tokenizer, block_size=args.window)
         file, text = Path(args.heldout), Path(args.train).name.split(".")[0]
     heldout = load_tokens(str(file), tokenizer)
-    made_with = [args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps]
-    made_with += [] if args.range_p is None else [args.range_p]
     return Place(
         model=model,
         text=text,
@@ -489,8 +546,17 @@ def find_place(args: argparse.Namespace) -> Place:
         chosen_by=heldout[args.heldout_tokens :][: args.heldout_tokens],
         tokenizer=tokenizer,
         args=args,
-        bases=work / "-".join(map(str, ("bases", Path(args.model).name, text, *made_with))),
+        bases=find_bases(args, text),
     )
+
+
+def find_bases(args: argparse.Namespace, text: str) -> Path:
+    """The folder of the bases that are made with these options."""
+    made_with = [args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps]
+    made_with += [] if args.range_p is None else [args.range_p]
+    made_with += [] if args.downcast == "fixed8" else [args.downcast]
+    name = "-".join(map(str, ("bases", Path(args.model).name, text, *made_with)))
+    return Path(args.work) / name
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -572,12 +638,39 @@ def in_cell(perplexities: list[float] | None) -> str:
 
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table in Markdown: a line for each setting and start, a column for each training."""
-    found = summarise(rows)
+    return _lines(summarise(rows), in_cell)
+
+
+def gap_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The share of the gap in log-perplexity that a row closes, in per cent, mean over the seeds:
+    from rounding to nearest, untrained (0), to LoRA on the unquantised model (100).
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    logs = {
+        (row["setting"], row["start"], row["training"], row["seed"]): math.log(row["perplexity"])
+        for row in rows
+    }
+    for (setting, start), by_training in summarise(rows).items():
+        for training in by_training:
+            for seed in {row["seed"] for row in rows}:
+                worst = logs.get((setting, "nearest", "none", seed))
+                best = logs.get((UNQUANTISED, "none", "lora", seed))
+                here = logs.get((setting, start, training, seed))
+                if worst is not None and best is not None and here is not None:
+                    shares = found.setdefault((setting, start), {}).setdefault(training, [])
+                    shares.append(100 * (worst - here) / (worst - best))
+    return _lines(found, lambda shares: f"{statistics.mean(shares):.0f}%" if shares else "-")
+
+
+def _lines(
+    found: dict[tuple[str, str], dict[str, list[float]]],
+    cell: Callable[[list[float] | None], str],
+) -> list[str]:
     trainings = [name for name in TRAININGS if any(name in by for by in found.values())]
     lines = ["| setting | start | " + " | ".join(trainings) + " |"]
     lines.append("|---|---|" + "---|" * len(trainings))
     for (setting, start), by_training in found.items():
-        cells = " | ".join(in_cell(by_training.get(name)) for name in trainings)
+        cells = " | ".join(cell(by_training.get(name)) for name in trainings)
         lines.append(f"| {setting} | {start} | {cells} |")
     return lines
 
@@ -587,6 +680,8 @@ def print_table(args: argparse.Namespace) -> None:
     if not rows:
         raise SystemExit(f"there are no results of {args.model} in {args.results}")
     print("\n".join(table_lines(rows)))
+    if len(gaps := gap_lines(rows)) > 2:
+        print("\nShare of the gap in log-perplexity closed:\n\n" + "\n".join(gaps))
     if args.plot:
         found = summarise(rows)
         plot(found, [n for n in TRAININGS if any(n in by for by in found.values())], args.plot)
@@ -656,6 +751,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--gamma", type=float, default=1.0, help="factor of the product of A and B")
+    parser.add_argument(
+        "--clipping", choices=CLIPPINGS, default="group", help="what one gradient norm is taken of"
+    )
+    parser.add_argument("--downcast", default="fixed8", help="of the frozen weights")
     parser.add_argument("--learning_rate", type=float, default=5e-3, help="of A and B")
     parser.add_argument("--scale_learning_rate", type=float, help="default: the package's own")
     parser.add_argument("--scales_only_learning_rate", type=float, default=1e-3)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ablations
+import costs
 import loraquant
 import loraquant_error
 import quality
@@ -22,7 +24,7 @@ import runtimes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"<!-- figures: (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
+PLACE = re.compile(r"<!-- figures: ([^>]+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 DEMO_NAMES = {
     "unquantised": "unquantised, float32",
     "scales only": "training the scales only",
@@ -54,9 +56,20 @@ def of_quality(folder: str) -> Callable[[], list[str]]:
     return lambda: quality.table_lines(quality.read_results(RESULTS / folder))
 
 
+def of_ablation(name: str) -> Callable[[], list[str]]:
+    def lines() -> list[str]:
+        rows = quality.read_results(RESULTS / "ablations")
+        return ablations.table_lines([row for row in rows if row["ablation"] == name])
+
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "quality_demo": of_quality("quality_demo"),
+    "quality_demo, gap": lambda: quality.gap_lines(quality.read_results(RESULTS / "quality_demo")),
+    "costs": lambda: costs.table_lines(quality.read_results(RESULTS / "costs")),
+    **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
     "quality_small_batches": of_quality("quality_small_batches"),
     "loraquant": lambda: loraquant.table_lines(loraquant.read_results(RESULTS / "loraquant")),
     "loraquant_error": lambda: loraquant_error.table_lines(

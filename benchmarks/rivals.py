@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import make_llama
+from memory import random_llama
 from peft import LoraConfig, get_peft_model
 from process import MB, in_own_process, peak_bytes, resident
 from quality import (
@@ -435,7 +435,7 @@ LORA = "lora"
 def make_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
     """A whole training step, of a random Llama in bfloat16."""
     torch.manual_seed(0)
-    model = make_llama(args.hidden, args.layers, torch.device("cpu"))
+    model = random_llama(args.hidden, args.layers)
     ids = torch.randint(0, model.config.vocab_size, (1, args.tokens))
     prepare = {
         LORA: ours("LoRA"),
