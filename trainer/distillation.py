@@ -137,8 +137,8 @@ class Distillation(TrainerPart):
         return self.teacher
 
     def _dismiss_teacher(self) -> None:
-        """Gives the memory of the teacher back."""
-        if self.teacher is None:
+        """Gives the memory of the teacher back, also where a whole cache left it nothing to do."""
+        if self.teacher is None and self._given_teacher is None:
             return
         # `prepare_model` keeps all that it has seen, and only forgets everything at once.
         self.accelerator._models = [m for m in self.accelerator._models if m is not self.teacher]

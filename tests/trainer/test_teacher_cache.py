@@ -211,6 +211,15 @@ def test_the_teacher_is_asked_once_for_each_text_and_goes(cached, make_base, tok
     gc.collect()
     assert gone() is None
     assert trainer.teacher is None
+    # The cache is whole now: the next one is not asked, and goes as well.
+    teacher = make_base()
+    options = {"teacher_model": teacher, "train_dataset": token_rows(6)}
+    again = cached(options=options, max_steps=9, overwrite_checkpoints=True)
+    gone = weakref.ref(teacher)
+    del teacher, options
+    again.train()
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_second_run_needs_no_teacher(cached, make_base, make_peft, monkeypatch, tmp_path):
