@@ -641,9 +641,9 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     return _lines(summarise(rows), in_cell)
 
 
-def gap_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The share of the gap in log-perplexity that a row closes, in per cent, mean over the seeds:
-    from rounding to nearest, untrained (0), to LoRA on the unquantised model (100).
+def closed_gaps(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """The share of the gap in log-perplexity that a row closes, in per cent, for each seed: from
+    rounding to nearest, untrained (0), to LoRA on the unquantised model (100).
     """
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     logs = {
@@ -659,7 +659,14 @@ def gap_lines(rows: list[dict[str, Any]]) -> list[str]:
                 if worst is not None and best is not None and here is not None:
                     shares = found.setdefault((setting, start), {}).setdefault(training, [])
                     shares.append(100 * (worst - here) / (worst - best))
-    return _lines(found, lambda shares: f"{statistics.mean(shares):.0f}%" if shares else "-")
+    return found
+
+
+def gap_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of `closed_gaps`, mean over the seeds."""
+    return _lines(
+        closed_gaps(rows), lambda shares: f"{statistics.mean(shares):.0f}%" if shares else "-"
+    )
 
 
 def _lines(

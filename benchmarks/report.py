@@ -9,6 +9,7 @@ A table stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,41 @@ def demo() -> list[str]:
     return [re.sub(r"\|  (?=\|)", "| ", line) for line in lines]
 
 
+def cost() -> list[str]:
+    """What a number of bits costs on the demo's model, and a step of training on a larger one."""
+    rows = quality.read_results(RESULTS / "quality_demo")
+    found, shares = quality.summarise(rows), quality.closed_gaps(rows)
+    costs_of = {
+        (row["setting"], row["training"]): row for row in quality.read_results(RESULTS / "costs")
+    }
+    plain = costs_of["unquantised", "lora"]["demo"]["shipped"]
+    lines = [
+        "| weights | rounded to nearest | LR-QAT | from calibrated blocks, distilled | of the gap "
+        "closed | size, of 16 bits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting in ("W4", "W3", "W2"):
+        nearest, blocks = found[setting, "nearest"], found[setting, "blocks"]
+        share = statistics.mean(shares[setting, "blocks"]["predictions"])
+        size = costs_of[setting, "lrqat"]["demo"]["shipped"] / plain
+        cells = [quality.in_cell(nearest["none"]), quality.in_cell(nearest["lrqat"])]
+        cells += [f"**{quality.in_cell(blocks['predictions'])}**", f"{share:.0f}%", f"{size:.0%}"]
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    best = quality.in_cell(found["unquantised", "none"]["lora"])
+    step = costs_of["W4", "lrqat"]
+    full = costs_of["W4", "full"]
+    memory, time = (step["llama"][name] / step["lora"][name] for name in ("peak", "seconds"))
+    all_weights = full["llama"]["peak"] / full["lora"]["peak"]
+    return [
+        *lines,
+        "",
+        "Perplexity of the demo's model, three seeds; unquantised, with LoRA on the same tokens: "
+        f"{best}. A step takes {memory:.2f} of LoRA's",
+        f"memory (training all weights through the rounding: {all_weights:.1f}), and {time:.1f} "
+        f"times its time at {step['tokens']} tokens, on one thread of a CPU.",
+    ]
+
+
 def of_quality(folder: str) -> Callable[[], list[str]]:
     return lambda: quality.table_lines(quality.read_results(RESULTS / folder))
 
@@ -66,6 +102,7 @@ def of_ablation(name: str) -> Callable[[], list[str]]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
+    "cost": cost,
     "quality_demo": of_quality("quality_demo"),
     "quality_demo, gap": lambda: quality.gap_lines(quality.read_results(RESULTS / "quality_demo")),
     "costs": lambda: costs.table_lines(quality.read_results(RESULTS / "costs")),
