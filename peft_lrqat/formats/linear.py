@@ -134,11 +134,11 @@ class QuantizedLinear:
         return scale
 
 
-def computes_otherwise(module: nn.Module) -> bool:
-    """Whether it is a linear layer only by its class, such as the router of some mixtures."""
+def is_router(module: nn.Module) -> bool:
+    """Whether it is a linear layer that chooses experts, as some mixtures have it (PhiMoE)."""
     kind = type(module)
     of_a_model = kind.__module__.startswith("transformers.models.")
-    return of_a_model and isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward
+    return of_a_model and isinstance(module, nn.Linear) and kind.__name__.endswith("Router")
 
 
 def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -146,7 +146,7 @@ def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {}
     for name, module in model.named_modules():
-        if computes_otherwise(module):
+        if is_router(module):
             continue
         if isinstance(module, nn.Linear) and module is not head:
             found[name] = (module.out_features, module.in_features)

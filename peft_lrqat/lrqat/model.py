@@ -33,7 +33,7 @@ from ..base.experts import (
     put_expert_weights,
 )
 from ..base.settings import ALL_EXPERTS
-from ..formats.linear import computes_otherwise
+from ..formats.linear import is_router
 from ..quant.grid import SCALE_DTYPES
 from ..shared.tensor_cache import TensorCache
 from . import loading
@@ -159,7 +159,7 @@ class LRQATModel(BaseTuner):
             names = [
                 name
                 for name in peft_config.target_modules or ()
-                if not name.endswith(saved) and not computes_otherwise(model.get_submodule(name))
+                if not name.endswith(saved) and not is_router(model.get_submodule(name))
             ]
             peft_config.target_modules = cast(Any, set(names) - heads)
         if ends is not None:
