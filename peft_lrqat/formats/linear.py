@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..quant.grid import SCALE_DTYPES, Grid
+from ..shared.routers import is_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +133,6 @@ class QuantizedLinear:
                 " scale_dtype='bfloat16'"
             )
         return scale
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether it is a linear layer that chooses experts, as some mixtures have it (PhiMoE)."""
-    kind = type(module)
-    of_a_model = kind.__module__.startswith("transformers.models.")
-    return of_a_model and isinstance(module, nn.Linear) and kind.__name__.endswith("Router")
 
 
 def linear_names(model: nn.Module) -> dict[str, tuple[int, int]]:

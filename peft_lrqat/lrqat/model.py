@@ -33,8 +33,8 @@ from ..base.experts import (
     put_expert_weights,
 )
 from ..base.settings import ALL_EXPERTS
-from ..formats.linear import is_router
 from ..quant.grid import SCALE_DTYPES
+from ..shared.routers import is_router
 from ..shared.tensor_cache import TensorCache
 from . import loading
 from .embedding import LRQATEmbedding
