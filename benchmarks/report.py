@@ -21,6 +21,7 @@ import loraquant_error
 import quality
 import rivals
 import runtimes
+import zero_shot
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         loraquant_error.read_results(RESULTS / "loraquant_error")
     ),
     "rivals": lambda: rivals.table_lines(rivals.read_results(RESULTS / "rivals")),
+    "zero_shot": lambda: zero_shot.table_lines(quality.read_results(RESULTS / "zero_shot")),
     "runtimes": lambda: runtimes.table_lines(json.loads((RESULTS / "runtimes.json").read_text())),
 }
 
