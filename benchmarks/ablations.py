@@ -10,14 +10,14 @@ untrained start is measured, too.
 """
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import quality
-from quality import Run, find_bases, find_place, in_cell, perform, read_results
+from quality import Run, find_bases, find_place, in_cell, perform
+from records import read_results, write_result
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 
@@ -141,10 +141,7 @@ def run_all(args: argparse.Namespace) -> None:
         here = replace(place, args=options, bases=find_bases(options, place.text))
         found = perform(here, change.run)
         written = {"ablation": change.ablation, "value": change.value, **found}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(written, indent=2) + "\n")
-        temporary.replace(file)
-        print(json.dumps(written), flush=True)
+        write_result(file, written)
 
 
 def _known(change: Change, base: str) -> bool:

@@ -34,9 +34,9 @@ from quality import (
     Run,
     find_bases,
     find_place,
-    read_results,
     started,
 )
+from records import read_results, write_result
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -162,10 +162,7 @@ def run_all(args: argparse.Namespace) -> None:
             "rank": options.rank,
             "threads": torch.get_num_threads(),
         }
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(written, indent=2) + "\n")
-        temporary.replace(file)
-        print(json.dumps(written), flush=True)
+        write_result(file, written)
 
 
 def _in_own_process(args: argparse.Namespace, setting: str, training: str) -> dict[str, Any]:

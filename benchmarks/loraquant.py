@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from adapter_rows import GROUP_SIZE, ROWS, Factors, Stored, rows
 from adapter_tasks import ALPHA, LEARNING_RATE, RANK, TASKS, Example, Task, trained
-from quality import read_results
+from records import print_results, write_result
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -152,11 +152,11 @@ def run_adapter(
         halved = rows([REFERENCE])[REFERENCE](factors).factors
         whole = kept(folder / f"{len(heldout)}-items.json", scorer, halved)
         scores = whole if name == REFERENCE else scorer.scores(stored.factors)
-        write(file, common | measured(name, stored, scores, whole))
+        write_result(file, common | measured(name, stored, scores, whole))
         if name == REFERENCE:
             nothing = Stored(factors={}, error=1.0, bits=0.0, nominal=0.0)
             file = file.with_name(f"{adapter.task}-{adapter.seed}-{slug(BASE)}.json")
-            write(file, common | measured(BASE, nothing, plain, whole))
+            write_result(file, common | measured(BASE, nothing, plain, whole))
 
 
 def kept(file: Path, scorer: Scorer, factors: Factors) -> list[float]:
@@ -185,14 +185,6 @@ def measured(
 
 def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def write(file: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=2) + "\n")
-    temporary.replace(file)
-    print(json.dumps(found), flush=True)
 
 
 def slug(name: str) -> str:
@@ -267,15 +259,6 @@ def cells_of(several: list[Row], percent: bool) -> list[str]:
         ends = [unit * end(row["change"] for row in several) for end in (min, max)]
         lost += f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})"
     return [told, lost, "" if several[0]["row"] == BASE else f"{mean(several, 'error'):.3f}"]
-
-
-def print_table(args: argparse.Namespace) -> None:
-    found = read_results(Path(args.results))
-    if not found:
-        raise SystemExit(f"there are no results in {args.results}")
-    print("\n".join(table_lines(found)))
-    if args.plot:
-        plot(found, args.plot)
 
 
 # In the plots, and their marks.
@@ -371,7 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    print_table(args) if args.action == "table" else run_all(args)
+    print_results(args, table_lines, plot) if args.action == "table" else run_all(args)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapter_rows import ROWS, Factors, packed, rows
-from loraquant import FAMILIES, factors_of, in_range, mean, write
-from quality import read_results
+from loraquant import FAMILIES, factors_of, in_range, mean
+from records import print_results, write_result
 from torch import Tensor
 
 
@@ -91,7 +92,7 @@ def measure(file: Path, kind: str, name: str, factors: Factors) -> None:
                 "nominal_bits": round(stored.nominal, 4),
             }
         )
-    write(
+    write_result(
         file,
         {"kind": kind, "spectrum": name, "threads": torch.get_num_threads(), "rows": found},
     )
@@ -139,15 +140,6 @@ def in_cell(own: list[dict[str, Any]]) -> str:
         ends = [end(row["error"] for row in own) for end in (min, max)]
         told += f" ({ends[0]:.3f} to {ends[1]:.3f})"
     return told
-
-
-def print_table(args: argparse.Namespace) -> None:
-    found = read_results(Path(args.results))
-    if not found:
-        raise SystemExit(f"there are no results in {args.results}")
-    print("\n".join(table_lines(found)))
-    if args.plot:
-        plot(found, args.plot)
 
 
 def plot(found: list[dict[str, Any]], file: str) -> None:
@@ -222,7 +214,11 @@ def time_all(args: argparse.Namespace) -> None:
         print(f"{method}: {seconds:.0f} s, error {found.error:.3f} at {found.bits:.3f} bits")
 
 
-ACTIONS = {"run": run, "table": print_table, "time": time_all}
+ACTIONS = {
+    "run": run,
+    "table": partial(print_results, table_lines=table_lines, plot=plot),
+    "time": time_all,
+}
 
 
 def main() -> None:

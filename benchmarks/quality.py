@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from records import read_results, write_result
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import (
@@ -598,17 +599,10 @@ def perform_all(args: argparse.Namespace, runs: list[Run]) -> None:
     for run in runs:
         found = perform(place, run)
         file = Path(args.results) / run.file
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        temporary.replace(file)
-        print(json.dumps(found), flush=True)
+        write_result(file, found)
 
 
 # The table
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[float]]]:

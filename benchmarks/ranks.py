@@ -13,6 +13,7 @@ peak while the base is loaded and shared out, and its peak in the third step. Th
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,10 +25,11 @@ import torch
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from memory import random_llama
 from peft import get_peft_model
 from process import MB, forget_peak, resident
 from torch import distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from peft_lrqat import LowBitConfig, LRQATConfig, prepare_low_bit
@@ -37,20 +39,15 @@ from peft_lrqat.trainer.plan import make_plan
 
 PROCESSES = (1, 2, 4)
 STEPS = 3
-CONFIGURATION = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_reshard_after_forward: true
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: true
-mixed_precision: 'no'
-num_machines: 1
-use_cpu: true
-"""
+DOCUMENT = Path(__file__).parents[1] / "docs" / "many-gpus.md"
+
+
+def configuration(**fields: object) -> str:
+    """The FSDP2 configuration of the docs, on CPUs, without their bf16."""
+    (text,) = re.findall(r"```yaml\n# fsdp2.yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("mixed_", "num_processes"))]
+    fields = {"mixed_precision": "'no'", "use_cpu": "true", **fields}
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in fields.items())]) + "\n"
 
 
 class Peak(TrainerCallback):
@@ -120,7 +117,7 @@ def measure(args: argparse.Namespace, processes: int) -> list[dict[str, int]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         config = Path(args.folder, "fsdp2.yaml")
-        config.write_text(f"{CONFIGURATION}num_processes: {processes}\nmain_process_port: {port}\n")
+        config.write_text(configuration(num_processes=processes, main_process_port=port))
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     words = [*sys.argv[1:], "--folder", str(args.folder), "--train"]
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -152,15 +149,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
-        config = LlamaConfig(
-            hidden_size=args.hidden,
-            intermediate_size=args.hidden * 11 // 4,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64,
-            num_key_value_heads=max(1, args.hidden // 512),
-            vocab_size=4096,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(f"{folder}/plain")
+        random_llama(args.hidden, args.layers).save_pretrained(f"{folder}/plain")
         grid = LowBitConfig(bits=args.bits, group_size=args.group_size, downcast=args.downcast)
         prepare_low_bit(f"{folder}/plain", f"{folder}/base", grid, progress=False)
         plan = make_plan(f"{folder}/plain", adapter(args), tokens=args.tokens)

@@ -22,6 +22,7 @@ import quality
 import rivals
 import runtimes
 import zero_shot
+from records import read_results
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +57,9 @@ def demo() -> list[str]:
 
 def cost() -> list[str]:
     """What a number of bits costs on the demo's model, and a step of training on a larger one."""
-    rows = quality.read_results(RESULTS / "quality_demo")
+    rows = read_results(RESULTS / "quality_demo")
     found, shares = quality.summarise(rows), quality.closed_gaps(rows)
-    costs_of = {
-        (row["setting"], row["training"]): row for row in quality.read_results(RESULTS / "costs")
-    }
+    costs_of = {(row["setting"], row["training"]): row for row in read_results(RESULTS / "costs")}
     plain = costs_of["unquantised", "lora"]["demo"]["shipped"]
     lines = [
         "| weights | rounded to nearest | LR-QAT | from calibrated blocks, distilled | of the gap "
@@ -90,12 +89,12 @@ def cost() -> list[str]:
 
 
 def of_quality(folder: str) -> Callable[[], list[str]]:
-    return lambda: quality.table_lines(quality.read_results(RESULTS / folder))
+    return lambda: quality.table_lines(read_results(RESULTS / folder))
 
 
 def of_ablation(name: str) -> Callable[[], list[str]]:
     def lines() -> list[str]:
-        rows = quality.read_results(RESULTS / "ablations")
+        rows = read_results(RESULTS / "ablations")
         return ablations.table_lines([row for row in rows if row["ablation"] == name])
 
     return lines
@@ -105,16 +104,16 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "cost": cost,
     "quality_demo": of_quality("quality_demo"),
-    "quality_demo, gap": lambda: quality.gap_lines(quality.read_results(RESULTS / "quality_demo")),
-    "costs": lambda: costs.table_lines(quality.read_results(RESULTS / "costs")),
+    "quality_demo, gap": lambda: quality.gap_lines(read_results(RESULTS / "quality_demo")),
+    "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
     "quality_small_batches": of_quality("quality_small_batches"),
-    "loraquant": lambda: loraquant.table_lines(loraquant.read_results(RESULTS / "loraquant")),
+    "loraquant": lambda: loraquant.table_lines(read_results(RESULTS / "loraquant")),
     "loraquant_error": lambda: loraquant_error.table_lines(
-        loraquant_error.read_results(RESULTS / "loraquant_error")
+        read_results(RESULTS / "loraquant_error")
     ),
-    "rivals": lambda: rivals.table_lines(rivals.read_results(RESULTS / "rivals")),
-    "zero_shot": lambda: zero_shot.table_lines(quality.read_results(RESULTS / "zero_shot")),
+    "rivals": lambda: rivals.table_lines(read_results(RESULTS / "rivals")),
+    "zero_shot": lambda: zero_shot.table_lines(read_results(RESULTS / "zero_shot")),
     "runtimes": lambda: runtimes.table_lines(json.loads((RESULTS / "runtimes.json").read_text())),
 }
 

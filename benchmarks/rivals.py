@@ -30,7 +30,6 @@ CPUs, transformers 5.23.0 and peft 0.21.2.
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -53,10 +52,10 @@ from quality import (
     data_digest,
     find_place,
     in_cell,
-    read_results,
     train_in_full,
 )
 from quality import make_parser as make_quality_parser
+from records import read_results, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -370,7 +369,7 @@ def run_all(args: argparse.Namespace) -> None:
     def once(name: str, setting: str, seed: int, rate: float) -> None:
         file = results / f"{name}-{setting}-{seed}-{rate:g}.json"
         if not file.exists():
-            save(file, perform(place, name, setting, seed, rate))
+            write_result(file, perform(place, name, setting, seed, rate))
 
     for seed in args.seeds:
         for rival, name in [(RIVALS[name], name) for name in args.rivals if name in RIVALS]:
@@ -395,15 +394,6 @@ def chosen_rate(name: str, rows: list[dict[str, Any]]) -> float:
     tried = [row for row in rows if where.items() <= row.items()]
     rate: float = min(tried, key=lambda row: row["chosen_by"])["rate"]
     return rate
-
-
-def save(file: Path, row: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row, indent=2) + "\n")
-    temporary.replace(file)
-    print(json.dumps(row), flush=True)
 
 
 # Time and memory
@@ -505,7 +495,7 @@ def cost_all(args: argparse.Namespace) -> None:
     files = {name: Path(args.results) / f"cost-{name}.json" for name in args.rivals}
     left = [name for name, file in files.items() if not file.exists()]
     for row in measure_costs(left, args) if left else []:
-        save(files[row["rival"]], row)
+        write_result(files[row["rival"]], row)
 
 
 # Exports
@@ -651,7 +641,7 @@ def export_all(args: argparse.Namespace) -> None:
         for setting in args.settings:
             file = Path(args.results) / f"export-{name}-{setting}.json"
             if not file.exists():
-                save(file, measure_export(name, setting))
+                write_result(file, measure_export(name, setting))
 
 
 # The tables

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import read_results
+from records import read_results, write_result
 
 
 RESULTS = Path(__file__).parent / "results" / "zero_shot"
@@ -78,10 +78,7 @@ def run(args: argparse.Namespace) -> None:
             given = json.loads(done.stdout)
             kept = {key: given[key] for key in ("kind", "tasks", "num_fewshot", "limit", "dtype")}
             found = {"model": name, "found": kept}
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
-            temporary.replace(file)
-            print(json.dumps(found), flush=True)
+            write_result(file, found)
 
 
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:
