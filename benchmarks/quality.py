@@ -53,6 +53,7 @@ from peft_lrqat import (
     calibrate_low_bit,
     choose_bits,
 )
+from peft_lrqat.activations import attention
 from peft_lrqat.base.bits import as_pattern
 from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.calibration.gptq import GPTQ
@@ -61,6 +62,7 @@ from peft_lrqat.calibration.weights import TrainedWeight
 from peft_lrqat.demo.run import freeze_factors
 from peft_lrqat.demo.smollm2 import load_smollm2
 from peft_lrqat.demo.text import load_topics, model_path
+from peft_lrqat.quant import Grid, fake_quantize_tokens
 from peft_lrqat.trainer import LRQATTrainer, LRQATTrainingArguments
 from peft_lrqat.trainer.data import load_blocks, load_tokens, make_blocks
 from peft_lrqat.trainer.metrics import evaluate_perplexity
@@ -79,9 +81,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-k": {"bits": 2, "symmetric": False, "k_quant": True},
     "W2-symmetric": {"bits": 2},
     "W2-balanced": {"bits": 2, "balanced": True},
+    "W4-g32": {"bits": 4, "group_size": 32},
+    "W3-g32": {"bits": 3, "group_size": 32},
+    "W3-asymmetric": {"bits": 3, "symmetric": False},
+    "W2-g32": {"bits": 2, "group_size": 32, "symmetric": False},
     "W2-balanced-g64": {"bits": 2, "balanced": True, "group_size": 64},
     "W2-balanced-g32": {"bits": 2, "balanced": True, "group_size": 32},
+    "W4A8": {"bits": 4, "activation_bits": 8},
+    "W4A8KV4": {"bits": 4, "activation_bits": 8, "kv_cache_bits": 4},
+    "W4A4KV4": {"bits": 4, "activation_bits": 4, "kv_cache_bits": 4},
 }
+# The fields of a setting that are the adapter's, and not the base's.
+OF_ADAPTER = ("activation_bits", "kv_cache_bits")
 UNQUANTISED = "unquantised"
 TUNED = "tuned-blocks"
 DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
@@ -202,7 +213,10 @@ def nearest(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
 def gptq(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """GPTQ's integers, with the fractions that are left of them."""
     start = CalibratedStart(
-        method=GPTQ(), dataset=place.blocks(run.seed, place.args.calibration_blocks), progress=False
+        method=GPTQ(),
+        dataset=place.blocks(run.seed, place.args.calibration_blocks),
+        activations=adapter_config(run).activation_grid,
+        progress=False,
     )
     return calibrate_low_bit(place.plain(run), config, start)
 
@@ -214,6 +228,7 @@ def blocks(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
             epochs=place.args.epochs, learning_rate=place.args.reconstruction_rate, seed=run.seed
         ),
         dataset=place.blocks(run.seed, place.args.calibration_blocks),
+        activations=adapter_config(run).activation_grid,
         progress=False,
     )
     return calibrate_low_bit(place.plain(run), config, start)
@@ -226,9 +241,15 @@ Start = Callable[[Place, Run, LowBitConfig], PreTrainedModel]
 STARTS: dict[str, Start] = {"nearest": nearest, "gptq": gptq, "blocks": blocks, TUNED: blocks}
 
 
+def adapter_config(run: Run, **fields: Any) -> LRQATConfig:
+    """An adapter on the base of a run."""
+    rounded = {k: v for k, v in SETTINGS[run.setting].items() if k in OF_ADAPTER}
+    return LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear", **rounded, **fields)
+
+
 def settings_of(place: Place, run: Run) -> dict[str, Any]:
-    """The fields of a setting; bits by layer are chosen on calibration data."""
-    fields = dict(SETTINGS[run.setting])
+    """The fields of the base of a setting; bits by layer are chosen on calibration data."""
+    fields = {k: v for k, v in SETTINGS[run.setting].items() if k not in OF_ADAPTER}
     average = fields.pop("average_bits", None)
     if average is not None:
         text = place.blocks(run.seed, min(64, place.args.calibration_blocks))
@@ -261,8 +282,7 @@ def untrained(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     if run.setting == UNQUANTISED:
         return model
     # A fresh adapter adds nothing but the rounding.
-    config = LRQATConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    return get_peft_model(model, config)
+    return get_peft_model(model, adapter_config(run))
 
 
 def low_rank(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
@@ -329,12 +349,7 @@ def _adapted(
 ) -> nn.Module:
     """``fields`` are those of the training arguments, and win over the options."""
     args = place.args
-    config = LRQATConfig(
-        task_type="CAUSAL_LM",
-        target_modules="all-linear",
-        r=args.rank,
-        lora_alpha=args.gamma * args.rank,
-    )
+    config = adapter_config(run, r=args.rank, lora_alpha=args.gamma * args.rank)
     adapted = get_peft_model(model, config)
     if scales_only:
         freeze_factors(adapted)
@@ -371,9 +386,10 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
     """All weights of the target layers, and on a grid their scales and zero points: full QAT."""
     model.requires_grad_(False)
     groups: list[dict[str, Any]] = []
+    rounded = None if run.setting == UNQUANTISED else adapter_config(run)
     for name, module in list(model.named_modules()):
         if isinstance(module, DowncastLinear):
-            layer = FullQAT(module)
+            layer = FullQAT(module, rounded and rounded.activation_grid)
             model.set_submodule(name, layer)
             trained, step = layer.trained, float(module.scale0.mean())
             groups.append({"params": [trained.weight], "lr": place.args.full_rate * step})
@@ -384,7 +400,9 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
         elif run.setting == UNQUANTISED and isinstance(module, nn.Linear) and "lm_head" not in name:
             module.float().requires_grad_(True)
             groups.append({"params": [module.weight], "lr": place.args.unquantised_rate})
-    if run.setting != UNQUANTISED:
+    if rounded is not None:
+        names = [name for name, module in model.named_modules() if isinstance(module, FullQAT)]
+        attention.add_adapter(model, FullQAT.ADAPTER, rounded.kv_cache_grid, names)
         # The Trainer would ask for an adapter.
         vars(model).pop("hf_quantizer")
         del model.config.quantization_config
@@ -397,10 +415,16 @@ def full(place: Place, run: Run, model: PreTrainedModel) -> nn.Module:
 
 
 class FullQAT(nn.Module):
-    """A linear layer whose full-rank weight is trained through the rounding."""
+    """A linear layer whose full-rank weight is trained through the rounding, with the rounding of
+    activations, keys and values that an adapter would have.
+    """
 
-    def __init__(self, layer: DowncastLinear) -> None:
+    ADAPTER = "full"
+
+    def __init__(self, layer: DowncastLinear, activations: Grid | None) -> None:
         super().__init__()
+        self.activations = activations
+        self.merged_adapters: list[str] = []
         grid, format = layer.format.grid, layer.format
         zero = None if layer.zero_point is None else layer.zero_point.data
         units = format.decode(layer.phi.data).float()
@@ -408,7 +432,13 @@ class FullQAT(nn.Module):
         self.trained = TrainedWeight(weight, layer.scale0.data, zero, format, layer.dtype)
         self.bias = layer.bias
 
+    def adapter_that_runs(self) -> str:
+        """Whose grid the attention around this layer takes."""
+        return self.ADAPTER
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.activations is not None:
+            x = fake_quantize_tokens(x, self.activations)
         return nn.functional.linear(x, self.trained(), self.bias)
 
 
