@@ -5,8 +5,7 @@ Importing this package registers the types ``LRQAT`` and ``LORAQUANT`` with PEFT
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._moved import find_moved_modules
 from ._version import __version__
@@ -30,6 +29,7 @@ from .registration import (
 )
 from .shared.adapter_files import sign_adapter
 from .shared.hotswap import hotswap_adapter
+from .shared.lazy import lazy_names
 from .shared.model_files import sign_model
 
 
@@ -114,15 +114,7 @@ __all__ = [
     "verify_export",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
 
 
 find_moved_modules()

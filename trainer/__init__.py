@@ -1,7 +1,8 @@
 """Training of LR-QAT adapters with the transformers Trainer; packed adapters of LoRA training."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from peft_lrqat.shared.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -47,12 +48,4 @@ __all__ = [
     "parameter_groups",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
