@@ -94,10 +94,10 @@ def launch(tmp_path_factory, tiny_llama):
         settings["zero_optimization"]["stage"] = stage
         settings["bf16"]["enabled"] = False
         words = [__file__, str(folder / "base"), str(folder / out), json.dumps(settings)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         path = os.pathsep.join([str(BESIDE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         done = subprocess.run(
-            [*launcher, "--master_port", "29517", *words, "resume" if resume else ""],
+            [*launcher, "--nproc_per_node", "2", *words, "resume" if resume else ""],
             capture_output=True,
             text=True,
             timeout=300,
