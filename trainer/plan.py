@@ -26,7 +26,7 @@ from peft_lrqat.base.experts import (
     put_expert_weights,
 )
 from peft_lrqat.export.layout import CheckpointLayout
-from peft_lrqat.formats.base import DeployedModel, Format
+from peft_lrqat.formats.base import Format, Outline
 from peft_lrqat.formats.linear import Target, linear_names
 from peft_lrqat.formats.table import FORMATS, bytes_by_format
 from peft_lrqat.lrqat.config import LRQATConfig
@@ -172,25 +172,18 @@ def _why_not(
     """Why a format does not hold a model with these targets, and weights of experts left plain."""
     experts = [(target.name, target) for target in targets if target.experts]
     names = [name.rpartition(".") for name in left]
-    deployed = DeployedModel(
+    outline = Outline(
         config=model.config,
         targets={target.name: target for target in targets},
-        tensors=list,
-        checkpoint_tensors=list,
-        quantize=_without_weights,
         plain_linears=lambda: tuple(f"{owner}.0.{kind}" for owner, _, kind in names),
     )
     try:
-        format.check(deployed)
+        format.check(outline)
         if experts and format.experts == "apart":
             CheckpointLayout(model, lambda: experts[:2])  # the other blocks are like the first
     except ValueError as error:
         return str(error)
     return None
-
-
-def _without_weights(target: Target) -> Any:
-    raise RuntimeError(f"`{target.name}` has no weights here")
 
 
 def _factors(target: Target, config: LRQATConfig) -> int:

@@ -25,18 +25,23 @@ CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeployedModel:
-    """A model as a format writes it: plain tensors, and quantised weights made one at a time."""
+class Outline:
+    """What is known of a model before its weights are."""
 
     config: PretrainedConfig  # of the plain model
     targets: dict[str, Target]  # by the module's name
+    # The linear layers that stay, by every name they go by.
+    plain_linears: Callable[[], tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployedModel(Outline):
+    """A model as a format writes it: plain tensors, and quantised weights made one at a time."""
+
     tensors: Callable[[], Iterable[tuple[str, Tensor | Target]]]  # each call starts anew
     # The same by the names and in the shapes that a checkpoint of the architecture has.
     checkpoint_tensors: Callable[[], Iterable[tuple[str, Tensor | Target]]]
     quantize: Callable[[Target], QuantizedLinear]
-    plain_linears: Callable[
-        [], tuple[str, ...]
-    ]  # the linear layers that stay, by every name they go by
     activations: Grid | None = None  # of the targets' inputs, where the files should say it
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -177,7 +182,7 @@ class Format(ABC):
         """Python code for the card that loads an export by a class of transformers."""
         return self.snippet.format(auto_class=auto_class)
 
-    def check(self, model: DeployedModel) -> None:  # noqa: B027 (most hold every model)
+    def check(self, model: Outline) -> None:  # noqa: B027 (most hold every model)
         """ValueError for what the format cannot hold of the whole model. Nothing is written yet."""
 
     def config_for(self, config: PretrainedConfig) -> PretrainedConfig:

@@ -24,6 +24,7 @@ from .base import (
     CONFIG_NAME,
     DeployedModel,
     Loaded,
+    Outline,
     SafetensorsFormat,
     from_pretrained,
 )
@@ -79,7 +80,7 @@ model = {auto_class}.from_pretrained(
             f" {grid.bits} bits, group size {grid.group_size}"
         )
 
-    def check(self, model: DeployedModel) -> None:
+    def check(self, model: Outline) -> None:
         schemes = {_scheme(target) for target in model.targets.values()}
         if len(schemes) > 1 and not all(symmetric for _, symmetric, _ in schemes):
             raise ValueError(

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..quant.grid import Grid
 from ..quant.packing import pack
-from .base import DeployedModel, SafetensorsFormat
+from .base import DeployedModel, Outline, SafetensorsFormat
 from .linear import QuantizedLinear, Target
 
 
@@ -87,7 +87,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
         row = -(-target.in_features * bits // 8)
         return target.out_features * (row + 4) + 8
 
-    def check(self, model: DeployedModel) -> None:
+    def check(self, model: Outline) -> None:
         for architecture in model.config.architectures or ():
             kept = getattr(getattr(transformers, architecture, None), KEPT, None)
             for name in model.targets:

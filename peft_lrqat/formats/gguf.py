@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..quant.grid import Grid
 from . import chats, ggml, vocabulary
-from .base import DeployedModel, Format, Loaded, from_pretrained, write_config
+from .base import DeployedModel, Format, Loaded, Outline, from_pretrained, write_config
 from .linear import QuantizedLinear, Target
 
 
@@ -81,7 +81,7 @@ model = {{auto_class}}.from_pretrained(path, gguf_file="{FILE}", config=config)"
             " activations its own way, to 8 bits in blocks of 32"
         )
 
-    def check(self, model: DeployedModel) -> None:
+    def check(self, model: Outline) -> None:
         config = model.config
         if config.model_type not in ARCHITECTURES:
             raise ValueError(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..quant.grid import Grid
 from ..quant.packing import pack, unpack
-from .base import DeployedModel, Loaded, SafetensorsFormat
+from .base import DeployedModel, Loaded, Outline, SafetensorsFormat
 from .linear import QuantizedLinear, Target
 from .stored import StoredTensors, build
 
@@ -30,7 +30,7 @@ class Gptq(SafetensorsFormat):
 # Needs a GPTQ backend such as gptqmodel.
 model = {auto_class}.from_pretrained("this repository or folder")"""
 
-    def check(self, model: DeployedModel) -> None:
+    def check(self, model: Outline) -> None:
         kinds = {(target.grid.bits, target.group_size) for target in model.targets.values()}
         if len(kinds) > 1:
             raise ValueError(
