@@ -36,9 +36,11 @@ RANGE_P = {"nearest": 4.0, "blocks": 2.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An option of `quality.py`, or ``training``, and its values, the base's among them."""
+    """An option of `quality.py`, several at once, or ``training``; its values, the base's among
+    them.
+    """
 
-    option: str
+    option: str | tuple[str, ...]
     values: tuple[Any, ...]
     starts: tuple[str, ...] = STARTS
     changes_start: bool = False
@@ -49,7 +51,16 @@ class Ablation:
             return "lrqat"
         if self.option == "range_p":
             return RANGE_P[start]
-        return getattr(base_options(), self.option)
+        options = base_options()
+        if isinstance(self.option, tuple):
+            return tuple(getattr(options, name) for name in self.option)
+        return getattr(options, self.option)
+
+    def changed(self, value: Any) -> dict[str, Any]:
+        """The options of `quality.py` at a value."""
+        if isinstance(self.option, tuple):
+            return dict(zip(self.option, value, strict=True))
+        return {} if self.option == "training" else {self.option: value}
 
 
 ABLATIONS = {
@@ -65,6 +76,12 @@ ABLATIONS = {
     ),
     "reconstruction epochs": Ablation(
         option="epochs", values=(1, 2, 4, 8), starts=("blocks",), changes_start=True
+    ),
+    "calibration blocks and epochs": Ablation(
+        option=("calibration_blocks", "epochs"),
+        values=((384, 4), (642, 1), (642, 2)),
+        starts=("blocks",),
+        changes_start=True,
     ),
     "downcast": Ablation(option="downcast", values=("fixed8", "int", "bf16"), changes_start=True),
     "exponent of the search for scales": Ablation(
@@ -85,12 +102,18 @@ class Change:
 
     @property
     def file(self) -> str:
-        parts = (self.ablation, f"{self.value}", *list(asdict(self.run).values())[2:])
+        parts = (self.ablation, _in_file(self.value), *list(asdict(self.run).values())[2:])
         return "-".join(map(str, parts)).replace(" ", "-") + ".json"
+
+
+def _in_file(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
 
 def in_words(value: Any) -> str:
     """A value as the table and --values have it."""
+    if isinstance(value, tuple):
+        return " x ".join(map(in_words, value))
     return f"{value:g}" if isinstance(value, float) else WORDS.get(value, str(value))
 
 
@@ -135,9 +158,7 @@ def run_all(args: argparse.Namespace) -> None:
         if args.trainings and change.run.training not in args.trainings:
             continue
         options = base_options("--work", args.work)
-        option = ABLATIONS[change.ablation].option
-        if option != "training":
-            setattr(options, option, change.value)
+        vars(options).update(ABLATIONS[change.ablation].changed(change.value))
         here = replace(place, args=options, bases=find_bases(options, place.text))
         found = perform(here, change.run)
         written = {"ablation": change.ablation, "value": change.value, **found}
@@ -178,9 +199,14 @@ def table_lines(rows: list[dict[str, Any]], base: list[dict[str, Any]] | None = 
     base = read_results(RESULTS / "quality_demo") if base is None else base
     found: list[str] = []
     for name in ABLATIONS:
-        mine = [row for row in rows if row["ablation"] == name]
+        mine = [row | {"value": _as_asked(row["value"])} for row in rows if row["ablation"] == name]
         found += [*([""] if found and mine else []), *_one_table(name, with_base(mine, base))]
     return found
+
+
+def _as_asked(value: Any) -> Any:
+    """A value out of a JSON file, which knows no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _one_table(name: str, rows: list[dict[str, Any]]) -> list[str]:

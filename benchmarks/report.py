@@ -11,8 +11,9 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ablations
 import costs
@@ -88,8 +89,25 @@ def cost() -> list[str]:
     ]
 
 
-def of_quality(folder: str) -> Callable[[], list[str]]:
-    return lambda: quality.table_lines(read_results(RESULTS / folder))
+# Settings of the demo's model that have a table of their own.
+GRIDS = ("W4-g32", "W3-g32", "W2-g32", "W2-balanced", "W2-balanced-g32")
+ACTIVATIONS = ("W4", "W4A8", "W4A8KV4", "W4A4KV4")
+MAIN = ("unquantised", "W4", "W3", "W2", "W3-by-layer")
+
+
+def of_quality(
+    folder: str,
+    settings: Sequence[str] | None = None,
+    trainings: Sequence[str] = tuple(quality.TRAININGS),
+    lines: Callable[[list[dict[str, Any]]], list[str]] = quality.table_lines,
+) -> Callable[[], list[str]]:
+    """A table of `quality.py`: of some settings and trainings, or of all."""
+
+    def table() -> list[str]:
+        rows = [row for row in read_results(RESULTS / folder) if row["training"] in trainings]
+        return lines([row for row in rows if settings is None or row["setting"] in settings])
+
+    return table
 
 
 def of_ablation(name: str) -> Callable[[], list[str]]:
@@ -103,10 +121,15 @@ def of_ablation(name: str) -> Callable[[], list[str]]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "cost": cost,
-    "quality_demo": of_quality("quality_demo"),
-    "quality_demo, gap": lambda: quality.gap_lines(read_results(RESULTS / "quality_demo")),
+    "quality_demo": of_quality("quality_demo", MAIN),
+    "quality_demo, gap": of_quality("quality_demo", MAIN, lines=quality.gap_lines),
+    "quality_demo, grids": of_quality(
+        "quality_demo", GRIDS, ("none", "scales", "lrqat", "predictions")
+    ),
+    "quality_demo, activations": of_quality("quality_demo", ACTIVATIONS),
     "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
+    "quality_smollm2": of_quality("quality_smollm2"),
     "quality_small_batches": of_quality("quality_small_batches"),
     "loraquant": lambda: loraquant.table_lines(read_results(RESULTS / "loraquant")),
     "loraquant_error": lambda: loraquant_error.table_lines(

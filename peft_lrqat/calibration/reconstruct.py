@@ -31,7 +31,7 @@ class Reconstruction:
     """How a block is reconstructed."""
 
     epochs: int = field(
-        default=6, metadata={"help": "passes over the calibration data for each block"}
+        default=2, metadata={"help": "passes over the calibration data for each block"}
     )
     learning_rate: float = field(
         default=0.03,

@@ -104,7 +104,7 @@ class CalibrationArguments(SampleOptions):
         },
     )
     calibration_tokens: int = field(
-        default=65_536, metadata={"help": "tokens of --dataset that are used, chosen at random"}
+        default=131_072, metadata={"help": "tokens of --dataset that are used, chosen at random"}
     )
     calibration_batch_size: int = field(default=4, metadata={"help": "examples in a batch"})
     plot: str | None = field(
