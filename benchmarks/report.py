@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
     "quality_smollm2": of_quality("quality_smollm2"),
+    "quality_smollm2, gap": of_quality("quality_smollm2", lines=quality.gap_lines),
     "quality_small_batches": of_quality("quality_small_batches"),
     "loraquant": lambda: loraquant.table_lines(read_results(RESULTS / "loraquant")),
     "loraquant_error": lambda: loraquant_error.table_lines(
