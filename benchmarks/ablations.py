@@ -12,6 +12,7 @@ untrained start is measured, too.
 import argparse
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,8 @@ class Ablation:
             return "lrqat"
         if self.option == "range_p":
             return RANGE_P[start]
-        options = base_options()
-        if isinstance(self.option, tuple):
-            return tuple(getattr(options, name) for name in self.option)
-        return getattr(options, self.option)
+        names = (self.option,) if isinstance(self.option, str) else self.option
+        return attrgetter(*names)(base_options())
 
     def changed(self, value: Any) -> dict[str, Any]:
         """The options of `quality.py` at a value."""

@@ -57,6 +57,7 @@ from peft_lrqat.activations import attention
 from peft_lrqat.base.bits import as_pattern
 from peft_lrqat.base.downcast import DowncastLinear
 from peft_lrqat.calibration.gptq import GPTQ
+from peft_lrqat.calibration.methods import CalibrationMethod
 from peft_lrqat.calibration.reconstruct import Reconstruction
 from peft_lrqat.calibration.weights import TrainedWeight
 from peft_lrqat.demo.run import freeze_factors
@@ -83,7 +84,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W2-balanced": {"bits": 2, "balanced": True},
     "W4-g32": {"bits": 4, "group_size": 32},
     "W3-g32": {"bits": 3, "group_size": 32},
-    "W3-asymmetric": {"bits": 3, "symmetric": False},
     "W2-g32": {"bits": 2, "group_size": 32, "symmetric": False},
     "W2-balanced-g64": {"bits": 2, "balanced": True, "group_size": 64},
     "W2-balanced-g32": {"bits": 2, "balanced": True, "group_size": 32},
@@ -212,21 +212,23 @@ def nearest(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
 
 def gptq(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """GPTQ's integers, with the fractions that are left of them."""
-    start = CalibratedStart(
-        method=GPTQ(),
-        dataset=place.blocks(run.seed, place.args.calibration_blocks),
-        activations=adapter_config(run).activation_grid,
-        progress=False,
-    )
-    return calibrate_low_bit(place.plain(run), config, start)
+    return _calibrated(place, run, config, GPTQ())
 
 
 def blocks(place: Place, run: Run, config: LowBitConfig) -> PreTrainedModel:
     """Block reconstruction."""
+    args = place.args
+    method = Reconstruction(
+        epochs=args.epochs, learning_rate=args.reconstruction_rate, seed=run.seed
+    )
+    return _calibrated(place, run, config, method)
+
+
+def _calibrated(
+    place: Place, run: Run, config: LowBitConfig, method: CalibrationMethod
+) -> PreTrainedModel:
     start = CalibratedStart(
-        method=Reconstruction(
-            epochs=place.args.epochs, learning_rate=place.args.reconstruction_rate, seed=run.seed
-        ),
+        method=method,
         dataset=place.blocks(run.seed, place.args.calibration_blocks),
         activations=adapter_config(run).activation_grid,
         progress=False,

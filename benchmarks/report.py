@@ -98,13 +98,12 @@ MAIN = ("unquantised", "W4", "W3", "W2", "W3-by-layer")
 def of_quality(
     folder: str,
     settings: Sequence[str] | None = None,
-    trainings: Sequence[str] = tuple(quality.TRAININGS),
     lines: Callable[[list[dict[str, Any]]], list[str]] = quality.table_lines,
 ) -> Callable[[], list[str]]:
-    """A table of `quality.py`: of some settings and trainings, or of all."""
+    """A table of `quality.py`: of some settings, or of all."""
 
     def table() -> list[str]:
-        rows = [row for row in read_results(RESULTS / folder) if row["training"] in trainings]
+        rows = read_results(RESULTS / folder)
         return lines([row for row in rows if settings is None or row["setting"] in settings])
 
     return table
@@ -123,9 +122,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "cost": cost,
     "quality_demo": of_quality("quality_demo", MAIN),
     "quality_demo, gap": of_quality("quality_demo", MAIN, lines=quality.gap_lines),
-    "quality_demo, grids": of_quality(
-        "quality_demo", GRIDS, ("none", "scales", "lrqat", "predictions")
-    ),
+    "quality_demo, grids": of_quality("quality_demo", GRIDS),
     "quality_demo, activations": of_quality("quality_demo", ACTIVATIONS),
     "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},

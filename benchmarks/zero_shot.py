@@ -84,7 +84,11 @@ def run(args: argparse.Namespace) -> None:
 def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Accuracy in per cent, with its standard error, by task."""
     lines = ["| | " + " | ".join(SOURCES) + " |", "|---|" + "---|" * len(SOURCES)]
-    for row in sorted(rows, key=lambda row: (not row["model"].startswith("unq"), row["model"])):
+
+    def place(row: dict[str, Any]) -> tuple[bool, str]:
+        return not row["model"].startswith("unquantised"), row["model"]
+
+    for row in sorted(rows, key=place):
         scores = [row["found"]["tasks"][name]["metrics"]["acc"] for name in SOURCES]
         cells = [f"{100 * s['value']:.1f} ± {100 * s['standard_error']:.1f}" for s in scores]
         lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
