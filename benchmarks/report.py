@@ -91,7 +91,7 @@ def cost() -> list[str]:
 
 # Settings of the demo's model that have a table of their own.
 GRIDS = ("W4-g32", "W3-g32", "W2-g32", "W2-balanced", "W2-balanced-g32")
-ACTIVATIONS = ("W4", "W4A8", "W4A8KV4", "W4A4KV4")
+ACTIVATIONS = ("unquantised", "W4", "W4A8", "W4A8KV4", "W4A4KV4")
 MAIN = ("unquantised", "W4", "W3", "W2", "W3-by-layer")
 
 
