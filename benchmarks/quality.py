@@ -100,6 +100,7 @@ DEFAULT_SETTINGS = ["W4", "W3", "W2-g64", "W2"]
 OPTIONS = (
     "dtype",
     "window",
+    "heldout_window",
     "epochs",
     "calibration_blocks",
     "reconstruction_rate",
@@ -193,9 +194,8 @@ class Place:
         return self.train_blocks.shuffle(seed=seed).select(range(count))
 
     def perplexity(self, model: nn.Module, tokens: Tensor) -> float:
-        found = evaluate_perplexity(
-            model, tokens, window=self.args.window, batch_size=4, progress=False
-        )
+        window = self.args.heldout_window or self.args.window
+        found = evaluate_perplexity(model, tokens, window=window, batch_size=4, progress=False)
         return round(found["perplexity"], 3)
 
 
@@ -585,7 +585,8 @@ def find_place(args: argparse.Namespace) -> Place:
 
 def find_bases(args: argparse.Namespace, text: str) -> Path:
     """The folder of the bases that are made with these options."""
-    made_with = [args.epochs, args.calibration_blocks, args.reconstruction_rate, args.first_steps]
+    made_with = [args.window, args.epochs, args.calibration_blocks]
+    made_with += [args.reconstruction_rate, args.first_steps]
     made_with += [] if args.range_p is None else [args.range_p]
     made_with += [] if args.downcast == "fixed8" else [args.downcast]
     name = "-".join(map(str, ("bases", Path(args.model).name, text, *made_with)))
@@ -770,6 +771,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trainings", nargs="+", default=["none", "scales", "lrqat"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--window", type=int, default=512, help="tokens in an example")
+    parser.add_argument("--heldout_window", type=int, help="of the perplexity; default: --window")
     parser.add_argument("--calibration_blocks", type=int, default=64, help="examples")
     parser.add_argument("--epochs", type=int, default=3, help="of block reconstruction")
     parser.add_argument(

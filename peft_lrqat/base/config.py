@@ -14,7 +14,7 @@ from ..shared.card import public_name
 from ..shared.checks import check_choice, check_flag, check_integer, check_items, check_names
 from ..shared.fields import helpful_arguments
 from ..shared.names import PACKED_VERSIONS
-from .settings import WeightSettings, check_bits, check_group_size, check_parameter_names
+from .settings import WeightSettings, as_parameter_names, check_bits, check_group_size
 
 
 METHOD = "lrqat"
@@ -211,7 +211,7 @@ class LowBitConfig(WeightSettings, QuantizationConfigMixin):
         self.check_weight_settings()
         for name in ("target_modules", "exclude_modules"):
             check_names(name, getattr(self, name), one_string=True)
-        check_parameter_names(self.target_parameters)
+        self.target_parameters = as_parameter_names(self.target_parameters)
         check_items("digests", self.digests, "digests")
         for name in ("source", "calibration"):
             if getattr(self, name) is not None:

@@ -354,7 +354,7 @@ def find_experts(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     if not asked:
         return {}
     present = expert_weights(model)
-    everything = asked in (ALL_EXPERTS, [ALL_EXPERTS])
+    everything = asked == ALL_EXPERTS
     names = {".".join(name.split(".")[-2:]) for name in present} if everything else set(asked)
     if not names:
         raise ValueError(_no_experts(model, ALL_EXPERTS, present))

@@ -222,12 +222,13 @@ def is_excluded(config: Any, name: str) -> bool:
     return bool(config.exclude_modules) and bool(check_target_module_exists(asked, name))
 
 
-def check_parameter_names(names: object) -> None:
-    """``target_parameters``: names of parameters, or 'all-experts'."""
-    if names is None or names == ALL_EXPERTS:
-        return
+def as_parameter_names(names: Any) -> Any:
+    """``target_parameters``: names of parameters, or 'all-experts', also as the only name."""
+    if names is None or names in (ALL_EXPERTS, [ALL_EXPERTS]):
+        return None if names is None else ALL_EXPERTS
     if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) for n in names):
         raise ValueError(
             f"`target_parameters` must be a list of names of parameters, or {ALL_EXPERTS!r}, but "
             f"is {names!r}"
         )
+    return names

@@ -8,8 +8,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any, get_args, get_origin, get_type_hints
 
-from peft_lrqat.base.settings import ALL_EXPERTS
-
 
 # A module's name; anything else in `--target_modules` is a regular expression.
 NAME = re.compile(r"[\w.]+")
@@ -70,8 +68,6 @@ def config_values(options: Any) -> dict[str, Any]:
             and (given[0] == "all-linear" or not NAME.fullmatch(given[0]))
         ):
             values[name] = given[0]
-    if values["target_parameters"] == [ALL_EXPERTS]:
-        values["target_parameters"] = ALL_EXPERTS
     return values
 
 

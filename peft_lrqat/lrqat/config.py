@@ -12,7 +12,7 @@ from peft.utils import PeftType
 from torch import nn
 from transformers.utils import logging
 
-from ..base.settings import WeightSettings, check_bits, check_parameter_names
+from ..base.settings import WeightSettings, as_parameter_names, check_bits
 from ..quant import Grid
 from ..quant.grid import SCALE_DTYPES
 from ..shared.checks import (
@@ -296,7 +296,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
                 check_regex(name, getattr(self, name))
 
     def _check_experts(self) -> None:
-        check_parameter_names(self.target_parameters)
+        self.target_parameters = as_parameter_names(self.target_parameters)
         if self.target_parameters and self.activation_bits is not None:
             raise ValueError(
                 "`activation_bits` is not for experts, whose inputs stay as they are; leave out "

@@ -145,7 +145,7 @@ class LRQATModel(BaseTuner):
             if peft_config.target_parameters is None and stacked:
                 peft_config.target_parameters = sorted(stacked)
         experts = find_experts(model, peft_config)
-        if peft_config.target_parameters in (ALL_EXPERTS, [ALL_EXPERTS]) or not experts:
+        if peft_config.target_parameters == ALL_EXPERTS or not experts:
             asked = bool(peft_config.target_parameters)
             peft_config.target_parameters = list(experts) if asked else None
         if len(experts) < len(expert_weights(model)):

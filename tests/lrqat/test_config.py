@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftType, get_peft_model
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LowBitConfig, LRQATConfig
 from peft_lrqat.lrqat.config import FORMAT_VERSION
 from peft_lrqat.quant import DOWNCASTS, RANGES, Grid
 
@@ -278,6 +278,11 @@ def test_names_of_experts_survive_the_file(names, tmp_path):
     config = LRQATConfig(target_parameters=names)
     config.save_pretrained(tmp_path)
     assert LRQATConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("config", [LRQATConfig, LowBitConfig])
+def test_all_experts_may_stand_in_a_list(config):
+    assert config(target_parameters=["all-experts"]).target_parameters == "all-experts"
 
 
 def test_files_of_adapters_without_experts_are_those_of_before():
