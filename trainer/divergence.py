@@ -91,8 +91,10 @@ def hidden_states_loss(
             f"{tuple(student.shape)}; the teacher must be the base model itself"
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
-    # Chosen and not multiplied: what is not scored may hold anything.
-    student, teacher = student[scored].to(dtype), teacher[scored].to(dtype)
+    # `where` and not a product: what is not scored may hold anything. To choose the scored tokens
+    # would wait for a GPU, to know how many there are.
+    mask = scored.unsqueeze(-1)
+    student, teacher = (torch.where(mask, states, 0).to(dtype) for states in (student, teacher))
     distance = (student - teacher).square().sum(-1)
     size = teacher.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
     return (distance / size).sum() / _divisor(scored, num_items).to(dtype)

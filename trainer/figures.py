@@ -124,7 +124,6 @@ class LRQATCallback(TrainerCallback):
                 seen += codes.numel()
                 moved, since = codes != start, codes != before.to(codes.device)
                 counts.append(torch.stack([outside.sum(), moved.sum(), since.sum()]))
-            # One wait for the device.
             found = torch.stack(counts).sum(0).tolist()
             clipped, changed, flipped = (
                 a + b for a, b in zip((clipped, changed, flipped), found, strict=True)

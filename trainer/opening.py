@@ -121,14 +121,7 @@ def read_gguf(file: Path) -> Any:
         raise ImportError("GGUF files need gguf; run `pip install 'peft-lrqat[export]'`") from error
     try:
         return GGUFReader(file)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{file} is no GGUF file, or is not whole ({error}); copy or export it again"
         ) from error

@@ -173,7 +173,9 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def clip_by_group(
-    groups: Iterable[dict[str, Any]], max_norm: float, factor_max_norm: float | None = None
+    groups: Iterable[dict[str, Any]],
+    max_norm: float | Tensor,
+    factor_max_norm: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Clips the gradients group by group; returns the norms before clipping, by group name.
 
@@ -284,7 +286,12 @@ class LRQATOptimizerFactory:
         if max_grad_norm > 0:
 
             def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                clip_by_group(optimizer.param_groups, max_grad_norm, factor_max_grad_norm)
+                # A fused optimizer divides by the scale of a gradient scaler in its own step.
+                scale = getattr(optimizer, "grad_scale", None)
+                limits = max_grad_norm, factor_max_grad_norm
+                if scale is not None:
+                    limits = tuple(limit * scale for limit in limits)
+                clip_by_group(optimizer.param_groups, *limits)
 
             optimizer.register_step_pre_hook(clip)
         return optimizer

@@ -14,7 +14,8 @@ from torch import Tensor
 class Text:
     """Tokens of a batch whose output depends on no others.
 
-    A row without its padding; where position ids begin again within a row, several.
+    A row without its padding; where position ids begin again within a row that comes without a
+    mask, several: with a mask of its own, a model of transformers attends across them.
     """
 
     key: str
@@ -28,6 +29,7 @@ def texts_of(inputs: dict[str, Any]) -> list[Text]:
     seen = {name: v.cpu() for name, v in inputs.items() if isinstance(v, Tensor)}
     seen.pop("labels", None)
     mask = seen.get("attention_mask")
+    masked = mask is not None
     if mask is not None and mask.shape == shape:
         seen.pop("attention_mask")
     else:
@@ -39,7 +41,7 @@ def texts_of(inputs: dict[str, Any]) -> list[Text]:
     for row in range(shape[0]):
         tokens = mask[row].nonzero()[:, 0]
         ends = [len(tokens)]
-        if positions is not None:
+        if positions is not None and not masked:
             begins = (positions[row][tokens] == 0).nonzero()[:, 0].tolist()
             ends = [*(begin for begin in begins if begin > 0), *ends]
         start = 0

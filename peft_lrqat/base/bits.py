@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
@@ -16,6 +16,7 @@ from ..calibration.calibrate import Ranges
 from ..calibration.replay import Batch
 from ..calibration.sensitivity import measure_costs, spend
 from ..quant import WeightFormat
+from .calibrated import make_batches
 from .config import LowBitConfig
 from .embedding import width_of
 from .quantizer import find_targets
@@ -59,7 +60,7 @@ def choose_bits(
         ValueError: for an average below the fewest of ``widths``, data without rows, and what
             `measure_costs` refuses.
     """
-    widths = sorted(set(widths))
+    widths, fused = sorted(set(widths)), list(fused)
     if not widths or not widths[0] <= average_bits <= widths[-1]:
         raise ValueError(
             f"`average_bits` must lie within the widths, {', '.join(map(str, widths))}, but is "
@@ -70,7 +71,10 @@ def choose_bits(
         name: _formats(config.weight_format(name, width_of(module)), widths)
         for name, module in targets.items()
     }
-    batches = list(_batches(dataset, batch_size, data_collator, model.device))
+    batches = [
+        _with_labels(batch, model.device)
+        for batch in make_batches(dataset, batch_size, data_collator)
+    ]
     ranges = Ranges(estimator=config.range_estimator, p=config.range_p)
     with tqdm(total=len(batches), desc="Gradients", unit="batch", disable=not progress) as bar:
         costs = measure_costs(model, batches, formats, ranges, bar.update)
@@ -111,18 +115,8 @@ def _unit(name: str, fused: Iterable[Sequence[str]]) -> str:
     return next((f"{parent}{dot}{parts[0]}" for parts in fused if part in parts), name)
 
 
-def _batches(
-    dataset: Iterable[Mapping[str, Any]],
-    batch_size: int,
-    collate: Callable[[list[Any]], Mapping[str, Any]],
-    device: Any,
-) -> Iterable[Batch]:
-    rows, empty = iter(dataset), True
-    while chunk := list(islice(rows, batch_size)):
-        batch = dict(collate(chunk))
-        if "labels" not in batch and "input_ids" in batch:
-            batch["labels"] = batch["input_ids"]
-        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        empty = False
-    if empty:
-        raise ValueError("the data has no rows; give a data set with text in it")
+def _with_labels(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    labels = {"labels": batch["input_ids"]} if "input_ids" in batch else {}
+    return {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in (labels | {**batch}).items()
+    }

@@ -75,22 +75,7 @@ class CalibratedStart:
         if isinstance(self.method, str):
             check_choice("method", self.method, METHODS)
             self.method = METHODS[self.method]()
-        self.batches = self._batches()
-
-    def _batches(self) -> list[Batch]:
-        rows = iter(self.dataset)
-        batches: list[Batch] = []
-        while chunk := list(islice(rows, self.batch_size)):
-            try:
-                batches.append(self.data_collator(chunk))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"rows of the calibration data do not make a batch ({error}); give rows of one "
-                    "length, or a `data_collator` that pads them"
-                ) from error
-        if not batches:
-            raise ValueError("the calibration data has no rows; give a data set with text in it")
-        return batches
+        self.batches = make_batches(self.dataset, self.batch_size, self.data_collator)
 
     def settle(self, config: LowBitConfig) -> None:
         """Sets what is better for calibrated bases, and was not given, in ``config``."""
@@ -125,7 +110,7 @@ class CalibratedStart:
             "batch_size": self.batch_size,
             "tokens": self.tokens,
             "data": digest.hexdigest(),
-        }
+        } | ({} if self.activations is None else {"activations": asdict(self.activations)})
 
     def round_blocks(
         self,
@@ -169,6 +154,27 @@ class CalibratedStart:
             for block, result in calibration.run():
                 self.losses[block.name] = (result.before, result.after)
                 done(block.name, result)
+
+
+def make_batches(
+    dataset: Iterable[Mapping[str, Any]],
+    batch_size: int,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+) -> list[Batch]:
+    """All rows of calibration data; ValueError if there are none, or some make no batch."""
+    rows = iter(dataset)
+    batches: list[Batch] = []
+    while chunk := list(islice(rows, batch_size)):
+        try:
+            batches.append(collate(chunk))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"rows of the calibration data do not make a batch ({error}); give rows of one "
+                "length, or a `data_collator` that pads them"
+            ) from error
+    if not batches:
+        raise ValueError("the calibration data has no rows; give a data set with text in it")
+    return batches
 
 
 def _to(value: Any, device: torch.device) -> Any:

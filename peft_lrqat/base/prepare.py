@@ -289,7 +289,7 @@ class _Job:
                     self._calibrate(partial, self.start)
                 config = self._write(partial, shards, progress)
             except ValueError:
-                shutil.rmtree(partial)  # the checkpoint is at fault: going on would not help
+                shutil.rmtree(partial)  # of the checkpoint or the data: going on would not help
                 raise
             check_target(target)
             (partial / BASE).rename(target)

@@ -6,6 +6,7 @@ and the rounded one. Memory holds the hidden states of both, and what one block 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..quant import Grid, WeightFormat, estimate_range, fake_quantize_tokens
-from .replay import Block, Replay
+from .replay import Block, Replay, Stream
 from .shelf import Shelf
 from .weights import StoredLinear, TrainedWeight, rounded
 
@@ -153,7 +154,7 @@ class Calibration:
         ranges: how first scales are found.
         method: makes the stored weights of one block.
         activations: the grid of the inputs of the targets; None: they are not rounded.
-        shelf: keeps hidden states; default: in memory.
+        shelf: keeps hidden states.
         known: the result of a block that an earlier run has finished, or None.
         progress: whether to show a bar.
     """
@@ -166,14 +167,13 @@ class Calibration:
         method: Method,
         *,
         activations: Grid | None = None,
-        shelf: Shelf | None = None,
+        shelf: Shelf,
         known: Callable[[str], RoundedBlock | None] = lambda name: None,
         progress: bool = True,
     ) -> None:
         self.replay, self.formats, self.ranges, self.method = replay, formats, ranges, method
         self.activations, self.known = activations, known
-        self.shelf = Shelf(limit=4 * 10**9) if shelf is None else shelf
-        self.progress = progress
+        self.shelf, self.progress = shelf, progress
         self.unquantised_stream, self.rounded_stream = replay.stream(), replay.stream()
 
     @torch.no_grad()
@@ -189,7 +189,8 @@ class Calibration:
 
     def _round(self, number: int, block: Block, bar: tqdm) -> RoundedBlock:
         batches = range(len(self.replay.batches))
-        plain = [self._kept(self.replay.run(number, i, self.unquantised_stream)) for i in batches]
+        plain = [self._outputs(number, i, self.unquantised_stream) for i in batches]
+        self.replay.advance(number, self.unquantised_stream, plain)
         work = BlockAtWork(self, number, [hidden for hidden, _ in plain])
         result = self.known(block.name)
         before = after = 0.0
@@ -197,21 +198,32 @@ class Calibration:
             first = {name: work.first(name)() for name in work.linears}
             before = self._loss(work, [work.run(i, first) for i in batches[:REPORTED]])
             del first
+            _check_finite(before, block, "check the data and the model")
             bar.set_postfix_str(f"loss {before:.2e}")
             weights = self.method(work, lambda loss: bar.set_postfix_str(f"loss {loss:.2e}"))
         else:
-            weights = result.weights
+            at = {name: work.weight(name).device for name in work.linears}
+            weights = {name: stored.to(at[name]) for name, stored in result.weights.items()}
         dense = {
             name: rounded(weight, work.formats[name], work.weight(name).dtype)
             for name, weight in weights.items()
         }
-        made = [self._kept(work.run_with_tail(i, dense)) for i in batches]
+        made = []
+        for i in batches:
+            made.append(self._kept(work.run_with_tail(i, dense)))
+            self.rounded_stream.release(i)
         if result is None:
             after = self._loss(work, [hidden for hidden, _ in made[:REPORTED]])
+            _check_finite(after, block, "lower the learning rate of the method")
             result = RoundedBlock(weights=weights, before=before, after=after)
-        self.replay.advance(number, self.unquantised_stream, plain)
         self.replay.advance(number, self.rounded_stream, made)
         return result
+
+    def _outputs(self, number: int, batch: int, stream: Stream) -> tuple[Tensor, Any]:
+        """The block's output for one batch, in the place of its input."""
+        output = self._kept(self.replay.run(number, batch, stream))
+        stream.release(batch)
+        return output
 
     def _kept(self, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         hidden, tail = output
@@ -234,6 +246,14 @@ def block_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         distance, size = distance[mask], size[mask]
     return distance.sum() / size.sum().clamp(min=1e-30)
+
+
+def _check_finite(loss: float, block: Block, advice: str) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of `{block.name}` on the calibration data is {loss}: its output, rounded or "
+            f"not, has NaN or infinite entries, or is too large for its dtype; {advice}"
+        )
 
 
 def _mask(batch: Mapping[str, Any], block: Block) -> Tensor | None:

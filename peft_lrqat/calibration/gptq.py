@@ -114,7 +114,9 @@ class GPTQ:
                         p=ranges.p,
                     )
                 step, zero = scale[:, group], zero_point[:, group].float() - grid.shift
-                codes = (W[:, j] / step + zero).round_().clamp_(grid.qmin, grid.qmax)
+                # The integers that `store` will keep: storage may move a value across a half.
+                units = format.as_stored(W[:, j] / step + zero)
+                codes = units.round_().clamp_(grid.qmin, grid.qmax)
                 error = (W[:, j] - (codes - zero) * step) / U[j, j]
                 W[:, j + 1 : block.stop] -= torch.outer(error, U[j, j + 1 : block.stop])
                 errors[:, j - start] = error

@@ -42,6 +42,10 @@ class Stream:
     finished: dict[int, list[Tensor]] = field(default_factory=dict)  # by stack: its last output
     tails: list[tuple[Any, ...] | None] = field(default_factory=list)  # of the block before
 
+    def release(self, batch: int) -> None:
+        """Forgets the input of the next block for a batch: the block has run."""
+        self.hidden[batch] = None
+
 
 class _Reached(Exception):  # noqa: N818, it is no error
     """The wanted block has run."""

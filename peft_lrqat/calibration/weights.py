@@ -34,6 +34,11 @@ class StoredLinear:
     scale: Tensor  # (out, groups) float32, already rounded to the format's scale dtype
     zero_point: Tensor | None  # (out, groups) uint8; None on a symmetric grid
 
+    def to(self, device: torch.device) -> StoredLinear:
+        """The same on a device."""
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return StoredLinear(phi=self.phi.to(device), scale=self.scale.to(device), zero_point=zero)
+
 
 def store(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, format: WeightFormat
@@ -123,17 +128,6 @@ class TrainedWeight(nn.Module):
         return store(self.weight, self.scale, self.zero_point, self.format)
 
 
-def _as_stored(units: Tensor, format: WeightFormat) -> Tensor:
-    """``Z`` rounded to the storage of phi, but neither to integers nor clipped."""
-    if format.downcast == "fixed8":
-        # Adding and subtracting the middle of an asymmetric grid, as `encode` does, is exact here.
-        unit = 2 ** (8 - format.grid.bits)
-        return (units * unit).round_().div_(unit)
-    if format.downcast == "int":
-        return units.clone()
-    return units.to(format.storage_dtype, copy=True).float()
-
-
 class _RoundedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -151,7 +145,7 @@ class _RoundedWeight(torch.autograd.Function):
         kept = made.new_empty(weight.shape, dtype=torch.int8 if grid.symmetric else torch.uint8)
         for rows in row_blocks(len(weight), weight.shape[1], weight.device):
             steps, shift = step[rows].unsqueeze(-1), _shift(grid, zero, rows)
-            codes = _as_stored(grid.split(weight[rows]).div(steps).sub_(shift), format)
+            codes = format.as_stored(grid.split(weight[rows]).div(steps).sub_(shift))
             codes = codes.round_().clamp_(grid.qmin, grid.qmax)
             kept[rows] = codes.flatten(1)
             made[rows] = codes.add_(shift).mul_(steps).flatten(1)

@@ -154,9 +154,13 @@ class Grid:
         return per_group.repeat_interleave(in_features // per_group.shape[1], dim=1)
 
 
+# Widths that symmetric grids keep in K blocks without a minimum: Q3_K, and Q6_K.
+K_WITHOUT_MINIMUM = (3, 5, 6)
+
+
 def k_group(bits: int, symmetric: bool) -> int | None:
     """The weights that share a small scale in the K blocks of llama.cpp; None: there are none."""
-    if bits == 2 or (symmetric and bits in (3, 5, 6)):
+    if bits == 2 or (symmetric and bits in K_WITHOUT_MINIMUM):
         return 16
     return 32 if bits <= 5 else None
 

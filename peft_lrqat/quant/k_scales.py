@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grid import Grid
+from .grid import K_WITHOUT_MINIMUM, Grid
 
 
 BLOCK = 256  # weights of a row that share `d`
@@ -66,7 +66,7 @@ def split(scale: Tensor, zero_point: Tensor | None, grid: Grid) -> KScales:
 
 def largest_minimum(grid: Grid) -> int | None:
     """The largest ``k * zero_point`` that the blocks of a grid hold; None: they hold no minimum."""
-    if grid.kind == "symmetric" and grid.bits in (3, 5, 6):
+    if grid.kind == "symmetric" and grid.bits in K_WITHOUT_MINIMUM:
         return None
     return 15 if grid.bits == 2 else 63
 

@@ -92,6 +92,19 @@ class WeightFormat:
             return (clipped - middle).mul_(unit).round_().to(torch.int8)
         return pack(clipped.round_().sub_(self.grid.qmin).to(torch.uint8), self.grid.bits)
 
+    def as_stored(self, phi: Tensor) -> Tensor:
+        """``phi`` (..., float32) as `decode` gives it back, before any clipping; a new tensor.
+
+        Neither are integers made of it, so that with ``int`` it is ``phi`` itself.
+        """
+        if self.downcast == "fixed8":
+            # Adding and subtracting the middle of the grid, as `encode` does, is exact.
+            unit, _ = self._fixed_point
+            return (phi * unit).round_().div_(unit)
+        if self.downcast == "int":
+            return phi.clone()
+        return phi.to(self.storage_dtype, copy=True).float()
+
     def decode(self, stored: Tensor, columns: slice | None = None) -> Tensor:
         """Decodes (rows, row_elements) in ``storage_dtype`` to (rows, in) float32.
 

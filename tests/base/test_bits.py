@@ -59,7 +59,7 @@ def test_layers_that_a_runtime_joins_get_the_same_bits(make_base, rows):
         LowBitConfig(group_size=16),
         average_bits=3,
         widths=(2, 3, 4, 8),
-        fused=[joined],
+        fused=iter([joined]),
         progress=False,
     )
     for name, width in bits.items():
@@ -73,7 +73,7 @@ def test_layers_that_a_runtime_joins_get_the_same_bits(make_base, rows):
     [
         ({"average_bits": 1.5}, "must lie within the widths, 2, 3, 4, 5, 6, 8, but is 1.5"),
         ({"average_bits": 9}, "must lie within the widths"),
-        ({"dataset": []}, "the data has no rows"),
+        ({"dataset": []}, "data has no rows"),
     ],
 )
 def test_what_is_refused(changes, message, make_base, rows):

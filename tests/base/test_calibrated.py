@@ -172,6 +172,10 @@ def test_activations_are_rounded_where_the_adapter_will_round_them(make_base, st
     )
     one, other = (model.model.layers[1].mlp.down_proj.phi for model in (plain, rounded))
     assert not torch.equal(one, other)
+    # A run goes on only where another one stopped that rounded them alike.
+    settings = [m.config.quantization_config.calibration for m in (plain, rounded)]
+    assert settings[1].pop("activations")["bits"] == 4
+    assert settings[0] == settings[1]
 
 
 def test_an_encoder_decoder(make_base, start):

@@ -1,16 +1,19 @@
 """Rounding with the help of data loses less than rounding to nearest."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from peft_lrqat.calibration.calibrate import Calibration, Ranges, block_loss
+from peft_lrqat.calibration.calibrate import REPORTED, Calibration, Ranges, block_loss
 from peft_lrqat.calibration.gptq import GPTQ
 from peft_lrqat.calibration.methods import METHODS
 from peft_lrqat.calibration.reconstruct import Reconstruction
 from peft_lrqat.calibration.replay import Replay
-from peft_lrqat.calibration.weights import rounded, store
-from peft_lrqat.quant import Grid, WeightFormat, estimate_range
+from peft_lrqat.calibration.shelf import Shelf
+from peft_lrqat.calibration.weights import StoredLinear, rounded, store
+from peft_lrqat.quant import DOWNCASTS, Grid, WeightFormat, estimate_range
 
 
 RANGES = Ranges(estimator="minmax", p=4.0)
@@ -21,7 +24,7 @@ def format_for(width, bits=2, symmetric=False, group_size=16, downcast="fixed8")
     return WeightFormat(grid=grid, downcast=downcast, scale_dtype="bfloat16", in_features=width)
 
 
-def calibration_of(model, method, batches=4, activations=None):
+def calibration_of(model, method, batches=4, activations=None, **fields):
     formats = {
         name: format_for(module.in_features)
         for name, module in model.named_modules()
@@ -29,7 +32,16 @@ def calibration_of(model, method, batches=4, activations=None):
     }
     data = [{"input_ids": ids} for ids in torch.randint(3, 90, (batches, 4, 16))]
     replay = Replay(model, data, list(formats))
-    made = Calibration(replay, formats, RANGES, method, activations=activations, progress=False)
+    made = Calibration(
+        replay,
+        formats,
+        RANGES,
+        method,
+        activations=activations,
+        shelf=Shelf(10**9),
+        progress=False,
+        **fields,
+    )
     return made, formats
 
 
@@ -74,6 +86,62 @@ def test_the_reported_loss_is_that_of_what_is_stored(make_base):
     plain, quantised = outputs[: len(batches)], outputs[len(batches) :]
     losses = [block_loss(a, b, None) for a, b in zip(quantised, plain, strict=True)]
     assert float(torch.stack(losses).mean()) == pytest.approx(results[-1].after, rel=1e-5)
+
+
+def test_hidden_states_are_kept_twice(make_base):
+    """Those of the unquantised model and of the rounded one: outputs take the place of inputs."""
+    calibration, _ = calibration_of(make_base("llama"), GPTQ(), batches=4)
+    kept, most = [], []
+    keep = calibration.shelf.keep
+
+    def counted(hidden):
+        copy = keep(hidden)
+        kept.append(weakref.ref(copy))
+        most.append(sum(reference() is not None for reference in kept))
+        return copy
+
+    calibration.shelf.keep = counted
+    assert len(list(calibration.run())) == 2
+    assert max(most) == 2 * 4 + 1  # an output, just before its input goes
+
+
+def test_a_finished_block_is_taken_to_where_its_weights_are(make_base):
+    model = make_base("llama")
+    results = {block.name: r for block, r in calibration_of(model, GPTQ())[0].run()}
+    places = []
+
+    class Elsewhere(StoredLinear):
+        def to(self, device):
+            places.append(device)
+            return super().to(device)
+
+    for result in results.values():
+        result.weights.update({n: Elsewhere(**vars(w)) for n, w in result.weights.items()})
+    again, formats = calibration_of(model, GPTQ(), known=results.get)
+    assert all(result is results[block.name] for block, result in again.run())
+    assert places == [model.device] * len(formats)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_is_not_finite_is_named(method, at, make_base):
+    model = make_base("llama")
+    with torch.no_grad():
+        model.model.layers[at].input_layernorm.weight[0] = torch.nan
+    blocks = calibration_of(model, METHODS[method]())[0].run()
+    with pytest.raises(ValueError, match=rf"the loss of `model\.layers\.{at}` .* is nan"):
+        list(blocks)
+
+
+def test_a_method_that_ruins_a_block_is_named(make_base):
+    def ruin(work, report):
+        found = GPTQ()(work, report)
+        next(iter(found.values())).scale[0] = torch.nan
+        return found
+
+    calibration, _ = calibration_of(make_base("llama"), ruin)
+    with pytest.raises(ValueError, match=r"`model\.layers\.0`.* lower the learning rate"):
+        next(calibration.run())
 
 
 def test_runs_with_one_seed_are_equal(make_base):
@@ -124,6 +192,18 @@ def test_gptq_lowers_the_error_of_the_outputs(group_size, symmetric):
     assert error(made) < 0.5 * error(nearest)
 
 
+@pytest.mark.parametrize("downcast", DOWNCASTS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_gptq_makes_up_for_the_integers_that_are_stored(bits, downcast):
+    """Of 256 columns that are nearly alike, what one row loses is less than half a step of one."""
+    format = format_for(256, bits, group_size=-1, downcast=downcast)
+    weight = torch.rand(200, 256)
+    hessian = torch.ones(256, 256) + 1e-3 * torch.eye(256)
+    stored = GPTQ(damping=0.0).round(weight, hessian, format, RANGES)
+    lost = (rounded(stored, format, torch.float32) - weight).sum(1).abs()
+    assert (lost < 0.75 * stored.scale[:, 0]).all()
+
+
 def test_gptq_without_correlation_rounds_to_nearest():
     format = format_for(32, bits=4, group_size=-1)
     weight = torch.randn(6, 32)
@@ -155,9 +235,11 @@ def test_gptq_spreads_the_errors_of_a_balanced_grid():
 
 
 def test_gptq_of_a_module_that_gets_no_finite_input(make_base):
+    """In a batch whose loss is not looked at."""
     model = make_base("llama")
     with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(float("inf"))
-    calibration, _ = calibration_of(model, GPTQ())
+        model.model.embed_tokens.weight[2] = float("inf")
+    calibration, _ = calibration_of(model, GPTQ(), batches=REPORTED + 1)
+    calibration.replay.batches[-1]["input_ids"][0, 0] = 2
     with pytest.raises(ValueError, match=r"finite inputs of `model.layers.0"):
         next(calibration.run())

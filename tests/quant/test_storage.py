@@ -43,6 +43,22 @@ def test_decode_errs_by_at_most_half_a_unit_of_the_storage(downcast, bits, symme
     assert torch.equal(fmt.encode(restored), stored)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("downcast", DOWNCASTS)
+def test_the_integers_of_what_is_stored_are_known_without_storing_it(downcast, bits, symmetric):
+    fmt = make(downcast, bits, symmetric)
+    phi, grid = coordinates(fmt, rows=100), fmt.grid
+    units = fmt.as_stored(phi)
+    assert units.data_ptr() != phi.data_ptr()
+    found, expected = (u.round().clamp(grid.qmin, grid.qmax) for u in (units, phi))
+    kept = fmt.decode(fmt.encode(phi)).round().clamp(grid.qmin, grid.qmax)
+    assert torch.equal(found, kept)
+    # The rounding of storage does change integers, where it is coarse.
+    if downcast == "fixed8" and 4 <= bits < 8:
+        assert not torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("bits", "in_features", "expected"), [(4, 24, 12), (3, 24, 9), (2, 24, 6), (3, 5, 2), (8, 5, 5)]
 )

@@ -336,6 +336,27 @@ def test_the_factory_clips_each_step(factory_run):
     )
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_factory_clips_gradients_that_a_fused_optimizer_scales_back(fused, make_peft):
+    """Under a gradient scaler, a fused AdamW divides the gradients only in its own step."""
+    settings = {**RATES, "max_grad_norm": 1e-4, "factor_max_grad_norm": 1e-4, "eps": 1e-3}
+    moved = []
+    for scale in (1.0, 1024.0):
+        model = make_peft()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        before = {n: p.detach().clone() for n, p in trained.items()}
+        optimizer = LRQATOptimizerFactory()(model, fused=fused, **settings)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(()))  # makes the scale
+        for p in trained.values():
+            p.grad = torch.full_like(p, scale)
+        scaler.step(optimizer)
+        moved.append({n: p.detach() - before[n] for n, p in trained.items()})
+    for name, step in moved[0].items():
+        assert step.abs().max() > 0
+        torch.testing.assert_close(moved[1][name], step, rtol=1e-3, atol=1e-9)
+
+
 # The factory in an unmodified Trainer
 
 

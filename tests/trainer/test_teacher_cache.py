@@ -112,6 +112,13 @@ def test_a_packed_row_holds_several_texts():
     assert other[0].key == texts[1].key
 
 
+def test_a_row_with_a_mask_is_one_text():
+    """transformers keeps texts of a row apart by position ids only where there is no mask."""
+    ids, positions = torch.tensor([[5, 6, 7, 5, 6]]), torch.tensor([[0, 1, 2, 0, 1]])
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones(1, 5)}
+    assert [text.tokens.tolist() for text in texts_of(inputs)] == [[0, 1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize("name", ["token_type_ids", "image"])
 def test_all_that_the_model_sees_counts(name):
     ids = torch.ones(2, 3).long()
