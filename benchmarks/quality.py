@@ -103,6 +103,7 @@ OPTIONS = (
     "heldout_window",
     "epochs",
     "calibration_blocks",
+    "calibration_batch_size",
     "reconstruction_rate",
     "range_p",
     "first_steps",
@@ -230,6 +231,7 @@ def _calibrated(
     start = CalibratedStart(
         method=method,
         dataset=place.blocks(run.seed, place.args.calibration_blocks),
+        batch_size=place.args.calibration_batch_size,
         activations=adapter_config(run).activation_grid,
         progress=False,
     )
@@ -585,7 +587,7 @@ def find_place(args: argparse.Namespace) -> Place:
 
 def find_bases(args: argparse.Namespace, text: str) -> Path:
     """The folder of the bases that are made with these options."""
-    made_with = [args.window, args.epochs, args.calibration_blocks]
+    made_with = [args.window, args.epochs, args.calibration_blocks, args.calibration_batch_size]
     made_with += [args.reconstruction_rate, args.first_steps]
     made_with += [] if args.range_p is None else [args.range_p]
     made_with += [] if args.downcast == "fixed8" else [args.downcast]
@@ -773,6 +775,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=512, help="tokens in an example")
     parser.add_argument("--heldout_window", type=int, help="of the perplexity; default: --window")
     parser.add_argument("--calibration_blocks", type=int, default=64, help="examples")
+    parser.add_argument("--calibration_batch_size", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3, help="of block reconstruction")
     parser.add_argument(
         "--reconstruction_rate", type=float, default=0.03, help="of weights, in steps of the grid"

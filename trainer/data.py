@@ -1,5 +1,6 @@
 """Text for language modelling: files, a directory or a hub data set become blocks of token ids."""
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 # The readers of `datasets` by file suffix; a file with any other suffix is one document of text.
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -32,7 +34,7 @@ NO_TEXT = "the data set has no text: every document is empty or blank; give one 
 
 
 def load_documents(
-    source: str | Sequence[str],
+    source: Source,
     *,
     split: str = "train",
     text_column: str = "text",
@@ -51,14 +53,17 @@ def load_documents(
     it has no effect on them.
     """
     rows = load_rows(source, split=split, streaming=streaming)
-    return only_text(rows, text_column, source if isinstance(source, str) else ", ".join(source))
+    return only_text(rows, text_column, ", ".join(_names_of(source)))
 
 
-def load_rows(
-    source: str | Sequence[str], *, split: str = "train", streaming: bool = False
-) -> AnyDataset:
+def _names_of(source: Source) -> list[str]:
+    names = [source] if isinstance(source, str | os.PathLike) else source
+    return [os.fspath(name) for name in names]
+
+
+def load_rows(source: Source, *, split: str = "train", streaming: bool = False) -> AnyDataset:
     """The rows of a source that `load_documents` takes, with all their columns."""
-    names = [source] if isinstance(source, str) else list(source)
+    names = _names_of(source)
     if not names or "" in names:
         raise ValueError(f"a data set needs at least one file or name, but got {source!r}")
     if len(names) > 1 or Path(names[0]).is_file():
@@ -144,7 +149,7 @@ def pack(documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, **options: A
 
 
 def load_blocks(
-    source: str | Sequence[str],
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     block_size: int,
@@ -162,7 +167,7 @@ def load_blocks(
 
 
 def load_tokens(
-    source: str | Sequence[str],
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     *,
     split: str = "train",

@@ -101,13 +101,20 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float | int]:
     Give the Trainer both, each under its own name: ``compute_metrics=compute_metrics`` and
     ``preprocess_logits_for_metrics=preprocess_logits_for_metrics``.
     """
-    nats, labels = prediction.predictions, np.asarray(prediction.label_ids)
-    if np.ndim(nats) != 2:
-        raise ValueError(
-            f"`compute_metrics` takes (rows, tokens - 1) nats, but got {np.ndim(nats)} dimensions; "
-            "pass `preprocess_logits_for_metrics=preprocess_logits_for_metrics` to the Trainer too"
-        )
-    return Perplexity(keep_in_memory=True).compute(predictions=nats, references=labels[:, 1:])
+    nats: Any = prediction.predictions
+    labels: Any = prediction.label_ids
+    if not isinstance(nats, list):  # of batches, with `eval_do_concat_batches=False`
+        nats, labels = [nats], [labels]
+    metric = Perplexity(keep_in_memory=True)
+    for batch, gold in zip(nats, labels, strict=True):
+        if np.ndim(batch) != 2:
+            raise ValueError(
+                f"`compute_metrics` takes (rows, tokens - 1) nats, but got {np.ndim(batch)} "
+                "dimensions; pass `preprocess_logits_for_metrics=preprocess_logits_for_metrics` to "
+                "the Trainer too"
+            )
+        metric.add_batch(predictions=batch, references=np.asarray(gold)[:, 1:])
+    return metric.compute()
 
 
 def evaluate_perplexity(

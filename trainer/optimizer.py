@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,9 @@ def clip_by_group(
     limits = {} if factor_max_norm is None else dict.fromkeys(FACTORS, factor_max_norm)
     return {
         (name := group.get("name", str(index))): torch.nn.utils.clip_grad_norm_(
-            group["params"], limits.get(name, max_norm)
+            # A tensor, too: its factor is not waited for.
+            group["params"],
+            cast(float, limits.get(name, max_norm)),
         )
         for index, group in enumerate(groups)
     }

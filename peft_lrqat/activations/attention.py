@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -132,10 +132,31 @@ def route(model: nn.Module) -> None:
     """Lets every attention layer ask for its grid first, if any has one; else as it was before."""
     if not isinstance(model, PreTrainedModel):
         return
+    hooks = model._forward_pre_hooks
+    known = [number for number, hook in hooks.items() if hook is _route_again]
     if _all_grids(model):
         _set_names(model, WRAPPED)
+        if not known:
+            model.register_forward_pre_hook(_route_again)
     else:
         _set_names(model, {wrapped: name for name, wrapped in WRAPPED.items()})
+        for number in known:
+            del hooks[number]
+
+
+def _route_again(model: nn.Module, args: Any) -> None:
+    """A forward pre-hook: keys and values stay rounded after `set_attn_implementation`."""
+    if torch.compiler.is_compiling():
+        return
+    unwrapped = set(_names(cast(PreTrainedModel, model).config)) - set(WRAPPED.values())
+    if not unwrapped:
+        return
+    if other := unwrapped - WRAPPED.keys():
+        raise ValueError(
+            f"the attention implementation is now {min(other)!r}, which would not round keys and "
+            f"values as `kv_cache_bits` asks; set one of {', '.join(map(repr, WRAPPED))}"
+        )
+    route(model)
 
 
 class Rounded(Tensor):
@@ -221,6 +242,15 @@ def _wrapped_names(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[s
     return {"": names.get(own, own)} | {
         name: _wrapped_names(sub, names) for name, sub in inside.items() if sub is not None
     }
+
+
+def _names(config: PreTrainedConfig) -> Iterator[str]:
+    """The attention implementations of a configuration and of those inside it."""
+    if config._attn_implementation is not None:
+        yield config._attn_implementation
+    for name in config.sub_configs:
+        if (sub := getattr(config, name, None)) is not None:
+            yield from _names(sub)
 
 
 def _implementation(name: str, attention: nn.Module) -> Callable[..., Any]:

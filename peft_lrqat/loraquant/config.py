@@ -50,6 +50,7 @@ class LoRAQuantConfig(AdapterConfig):
     """
 
     newest_format: ClassVar[int] = FORMAT_VERSION
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     method: Literal["residual", "paper"] = field(
         default="residual",
@@ -298,12 +299,3 @@ class LoRAQuantConfig(AdapterConfig):
             scale_dtype=SCALE_DTYPES[self.scale_dtype],
             zero_points=self.zero_points,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as PEFT does, with sets as sorted lists.
-
-        Equal configurations are then saved as equal bytes.
-        """
-        return {
-            name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()
-        }

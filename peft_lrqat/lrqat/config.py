@@ -53,6 +53,7 @@ class LRQATConfig(WeightSettings, AdapterConfig):
     """
 
     newest_format: ClassVar[int] = FORMAT_VERSION
+    patterns: ClassVar[tuple[str, ...]] = ("bits_pattern", "group_size_pattern")
 
     r: int = field(
         default=32,

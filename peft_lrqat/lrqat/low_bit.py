@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -148,16 +149,23 @@ def take_embeddings(config: LRQATConfig, model: nn.Module) -> Ends | None:
     return ends
 
 
-def put_embeddings(config: LRQATConfig, model: PreTrainedModel, ends: Ends) -> None:
-    """Makes the plain ends of ``model`` low-bit."""
+def put_embeddings(
+    config: LRQATConfig, model: PreTrainedModel, ends: Ends, trained: Container[str]
+) -> None:
+    """Makes the plain ends of ``model`` low-bit.
+
+    Those that the adapter does not train, by name, hold integers whatever ``downcast`` says: what
+    no product can tip over is computed with as it will be deployed.
+    """
     for name in ends.weights:
         module = model.get_submodule(name)
         if frozen_layer(module) is not None:
             continue
         plain = cast(Plain, module)
+        format = config.weight_format(name, width_of(plain))
         made = layer_class(plain).from_linear(
             plain,
-            config.weight_format(name, width_of(plain)),
+            format if name in trained else replace(format, downcast="int"),
             estimator=config.range_estimator,
             p=config.range_p,
             base_dtype=SCALE_DTYPES[config.base_dtype_of(name) or "float32"],

@@ -189,7 +189,7 @@ class LRQATModel(BaseTuner):
         peft_config.base_dtype = self._plan.base_dtype
         peft_config.base_dtype_pattern = dict(self._plan.base_dtype_pattern)
         if ends is not None:
-            put_embeddings(peft_config, cast(PreTrainedModel, model), ends)
+            put_embeddings(peft_config, cast(PreTrainedModel, model), ends, self._plan.targets)
         self._progress = logging.tqdm(
             total=self._plan.weights,
             desc="quantising",

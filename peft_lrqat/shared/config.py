@@ -26,6 +26,8 @@ class AdapterConfig(PeftConfig):
 
     # The newest version of the saved format that this release reads.
     newest_format: ClassVar[int] = 1
+    # Fields that give values by a key of the module's name; the first key that fits counts.
+    patterns: ClassVar[tuple[str, ...]] = ()
 
     format_version: int = field(
         default=1, metadata={"help": "Version of the saved format; leave it to the library."}
@@ -41,6 +43,8 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        for name in self.patterns:
+            setattr(self, name, _from_pairs(getattr(self, name)))
         check_integer("format_version", self.format_version, 1)
         if self.format_version > self.newest_format:
             raise ValueError(
@@ -50,8 +54,14 @@ class AdapterConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved, with the version of the library that saves them."""
+        """The fields as they are saved, with the version of the library that saves them.
+
+        PEFT sorts the keys of a dict in the file. Patterns in another order become lists of pairs.
+        """
         fields = super().to_dict() | {"library_version": __version__}
+        for name in self.patterns:
+            if list(fields[name]) != sorted(fields[name]):
+                fields[name] = [list(item) for item in fields[name].items()]
         # The order of a set differs from process to process, and the digest of settings with it.
         return {name: sorted(v) if isinstance(v, set) else v for name, v in fields.items()}
 
@@ -70,3 +80,11 @@ class AdapterConfig(PeftConfig):
     def write_card(self, folder: str, subfolder: str | None = None) -> None:
         """Creates or updates the card in ``folder`` of an adapter there or in ``subfolder``."""
         CARDS[PeftType(self.peft_type).value](folder, self, subfolder)
+
+
+def _from_pairs(pattern: Any) -> Any:
+    """A dict of the pairs that `AdapterConfig.to_dict` writes; anything else as it is."""
+    if not isinstance(pattern, list) or not pattern:
+        return pattern
+    pairs = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pattern)
+    return dict(pattern) if pairs else pattern

@@ -235,6 +235,39 @@ def test_configuration_on_disk_has_the_name_from_before(make_model, logits_of, t
         torch.testing.assert_close(logits_of(other), logits_of(loaded))
 
 
+@pytest.mark.parametrize("kind", ["adapter", "copy", "merged"])
+def test_another_implementation_rounds_as_well(kind, make_model, logits_of, seen):
+    model = make_model(kv_cache_bits=2)
+    expected = logits_of(make_model(implementation="eager", kv_cache_bits=2))
+    assert not torch.allclose(expected, logits_of(make_model()), atol=1e-2)
+    if kind == "merged":
+        model = model.merge_and_unload()
+    elif kind == "copy":
+        model = copy.deepcopy(model)
+    base = model.get_base_model() if kind != "merged" else model
+    base.set_attn_implementation("eager")
+    torch.testing.assert_close(logits_of(model), expected)
+    assert base.config._attn_implementation == "lrqat_eager"
+
+
+def test_the_last_adapter_takes_the_watch_over_implementations_with_it(make_model, make_config):
+    model = make_model(kv_cache_bits=4)
+    base = model.get_base_model()
+    hooks = len(base._forward_pre_hooks)
+    model.add_adapter("other", make_config(kv_cache_bits=8))
+    assert len(base._forward_pre_hooks) == hooks
+    for name in ("default", "other"):
+        model.delete_adapter(name)
+    assert len(base._forward_pre_hooks) == hooks - 1
+
+
+def test_another_implementation_that_cannot_be_wrapped_is_refused(make_model, logits_of):
+    model = make_model(kv_cache_bits=4)
+    model.get_base_model().config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="is now 'flex_attention', which would not round keys"):
+        logits_of(model)
+
+
 def test_attention_of_other_models_is_untouched(make_model, make_base):
     make_model(kv_cache_bits=4)
     assert make_base().config._attn_implementation == "sdpa"

@@ -116,6 +116,27 @@ def test_low_bit_embeddings(format, trained, bits, make_low_bit, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("format", ["packed", "gguf"])
+def test_ends_that_an_adapter_on_a_plain_model_does_not_train(format, bits, tokenizer, tmp_path):
+    """They hold integers, as they are deployed, whatever the downcast of the targets."""
+    torch.manual_seed(0)
+    config = LRQATConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules="all-linear",
+        init_weights=False,
+        embedding_bits=bits,
+        group_size=32,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path()), config).eval()
+    assert model.get_input_embeddings().format.downcast == "int"
+    words = {"format": format, "tokenizer": tokenizer, "progress": False}
+    export_model(model, tmp_path / "out", **words)
+    found = verify_export(model, tmp_path / "out", format=format)
+    assert found.exact, found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_llama_cpp_files_have_small_embeddings(bits, make_low_bit, tokenizer, tmp_path):
     import gguf
 

@@ -54,6 +54,14 @@ def test_there_and_back_through_a_file(tmp_path):
     assert not (tmp_path / "README.md").exists()  # there is no adapter beside it
 
 
+def test_the_order_of_patterns_survives_the_file(tmp_path):
+    """The first key that fits counts, and PEFT sorts the keys of a saved dict."""
+    pattern = {"v_proj": 2.0, "^layers.1.v_proj": 0.5}
+    LoRAQuantConfig(**FILLED_IN | {"alpha_pattern": pattern}).save_pretrained(str(tmp_path))
+    loaded = LoRAQuantConfig.from_pretrained(tmp_path).alpha_pattern
+    assert list(loaded.items()) == list(pattern.items())
+
+
 def test_every_field_is_explained():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     for field in dataclasses.fields(LoRAQuantConfig):
@@ -107,6 +115,8 @@ REFUSED = [
     ("lora_alpha", math.inf, "`lora_alpha` must be a number, finite"),
     ("rank_pattern", {"q_proj": 0}, r"`rank_pattern\['q_proj'\]`"),
     ("rank_pattern", ["q_proj"], "`rank_pattern` must be a dict"),
+    ("rank_pattern", [["q_proj", 4], [4, 4]], "`rank_pattern` must be a dict"),
+    ("rank_pattern", [], "`rank_pattern` must be a dict"),
     ("alpha_pattern", {"(": 1}, "not a regular expression"),
     ("alpha_pattern", {"q_proj": "1"}, r"`alpha_pattern\['q_proj'\]`"),
     ("bias", "some", "`bias` must be one of 'none', 'all', 'lora_only'"),

@@ -497,6 +497,23 @@ def test_patterns_reach_the_layers_and_survive_the_file(
     )
 
 
+@pytest.mark.parametrize("special_first", [True, False])
+def test_the_order_of_patterns_survives_the_file(
+    special_first, make_base, make_peft, disturb, logits_of, tmp_path
+):
+    """The first key that fits counts, and PEFT sorts the keys of a saved dict."""
+    of_all, special = {"q_proj": 2}, {r"layers\.1\..*q_proj": 8}
+    pattern = special | of_all if special_first else of_all | special
+    model = disturb(make_peft(bits_pattern=pattern))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    assert list(loaded.peft_config["default"].bits_pattern) == list(pattern)
+    for each in (model, loaded):
+        layer = each.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+        assert layer.base_layer.format.grid.bits == (8 if special_first else 2)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
 def test_modules_to_save_are_trained_and_saved(
     make_base, make_peft, batch_for, logits_of, tmp_path
 ):

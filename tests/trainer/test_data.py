@@ -96,6 +96,8 @@ def test_the_second_time_comes_from_the_cache(tmp_path, tokenizer):
     files = arrow_files()
     assert files
     assert rows(load_blocks(str(tmp_path / "a.txt"), tokenizer, block_size=4)) == first
+    for path in (tmp_path / "a.txt", [tmp_path / "a.txt"]):
+        assert rows(load_blocks(path, tokenizer, block_size=4)) == first
     assert arrow_files() == files
 
 

@@ -125,6 +125,16 @@ def test_preprocessing_of_half_precision_is_done_in_float32():
     )
 
 
+def test_batches_that_were_not_joined_count_alike():
+    """As the Trainer gives them with ``eval_do_concat_batches=False``."""
+    nats, labels = np.random.rand(3, 4).astype(np.float32), np.ones((3, 5), dtype=np.int64)
+    labels[0, 2] = -100
+    cut = [slice(0, 2), slice(2, 3)]
+    apart = EvalPrediction(predictions=[nats[c] for c in cut], label_ids=[labels[c] for c in cut])
+    together = EvalPrediction(predictions=nats, label_ids=labels)
+    assert compute_metrics(apart) == compute_metrics(together)
+
+
 def test_compute_metrics_without_the_preprocessing_says_so():
     with pytest.raises(ValueError, match="pass `preprocess_logits_for_metrics"):
         compute_metrics(EvalPrediction(predictions=np.zeros((1, 3, 5)), label_ids=np.zeros((1, 3))))
