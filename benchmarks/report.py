@@ -109,6 +109,32 @@ def of_quality(
     return table
 
 
+MODELS = {"tiny": "the demo's", "wide": "256 wide"}
+
+
+def exponents() -> list[str]:
+    """Calibrated blocks, by the exponent that their first scales were found with; same seeds."""
+    found: dict[tuple[str, str], dict[tuple[str, int], dict[int, float]]] = {}
+    for folder in ("quality", "quality_range_p_2", "quality_range_p_4"):
+        for row in read_results(RESULTS / folder):
+            exponent = row["options"].get("range_p")
+            if row["start"] == "blocks" and exponent is not None:
+                by_cell = found.setdefault((row["model"], row["setting"]), {})
+                cell = by_cell.setdefault((row["training"], int(exponent)), {})
+                cell[row["seed"]] = row["perplexity"]
+    lines = ["| model | setting | none, 4 | none, 2 | lrqat, 4 | lrqat, 2 |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (model, setting), by_cell in found.items():
+        cells = []
+        for training in ("none", "lrqat"):
+            pair = [by_cell.get((training, exponent), {}) for exponent in (4, 2)]
+            seeds = pair[0].keys() & pair[1].keys()
+            cells += [quality.in_cell([by_seed[seed] for seed in seeds]) for by_seed in pair]
+        if cells[0] != "-":
+            lines.append(f"| {MODELS[model]} | {setting} | {' | '.join(cells)} |")
+    return lines
+
+
 def of_ablation(name: str) -> Callable[[], list[str]]:
     def lines() -> list[str]:
         rows = read_results(RESULTS / "ablations")
@@ -124,6 +150,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quality_demo, gap": of_quality("quality_demo", MAIN, lines=quality.gap_lines),
     "quality_demo, grids": of_quality("quality_demo", GRIDS),
     "quality_demo, activations": of_quality("quality_demo", ACTIVATIONS),
+    "exponents": exponents,
     "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
     "quality_smollm2": of_quality("quality_smollm2"),

@@ -1,6 +1,6 @@
 """Block reconstruction: a block's rounded output is trained towards its unquantised output.
 
-    loss = mean over the tokens of  |block_q(x_q) - block(x)|^2 / |block(x)|^2
+    loss = sum over the tokens of |block_q(x_q) - block(x)|^2 / sum over the tokens of |block(x)|^2
 
 ``x`` comes from the unquantised blocks before and ``x_q`` from the rounded ones, so that a block
 also mends what the ones before it have lost (Li et al., "BRECQ", arXiv 2102.05426; Chen et al.,

@@ -166,6 +166,11 @@ def test_padding_does_not_count():
     expected = block_loss(output, target, mask)
     output[1, 2:] = 1e6
     assert torch.equal(block_loss(output, target, mask), expected)
+    output[1, 2:] = torch.nan
+    assert torch.equal(block_loss(output.requires_grad_(), target, mask), expected)
+    (gradient,) = torch.autograd.grad(block_loss(output, target, mask), output)
+    assert gradient.isfinite().all()
+    output = output.detach()
     size = target[mask].square().sum()
     assert expected == pytest.approx(float((output - target)[mask].square().sum() / size))
 
