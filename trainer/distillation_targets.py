@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .divergence import distillation_loss, hidden_states_loss, top_predictions_loss
+from .divergence import distillation_loss, hidden_states_loss, rows_at_once, top_predictions_loss
 from .teacher_cache import Layout
 
 
@@ -80,8 +80,16 @@ class TopPredictions:
         }
 
     def record(self, output: Tensor) -> Recorded:
-        scaled = output.float() / self.temperature
-        top, tokens = scaled.topk(min(self.k, output.shape[-1]))
+        rows = output.flatten(0, -2)
+        parts = [self._top(some) for some in rows.split(rows_at_once(output.shape[-1]))]
+        return {
+            name: torch.cat([part[name] for part in parts]).unflatten(0, output.shape[:-1])
+            for name in parts[0]
+        }
+
+    def _top(self, logits: Tensor) -> Recorded:
+        scaled = logits.float() / self.temperature
+        top, tokens = scaled.topk(min(self.k, logits.shape[-1]))
         return {
             "log_probabilities": top - scaled.logsumexp(-1, keepdim=True),
             "tokens": tokens.int(),

@@ -23,6 +23,11 @@ CHUNK_ELEMENTS = 1 << 22  # of the logits that are widened to float32 at once
 Distance: TypeAlias = tuple[Tensor, Tensor]
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Tokens whose logits are widened to float32 at once."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
 def distillation_loss(
     student: Tensor,
     teacher: Tensor,
@@ -166,7 +171,7 @@ class _Divergence(torch.autograd.Function):
         dtype = torch.promote_types(student.dtype, torch.float32)
         total, divisor = torch.zeros((), dtype=dtype, device=student.device), divisor.to(dtype)
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK_ELEMENTS // student.shape[-1])
+        step = rows_at_once(student.shape[-1])
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
             mask = scored[rows, None]

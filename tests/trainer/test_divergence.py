@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peft_lrqat.trainer import distillation_loss, divergence
+from peft_lrqat.trainer.distillation_targets import TopPredictions
 from peft_lrqat.trainer.divergence import hidden_states_loss, top_predictions_loss
 
 
@@ -130,3 +131,13 @@ def test_nothing_scored_is_zero():
 def test_other_widths_are_refused():
     with pytest.raises(ValueError, match="must be the base model itself"):
         hidden_states_loss(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2).bool())
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 22])
+def test_top_predictions_are_found_some_tokens_at_a_time(chunk, monkeypatch):
+    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
+    output = torch.randn(2, 5, 17)
+    found = TopPredictions(2.0, 4).record(output)
+    expected = (output / 2).log_softmax(-1).topk(4)
+    torch.testing.assert_close(found["log_probabilities"], expected.values)
+    assert torch.equal(found["tokens"], expected.indices.int())
