@@ -30,6 +30,7 @@ from peft_lrqat.formats.base import Format, Outline
 from peft_lrqat.formats.linear import Target, linear_names
 from peft_lrqat.formats.table import FORMATS, bytes_by_format
 from peft_lrqat.lrqat.config import LRQATConfig
+from peft_lrqat.quant.fake_quant import gives_scale_gradient
 from peft_lrqat.quant.packing import packed_bytes
 
 
@@ -246,8 +247,7 @@ class _LowBit(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.empty(1, device="meta"))
         self.out = target.out_features
-        # As `_FakeQuantLinear` does.
-        self.keeps_output = target.num_groups == 1 and not (has_bias and target.dtype.itemsize < 4)
+        self.keeps_output = gives_scale_gradient(target.num_groups, has_bias, target.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _Keeps.apply(x, self.anchor, self.out, self.keeps_output))
@@ -259,7 +259,8 @@ class _LowBitExperts(nn.Module):
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.empty(1, device="meta"))
-        self.out, self.keeps_output = target.out_features // target.experts, target.num_groups == 1
+        self.out = target.out_features // target.experts
+        self.keeps_output = gives_scale_gradient(target.num_groups, False, target.dtype)
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         def product(expert: int, tokens: Tensor) -> Tensor:

@@ -56,6 +56,12 @@ def _write_counter(y: Tensor) -> Tensor:
     return counter
 
 
+def gives_scale_gradient(groups: int, has_bias: bool, dtype: torch.dtype) -> bool:
+    """Whether a layer keeps its output, in ``dtype``: the gradient of its scales comes from it."""
+    # In half precision, a large bias would leave little of y0 in y.
+    return groups == 1 and not (has_bias and dtype.itemsize < 4)
+
+
 class _FakeQuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,13 +77,10 @@ class _FakeQuantLinear(torch.autograd.Function):
         activations: Grid | None,
     ) -> Tensor:
         w = LowRankWeight(phi=phi, zero_point=zero_point, A=A, B=B, scale=scale, **constants)
-        # In half precision, a large bias would leave little of y0 in y.
-        rounded_into = bias is not None and x.dtype.itemsize < 4
         needed = _needed(ctx)
         keep = (
             needed.scale
-            and scale.shape[1] == 1
-            and not rounded_into
+            and gives_scale_gradient(scale.shape[1], bias is not None, x.dtype)
             and not torch.compiler.is_compiling()
             and not torch.is_inference_mode_enabled()  # whose tensors count no writes
         )
