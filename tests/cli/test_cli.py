@@ -824,6 +824,17 @@ def test_the_demo_compares_saves_reloads_and_merges(small_demo, capsys):
     assert Path("demo/lrqat-2bit/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX2", "float32"), ("AVX512", "bfloat16"), ("DEFAULT", "bfloat16")]
+)
+def test_the_demo_avoids_bfloat16_where_it_is_slow(capability, dtype, small_demo, monkeypatch):
+    setup = dataclasses.replace(run.SETUPS["tiny"], dtype="bfloat16")
+    monkeypatch.setitem(run.SETUPS, "tiny", setup)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert run.prepare(run.DemoArguments(output="demo")).setup.dtype == dtype
+
+
 def test_a_demo_that_fails_says_why_and_ends_non_zero(small_demo, monkeypatch, capsys):
     monkeypatch.setattr(run.Experiment, "reloaded_perplexity", lambda self, adapter, base: 1.0)
     # What does not move cannot beat trained scales.
