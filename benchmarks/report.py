@@ -8,6 +8,7 @@ A table stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -109,7 +110,7 @@ def of_quality(
     return table
 
 
-MODELS = {"tiny": "the demo's", "wide": "256 wide"}
+MODELS = {"tiny": "the demo's", "wide": "256 wide", "smollm2": "SmolLM2-135M"}
 
 
 def exponents() -> list[str]:
@@ -135,6 +136,30 @@ def exponents() -> list[str]:
     return lines
 
 
+def calibration_batches() -> list[str]:
+    """Calibrated blocks after one pass, by rows in a batch and rate of the weights."""
+    rows = read_results(RESULTS / "calibration_batches")
+    rows += [row for row in read_results(RESULTS / "ablations") if row["value"] == [642, 1]]
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        options = row["options"]
+        batch = options.get("calibration_batch_size", 4)
+        settings = options["calibration_blocks"], batch, options["reconstruction_rate"]
+        found.setdefault((row["model"], row["setting"], *settings), {})[row["training"]] = row[
+            "perplexity"
+        ]
+    lines = ["| model | setting | examples | rows in a batch | steps | rate | none | lrqat |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for (model, setting, examples, batch, rate), by_training in sorted(found.items()):
+        cells = [MODELS[model], setting, examples, batch, math.ceil(examples / batch), rate]
+        cells += [
+            quality.in_cell([by_training[name]] if name in by_training else None)
+            for name in ("none", "lrqat")
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def of_ablation(name: str) -> Callable[[], list[str]]:
     def lines() -> list[str]:
         rows = read_results(RESULTS / "ablations")
@@ -151,6 +176,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quality_demo, grids": of_quality("quality_demo", GRIDS),
     "quality_demo, activations": of_quality("quality_demo", ACTIVATIONS),
     "exponents": exponents,
+    "calibration batches": calibration_batches,
     "costs": lambda: costs.table_lines(read_results(RESULTS / "costs")),
     **{f"ablations, {name}": of_ablation(name) for name in ablations.ABLATIONS},
     "quality_smollm2": of_quality("quality_smollm2"),
