@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -197,8 +198,15 @@ def _running(model: Model, adapter_name: str) -> Iterator[None]:
     training = {module for module in model.modules() if module.training}
     active = list(model.active_adapters) if isinstance(model, PeftModel) else [adapter_name]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    merged = {
+        layer: list(layer.merged_adapters)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and layer.merged
+    }
     model.eval()
     if active != [adapter_name]:
+        for layer in merged:  # another adapter cannot be set before
+            layer.unmerge()
         model.set_adapter(adapter_name)
     try:
         yield
@@ -207,5 +215,7 @@ def _running(model: Model, adapter_name: str) -> Iterator[None]:
             cast(LRQATModel, model.base_model).set_adapter(active)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)
+            for layer, names in merged.items():
+                layer.merge(adapter_names=names)
         for module in training:
             module.training = True

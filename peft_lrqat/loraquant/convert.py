@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, PeftType
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..lrqat.config import LRQATConfig
@@ -188,7 +191,17 @@ def as_lora(
         for name, value in config.to_dict().items()
         if name in known and name != "peft_type"
     }
+    for name in config.patterns:
+        fields[name] = _as_read(getattr(config, name), config.component_bits)
     return LoraConfig(**fields), {**tensors, **rest}
+
+
+def _as_read(pattern: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """A pattern that gives ``modules`` the same values once PEFT has sorted its keys."""
+    if list(pattern) == sorted(pattern):
+        return pattern
+    keys = {module: get_pattern_key(list(pattern), module) for module in modules}
+    return {f"^{re.escape(m)}": pattern[key] for m, key in keys.items() if key in pattern}
 
 
 def _check_written(written: dict[str, Any], place: str) -> None:

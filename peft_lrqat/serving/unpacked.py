@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..loraquant import dequantize_adapter
@@ -23,6 +27,10 @@ DEFAULT_BYTES = 2**30
 FOLDER = "unpacked-by-peft-lrqat"  # all in it is ours, and may be deleted
 # A server process may still be reading an adapter that was asked for so recently.
 SECONDS_IN_USE = 10.0
+# An adapter is unpacked under a hidden name in far less.
+SECONDS_OF_STAGING = 3600.0
+UNPACKED = re.compile(r"(?!\.).*-[0-9a-f]{24}")
+GONE = ".gone-"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -39,7 +47,7 @@ class UnpackedAdapters:
         dtype: of the factors.
 
     Raises:
-        PermissionError: the directory belongs to another user, who could put other adapters there.
+        PermissionError: the folder in it is a link, or another user could put adapters there.
     """
 
     def __init__(
@@ -50,14 +58,13 @@ class UnpackedAdapters:
         dtype: torch.dtype = torch.float16,
     ) -> None:
         check_integer("max_bytes", max_bytes, 1)
-        self.directory = (_in_memory() if directory is None else Path(directory)) / FOLDER
+        parent = _in_memory() if directory is None else Path(directory)
+        self.directory = parent / FOLDER
         self.max_bytes, self.dtype = max_bytes, dtype
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.directory.stat().st_uid != os.getuid():
-            raise PermissionError(
-                f"{self.directory} belongs to another user; give another directory for unpacked "
-                "adapters"
-            )
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self.directory, *(() if directory is not None else (parent,))):
+            _check_own(folder)
 
     def path(self, packed: str | os.PathLike[str]) -> Path:
         """The directory of the LoRA adapter that ``packed``, a directory, stands for.
@@ -76,11 +83,7 @@ class UnpackedAdapters:
         with FileLock(_lock(target)):
             if not all((target / name).exists() for name in FILES):
                 shutil.rmtree(target, ignore_errors=True)
-                try:
-                    dequantize_adapter(packed, target, dtype=self.dtype)
-                except BaseException:
-                    _lock(target).unlink(missing_ok=True)
-                    raise
+                dequantize_adapter(packed, target, dtype=self.dtype)
             os.utime(target)
         self._make_room()
         return target
@@ -94,29 +97,57 @@ class UnpackedAdapters:
                 found = file.stat()
                 parts += [found.st_size, found.st_mtime_ns, found.st_ino]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
-        return f"{packed.name}-{digest}"
+        return f"{packed.name.lstrip('.')}-{digest}"
 
     def _make_room(self) -> None:
         with FileLock(self.directory / "room.lock"):
+            self._tidy_up()
             found = [
                 (path.stat().st_mtime, directory_bytes(path), path)
                 for path in self.directory.iterdir()
-                if path.is_dir() and not path.name.startswith(".")
+                if UNPACKED.fullmatch(path.name)
             ]
             total = sum(size for _, size, _ in found)
             for used, size, path in sorted(found):
                 if total <= self.max_bytes or time.time() - used < SECONDS_IN_USE:
                     return
-                # Out of sight first: whoever asks for it meanwhile unpacks it anew.
-                hidden = path.with_name(f".{path.name}")
+                total -= size if self._evict(path) else 0
+
+    def _evict(self, path: Path) -> bool:
+        """Deletes an adapter, unless somebody asked for it meanwhile."""
+        try:
+            with FileLock(_lock(path), timeout=0):
+                if time.time() - path.stat().st_mtime < SECONDS_IN_USE:
+                    return False
+                hidden = path.with_name(f"{GONE}{uuid.uuid4().hex}")
                 path.rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
-                _lock(path).unlink(missing_ok=True)
-                total -= size
+        except Timeout:
+            return False
+        shutil.rmtree(hidden, ignore_errors=True)
+        return True
+
+    def _tidy_up(self) -> None:
+        """Deletes what processes that were killed left behind."""
+        for path in self.directory.iterdir():
+            with suppress(FileNotFoundError):  # a process has just finished with it
+                old = time.time() - path.stat().st_mtime > SECONDS_OF_STAGING
+                if path.name.startswith(GONE) or (path.name.startswith(".") and old):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(target: Path) -> Path:
-    return target.with_name(f"{target.name}.lock")
+    """One of 256: no lock is ever deleted, as another process may wait for it."""
+    return target.with_name(f"{target.name[-2:]}.lock")
+
+
+def _check_own(folder: Path) -> None:
+    """PermissionError unless ``folder`` is the user's own, and nobody else may write into it."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            f"{folder} is a link, belongs to another user, or may be written to by others; give "
+            "another directory for unpacked adapters"
+        )
 
 
 def _in_memory() -> Path:

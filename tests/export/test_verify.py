@@ -9,7 +9,7 @@ import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lrqat import LRQATConfig
+from peft_lrqat import LRQATConfig, LRQATLinear
 from peft_lrqat.export import export_model, verify_export
 
 
@@ -221,3 +221,20 @@ def test_an_invalid_generation_config_is_refused_before_a_layer(monkeypatch, tmp
     with pytest.raises(ValueError, match="refuses to save the `generation_config`"):
         export_model(model, tmp_path / "out", format="packed", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_was_merged_is_merged_afterwards(tmp_path):
+    config = LRQATConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), config)
+    model.add_adapter("other", config)
+    model.merge_adapter(["default"])
+    with torch.no_grad():
+        before = model.eval()(input_ids=torch.arange(6).unsqueeze(0)).logits
+    export_model(model, tmp_path, format="packed", adapter_name="other", progress=False)
+    assert verify_export(model, tmp_path, format="packed", adapter_name="other").exact
+    layers = [m for m in model.modules() if isinstance(m, LRQATLinear)]
+    assert [layer.merged_adapters for layer in layers] == [["default"]] * len(layers)
+    assert model.active_adapters == ["default"]
+    with torch.no_grad():
+        after = model(input_ids=torch.arange(6).unsqueeze(0)).logits
+    assert torch.equal(after, before)

@@ -414,6 +414,30 @@ torch.save(logits, sys.argv[1] + "/logits.pt")
 """
 
 
+def test_patterns_whose_order_counts_are_dequantised_as_peft_reads_them(make_base, tmp_path):
+    """PEFT sorts the keys of a LoRA file, and the first key that fits counts."""
+    names = {"q_proj": 3, r"layers\.1\..*q_proj": 2, "k_proj": 1}
+    alphas = {name: 5.0 * rank for name, rank in names.items()}
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        rank_pattern=names,
+        alpha_pattern=alphas,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    quantize_adapter(get_peft_model(make_base(), lora), tmp_path / "packed", progress=False)
+    dequantize_adapter(tmp_path / "packed", tmp_path / "back", dtype=torch.float32)
+    packed, back = (
+        PeftModel.from_pretrained(make_base(), tmp_path / name).eval()
+        for name in ("packed", "back")
+    )
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(back(input_ids=ids).logits, packed(input_ids=ids).logits)
+    with packed.disable_adapter():
+        assert not torch.allclose(packed(input_ids=ids).logits, back(input_ids=ids).logits)
+
+
 def test_peft_alone_loads_what_is_dequantised(make_lora, make_base, tmp_path):
     cases = ["patterns", "dora", "bias-all", "conv1d-embedding", "modules-to-save"]
     expected = []

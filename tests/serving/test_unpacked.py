@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -152,6 +153,69 @@ def test_a_directory_of_another_user_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(unpacked.os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
         UnpackedAdapters(tmp_path / "theirs")
+
+
+def test_a_link_in_its_place_is_refused(tmp_path):
+    (tmp_path / "home" / "precious").mkdir(parents=True)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / unpacked.FOLDER).symlink_to(tmp_path / "home")
+    with pytest.raises(PermissionError, match="is a link"):
+        UnpackedAdapters(tmp_path / "place")
+    (tmp_path / "place" / unpacked.FOLDER).unlink()
+    (tmp_path / "place" / unpacked.FOLDER).mkdir()
+    (tmp_path / "place" / unpacked.FOLDER).chmod(0o777)
+    with pytest.raises(PermissionError, match="written to by others"):
+        UnpackedAdapters(tmp_path / "place")
+
+
+def test_the_default_place_is_looked_at_whole(monkeypatch, tmp_path):
+    """Its name can be foreseen: somebody may have made it before."""
+    monkeypatch.setattr(unpacked, "_in_memory", lambda: tmp_path / "link")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    with pytest.raises(PermissionError, match="is a link"):
+        UnpackedAdapters()
+
+
+def test_what_killed_processes_left_goes(packed, adapters):
+    gone, staged = (adapters.directory / name for name in (".gone-1", ".a.lrqat-1"))
+    for folder in (gone, staged):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"x")
+    adapters.path(packed / "a")
+    assert not gone.exists()
+    assert staged.exists()  # a process may be writing it
+    age(staged, 2 * unpacked.SECONDS_OF_STAGING)
+    adapters.path(packed / "b")
+    assert not staged.exists()
+    assert folders(adapters) == {"a", "b"}
+
+
+@pytest.mark.parametrize("how", ["asked for", "locked"])
+def test_an_adapter_that_is_wanted_meanwhile_stays(how, packed, tmp_path, monkeypatch):
+    adapters = UnpackedAdapters(tmp_path / "unpacked", max_bytes=1)
+    a = adapters.path(packed / "a")
+    age(a)
+    measure = unpacked.directory_bytes
+    lock = FileLock(unpacked._lock(a))
+
+    def measured(path):
+        if path == a:
+            os.utime(a) if how == "asked for" else lock.acquire()
+        return measure(path)
+
+    monkeypatch.setattr(unpacked, "directory_bytes", measured)
+    adapters.path(packed / "b")
+    lock.release()
+    assert folders(adapters) == {"a", "b"}
+
+
+def test_an_adapter_with_a_hidden_name_is_counted(packed, tmp_path):
+    shutil.copytree(packed / "a", tmp_path / ".own")
+    adapters = UnpackedAdapters(tmp_path / "unpacked", max_bytes=1)
+    age(adapters.path(tmp_path / ".own"))
+    adapters.path(packed / "b")
+    assert folders(adapters) == {"b"}
 
 
 def test_nobody_else_may_read_it(adapters):
