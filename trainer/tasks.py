@@ -91,16 +91,18 @@ class Tasks:
 
         was_training = model.training
         model.eval()
-        found: Any = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=self.names,
-            task_manager=self._known,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            log_samples=False,
-        )
-        model.train(was_training)
+        try:
+            found: Any = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=self.names,
+                task_manager=self._known,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                log_samples=False,
+            )
+        finally:
+            model.train(was_training)
         counts = found["n-samples"]
         scores: Scores = {}
         for name, row in {**found["results"], **(found.get("groups") or {})}.items():

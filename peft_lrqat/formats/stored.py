@@ -32,6 +32,8 @@ class StoredTensors:
             if (path / INDEX_NAME).exists():
                 index = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))
                 names = sorted(set(index["weight_map"].values()))
+                if wrong := [name for name in names if Path(name).name != name]:
+                    raise ValueError(f"{INDEX_NAME} names {wrong[0]!r}, which is elsewhere")
             files = [safe_open(path / name, framework="pt") for name in names]
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the weights in {path} are not whole ({error})") from error

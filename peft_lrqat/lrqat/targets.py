@@ -97,7 +97,7 @@ def plan(
 
 
 def find_targets(model: nn.Module, is_target: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """The modules that ``is_target`` names, except those inside a layer of a tuner or a target."""
+    """The modules that ``is_target`` names, except those inside a tuner's layer that it names."""
     named = {name: module for name, module in model.named_modules() if name and is_target(name)}
     return {
         name: module

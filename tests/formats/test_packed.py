@@ -108,6 +108,15 @@ def test_damage(change, message, exported, tmp_path):
         load_quantized(edited(exported, tmp_path / "damaged", change))
 
 
+def test_an_index_that_leads_elsewhere(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "own")
+    (tmp_path / "own" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (tmp_path / "own" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names '../outside.safetensors', which is elsewhere"):
+        load_quantized(tmp_path / "own")
+
+
 def test_files_that_are_not_whole(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "cut")
     data = (exported / "model.safetensors").read_bytes()
