@@ -21,15 +21,14 @@ def write_card(directory: Path, config: LowBitConfig) -> None:
         base_model=base if is_hub_id(config.made_from) else None,
         base_model_relation="quantized" if is_hub_id(config.made_from) else None,
     )
-    how = (
-        f"taken over from {config.source.get('quant_method')}, bit for bit"
-        if config.source
-        else f"rounded to nearest, first scales by {config.range_estimator}"
-    )
+    how = f"rounded to nearest, first scales by {config.range_estimator}"
+    if config.source:
+        how = f"taken over from {config.source.get('quant_method')}, bit for bit"
+    elif made := config.calibration:
+        how = f"calibrated, by method {made['method']!r} on {made['tokens']:,} tokens"
     figures = {
         "bits": config.bits,
-        "weights that share a scale": "a row" if config.group_size == -1 else config.group_size,
-        "grid": config.weight_grid("").kind,
+        "grid": config.grid_in_words(),
         "dtype of scales": config.scale_dtype,
         "quantised modules": len(config.modules),
         "integers": how,

@@ -172,6 +172,20 @@ class WeightSettings:
         )
         return self.grid_of(bits, group_size)
 
+    def grid_in_words(self) -> str:
+        """The grid of most targets, for a card."""
+        grid = self.weight_grid("")
+        groups = "output channel" if grid.group_size == -1 else f"{grid.group_size} weights"
+        blocks = ", as llama.cpp's K blocks hold it" if grid.k_quant else ""
+        return f"{grid.kind}, one scale per {groups}{blocks}"
+
+    def exceptions_in_words(self) -> str:
+        """The modules with other settings, an item of a list in a card, or nothing."""
+        if not self.bits_pattern and not self.group_size_pattern:
+            return ""
+        sizes = self.group_size_pattern
+        return f"\n- by module: bits {self.bits_pattern}, group sizes {sizes}"
+
     def grid_of(self, bits: int, group_size: int) -> Grid:
         """The grid of integers of a width, in groups of a size; ValueError if there is none."""
         unit = k_group(bits, self.symmetric and not self.balanced) if self.k_quant else None

@@ -39,17 +39,8 @@ def write_card(
         tags=sorted(tags),
         base_model=base if is_hub_id(config.base_model_name_or_path) else None,
     )
-    grid = config.weight_grid("").kind
-    groups = (
-        "one scale per output channel"
-        if config.group_size == -1
-        else f"one scale per {config.group_size} weights"
-    )
     mixed = "" if config.embedding_bits is None else f"; embeddings: {config.embedding_bits} bits"
-    if config.bits_pattern or config.group_size_pattern:
-        mixed += (
-            f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
-        )
+    mixed += config.exceptions_in_words()
     waste = _waste(sizes) if format.is_small else ""
     text = f"""---
 {data.to_yaml()}
@@ -62,7 +53,7 @@ def write_card(
 ```
 
 - base model: {place}
-- weights of the target layers: {config.bits} bits, {grid}, {groups}{mixed}
+- weights of the target layers: {config.bits} bits, {config.grid_in_words()}{mixed}
 - stored at {sizes.stored:.2f} bits per weight, scales included{waste}
 {_activations(config, activations)}
 {table("measure", {name: f"{value:,}" for name, value in figures.items()})}

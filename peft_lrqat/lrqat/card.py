@@ -31,17 +31,7 @@ def _section(config: LRQATConfig, subfolder: str | None) -> str:
     place, note, base = base_in_words(config.base_model_name_or_path)
     loader = class_name(config)
     folder = f', subfolder="{subfolder}"' if subfolder else ""
-    groups = (
-        "one scale per output channel"
-        if config.group_size == -1
-        else f"one scale per {config.group_size} weights"
-    )
-    grid = config.weight_grid("").kind
-    mixed = ""
-    if config.bits_pattern or config.group_size_pattern:
-        mixed = (
-            f"\n- by module: bits {config.bits_pattern}, group sizes {config.group_size_pattern}"
-        )
+    grid, mixed = config.grid_in_words(), config.exceptions_in_words()
     origin = ""
     if config.base_made_from is not None:
         origin = f", a low-bit base made from {base_in_words(config.base_made_from)[0]}"
@@ -69,7 +59,7 @@ model = model.merge_and_unload()  # plain linear layers, weight = scale * intege
 ```
 
 - base model: {place}{origin}, in {config.base_dtype}{note}; another base is refused
-- weights: {config.bits} bits, {grid}, {groups}, scales in {config.scale_dtype}{mixed}
+- weights: {config.bits} bits, {grid}, scales in {config.scale_dtype}{mixed}
 {activation_text(config)}- rank {config.r}, lora_alpha {config.lora_alpha}
 - frozen weights kept as `{config.downcast}` in training
 - first ranges: {first_range}

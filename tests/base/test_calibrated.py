@@ -55,6 +55,8 @@ def test_a_checkpoint_becomes_what_a_model_in_memory_becomes(method, make_base, 
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert prepared.calibration["method"] == method
     assert prepared.calibration["tokens"] == 8 * 12
+    card = (tmp_path / "prepared" / "README.md").read_text()
+    assert f"calibrated, by method '{method}' on 96 tokens" in card
     for folder in ("saved", "prepared"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         layers = [m for m in again.modules() if isinstance(m, DowncastLinear)]

@@ -289,6 +289,20 @@ def test_files_of_adapters_without_experts_are_those_of_before():
     assert not {"target_parameters", "experts_share_a"} & LRQATConfig().to_dict().keys()
 
 
+def test_cards_say_how_many_weights_share_a_scale():
+    words = {
+        "symmetric, one scale per output channel": {},
+        "balanced, one scale per 32 weights": {"balanced": True, "group_size": 32},
+        "asymmetric, one scale per 16 weights, as llama.cpp's K blocks hold it": {
+            "k_quant": True,
+            "symmetric": False,
+            "scale_dtype": "float16",
+        },
+    }
+    for said, fields in words.items():
+        assert LRQATConfig(bits=2, **fields).grid_in_words() == said
+
+
 def test_k_quant_grids_survive_the_file(tmp_path):
     LRQATConfig(bits=2, k_quant=True).save_pretrained(tmp_path)
     loaded = LRQATConfig.from_pretrained(tmp_path)
