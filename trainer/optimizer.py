@@ -188,7 +188,7 @@ def clip_by_group(
     limits = {} if factor_max_norm is None else dict.fromkeys(FACTORS, factor_max_norm)
     return {
         (name := group.get("name", str(index))): torch.nn.utils.clip_grad_norm_(
-            # A tensor, too: its factor is not waited for.
+            # Tensors stay tensors: to make numbers of them would wait for a GPU.
             group["params"],
             cast(float, limits.get(name, max_norm)),
         )

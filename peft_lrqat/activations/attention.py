@@ -156,6 +156,9 @@ def _route_again(model: nn.Module, args: Any) -> None:
             f"the attention implementation is now {min(other)!r}, which would not round keys and "
             f"values as `kv_cache_bits` asks; set one of {', '.join(map(repr, WRAPPED))}"
         )
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            _check_way_of_its_own(part)
     route(model)
 
 
@@ -183,14 +186,8 @@ def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
             "attention interface, where keys and values are rounded; leave `kv_cache_bits` out"
         )
     for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        _check_way_of_its_own(part)
         name = part.config._attn_implementation
-        if name in WRAPPED and _asks_for(name, part):
-            other = next(n for n in WRAPPED if n != name)
-            raise ValueError(
-                f"{where} {type(part).__name__} does something of its own if the attention "
-                f"implementation is {name!r}, and would not under another name; load the model "
-                f"with attn_implementation={other!r}"
-            )
         if name not in (*WRAPPED, *WRAPPED.values()):
             raise ValueError(
                 f"{where} the attention implementation is {name!r}, and only "
@@ -202,6 +199,18 @@ def check_attention(model: nn.Module, parents: list[nn.Module]) -> None:
             f"{where} no target module lies in an attention layer that keeps a cache; the keys "
             "and values of the layers with target modules are rounded. Add the attention's "
             "projections to `target_modules`, or leave `kv_cache_bits` out"
+        )
+
+
+def _check_way_of_its_own(part: PreTrainedModel) -> None:
+    """ValueError if a model does something else under the name that its attention has now."""
+    name = part.config._attn_implementation
+    if name in WRAPPED and _asks_for(name, part):
+        other = next(n for n in WRAPPED if n != name)
+        raise ValueError(
+            f"`kv_cache_bits` is set, but {type(part).__name__} does something of its own if the "
+            f"attention implementation is {name!r}, and would not under another name; load the "
+            f"model with attn_implementation={other!r}"
         )
 
 

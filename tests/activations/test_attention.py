@@ -268,6 +268,13 @@ def test_another_implementation_that_cannot_be_wrapped_is_refused(make_model, lo
         logits_of(model)
 
 
+def test_an_implementation_that_the_model_asks_for_is_refused_later_as_well(make_model, logits_of):
+    model = make_model("gpt2", kv_cache_bits=4)
+    model.get_base_model().set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"does something of its own .*=.sdpa"):
+        logits_of(model)
+
+
 def test_attention_of_other_models_is_untouched(make_model, make_base):
     make_model(kv_cache_bits=4)
     assert make_base().config._attn_implementation == "sdpa"
