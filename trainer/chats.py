@@ -82,7 +82,7 @@ def make_chat_blocks(
             continue
         # No token of the same example predicts the first one.
         examples.append((ids, [IGNORED, *labels[1:]]))
-    _warn_of_beginning(rows, examples, tokenizer)
+    _warn_of_beginning(examples, tokenizer)
     if cut:
         logger.warning(
             f"{cut:,} of {len(rows):,} examples are longer than a block of {block_size} tokens and "
@@ -100,11 +100,11 @@ def make_chat_blocks(
 
 
 def _warn_of_beginning(
-    rows: Dataset, examples: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+    examples: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """A warning if chats lack the token that the tokenizer puts in front of every other text."""
     bos = tokenizer.bos_token_id
-    if bos is None or not examples or "prompt" in (rows.column_names or ()):
+    if bos is None or not examples:
         return
     if tokenizer("a")["input_ids"][:1] == [bos] != examples[0][0][:1]:
         logger.warning(

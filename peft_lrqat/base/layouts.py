@@ -146,7 +146,7 @@ def _read_gptq(
 
 def _group_order(g_idx: Tensor | None, in_features: int, num_groups: int) -> Tensor:
     """Which stored group each block of neighbouring inputs uses, (groups,)."""
-    if in_features % num_groups:
+    if num_groups == 0 or in_features % num_groups:
         raise ValueError(
             f"its {in_features} inputs do not make {num_groups} equal groups, but a low-bit base "
             "needs groups of one size; quantise with a group size that divides the width"
@@ -162,8 +162,9 @@ def _group_order(g_idx: Tensor | None, in_features: int, num_groups: int) -> Ten
             "static_groups=True, or with one group for each row (group_size=-1)"
         )
     order = blocks[:, 0]
-    if order.min() < 0 or order.max() >= num_groups:
-        raise ValueError(f"g_idx names group {int(order.max())}, but there are {num_groups}")
+    wrong = order[(order < 0) | (order >= num_groups)]
+    if len(wrong):
+        raise ValueError(f"g_idx names group {int(wrong[0])}, but there are {num_groups}")
     return order.to(g_idx.device)
 
 
@@ -261,8 +262,7 @@ def _read_pack_quantized(
     bits = _width(words, shape, settings)
     num_groups = scale.shape[-1]
     _check_shape("weight_scale", scale, (out_features, num_groups))
-    if in_features % num_groups:
-        _group_order(None, in_features, num_groups)
+    _group_order(None, in_features, num_groups)  # raises where groups are not equal
     zero_point = None
     if "weight_zero_point" in tensors:
         stored = tensors["weight_zero_point"]

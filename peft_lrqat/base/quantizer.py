@@ -26,7 +26,11 @@ from transformers.core_model_loading import (
     WeightRenaming,
     revert_weight_conversion,
 )
-from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
+from transformers.modeling_utils import (
+    is_fsdp_enabled,
+    is_local_dist_rank_0,
+    load_state_dict,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -231,6 +235,10 @@ def check_tied_copy(files: list[str], ends: Ends) -> None:
     names = (f"{ends.embedding}.weight", f"{ends.head}.weight")
     found: dict[str, Tensor] = {}
     for file in files:
+        if not file.endswith(".safetensors"):
+            held = load_state_dict(file)  # mapped into memory, and tensors alone
+            found |= {name: held[name] for name in names if name in held}
+            continue
         with safe_open(file, framework="pt") as opened:
             for name in names:
                 if name in opened.keys():  # noqa: SIM118, it is no dict

@@ -14,7 +14,8 @@ import torch
 from peft import PeftConfig, PeftModel, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_lrqat.base.config import LowBitConfig
 from peft_lrqat.export.linears import lrqat_layers
@@ -34,6 +35,7 @@ from peft_lrqat.trainer.opening import (
     read_gguf,
 )
 from peft_lrqat.trainer.pipeline import find_file, load_adapter
+from peft_lrqat.trainer.plan import skeleton
 
 from .options import JsonOptions, ModelOptions
 from .parser import Parser, print_columns
@@ -214,17 +216,33 @@ def _targets_of_adapter(place: str, config: LRQATConfig) -> Iterable[Target]:
             if found := LAYER.fullmatch(key):
                 parts = shapes.setdefault(found["module"], {})
                 parts[found["part"]] = stored.get_slice(key).get_shape()
+    modules = _modules_of_base(config)
     for name, parts in shapes.items():
         if parts.keys() == {"A", "B", "scale"}:
+            module = modules.get(name)
             yield Target(
                 name=name,
                 grid=config.weight_grid(name),
                 scale_dtype=config.scale_dtype,
                 out_features=parts["scale"][0],
                 in_features=parts["A"][-1],
+                is_conv1d=isinstance(module, Conv1D),
+                is_embedding=isinstance(module, nn.Embedding),
                 experts=parts["B"][0] if len(parts["B"]) == 3 else 0,
                 dtype=getattr(torch, config.base_dtype_of(name) or "bfloat16"),
             )
+
+
+def _modules_of_base(config: LRQATConfig) -> dict[str, nn.Module]:
+    """The modules of a base that predicts the next token, without weights; none if not at hand."""
+    base = config.base_model_name_or_path
+    of_this_kind = config.task_type in (None, TaskType.CAUSAL_LM)
+    if not of_this_kind or base is None or find_file(base, "config.json") is None:
+        return {}
+    try:
+        return dict(skeleton(base).named_modules())
+    except ValueError:  # its code is its own, or it is no such model
+        return {}
 
 
 def _deployed(targets: Sequence[Target], activations: Grid | None, kv_cache: Grid | None) -> Facts:
@@ -233,7 +251,7 @@ def _deployed(targets: Sequence[Target], activations: Grid | None, kv_cache: Gri
         return {}
     runtimes: dict[str, str] = {}
     for name, runtime in RUNTIMES.items():
-        reasons = [runtime.why_not(t.grid, t.scale_dtype, t.in_features) for t in targets]
+        reasons = [runtime.why_not_target(target) for target in targets]
         reasons += [runtime.why_not_activations(targets[0].grid, activations, kv_cache)]
         schemes = {t.name: t.grid for t in targets}
         reason = _first([*reasons, runtime.why_not_fused(schemes)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -22,6 +23,7 @@ from ..formats.linear import QuantizedLinear, Target
 from ..formats.runtimes import RUNTIMES
 from ..formats.sizes import stored_bits
 from ..formats.table import format_named
+from ..lrqat.config import LRQATConfig
 from ..lrqat.low_bit import is_low_bit
 from ..quant.grid import Grid
 from ..shared.checks import check_choice
@@ -33,6 +35,7 @@ from .linears import (
     NO_ADAPTER,
     Layer,
     Model,
+    adapter_to_export,
     base_of,
     config_of,
     frozen_of,
@@ -97,7 +100,7 @@ def export_model(
     plain = _ends(model) if embeddings == "plain" else ()
     layers, adapter_name = _check(model, writer, adapter_name, container_bits, activations, plain)
     shard_size = convert_file_size_to_int(max_shard_size)
-    config = config_of(model, adapter_name)
+    config = _config_to_show(config_of(model, adapter_name), plain)
     deployed = replace(
         deployed_model(
             model,
@@ -261,7 +264,7 @@ def _check(
             f" is a {type(model).__name__} without either; a model that was merged and unloaded no"
             " longer has integers"
         )
-    adapter_name = _adapter_to_export(model, adapter_name)
+    adapter_name = adapter_to_export(model, adapter_name)
     frozen = [name for name, layer in layers.items() if not has_factors(layer, adapter_name)]
     if len(frozen) == len(layers) and adapter_name != NO_ADAPTER:
         raise ValueError(
@@ -320,16 +323,15 @@ def _ends(model: Model) -> tuple[str, ...]:
     return tuple(name for name, layer in found.items() if any(layer is end for end in ends))
 
 
-def _adapter_to_export(model: Model, adapter_name: str | None) -> str:
-    """The name of the adapter; ValueError for one that the model does not have."""
-    known = sorted(model.peft_config) if isinstance(model, PeftModel) else []
-    if adapter_name is not None and adapter_name not in known:
-        raise ValueError(
-            f"`adapter_name` is {adapter_name!r}, but the model has {known or 'no adapter'}"
-        )
-    if adapter_name is not None or not isinstance(model, PeftModel):
-        return adapter_name or NO_ADAPTER
-    return next((name for name in model.active_adapters if name in known), known[0])
+def _config_to_show(config: LRQATConfig, plain: Collection[str]) -> LRQATConfig:
+    """The config for the card, without the bits of weights that are written as plain ones."""
+    if not plain:
+        return config
+    names = {re.escape(name) for name in plain}
+    shown = copy.copy(config)
+    shown.embedding_bits = None
+    shown.bits_pattern = {k: bits for k, bits in config.bits_pattern.items() if k not in names}
+    return shown
 
 
 def _config(model: Model, adapter_name: str) -> PretrainedConfig:

@@ -29,6 +29,18 @@ def base_of(model: Model) -> PreTrainedModel:
     return cast(PreTrainedModel, inside)
 
 
+def adapter_to_export(model: Model, adapter_name: str | None) -> str:
+    """The name of the adapter; ValueError for one that the model does not have."""
+    known = sorted(model.peft_config) if isinstance(model, PeftModel) else []
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(
+            f"`adapter_name` is {adapter_name!r}, but the model has {known or 'no adapter'}"
+        )
+    if adapter_name is not None or not isinstance(model, PeftModel):
+        return adapter_name or NO_ADAPTER
+    return next((name for name in model.active_adapters if name in known), known[0])
+
+
 def config_of(model: Model, adapter_name: str) -> LRQATConfig:
     """The config of an LR-QAT adapter; for a low-bit base without one, what describes it."""
     if isinstance(model, PeftModel):

@@ -22,7 +22,7 @@ from ..formats.table import format_named
 from ..lrqat.model import LRQATModel
 from ..shared.staging import directory_bytes
 from .exporter import deployed_model
-from .linears import NO_ADAPTER, Model, base_of, config_of
+from .linears import Model, adapter_to_export, base_of, config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,7 @@ def verify_export(
     read by this package, by the definition of its layout.
     """
     path = Path(path)
-    if isinstance(model, PeftModel):
-        adapter_name = adapter_name or model.active_adapters[0]
-    adapter_name = adapter_name or NO_ADAPTER
+    adapter_name = adapter_to_export(model, adapter_name)
     base = base_of(model)
     reader = format_named(format)
     loaded = reader.load(path, type(base), base.dtype)

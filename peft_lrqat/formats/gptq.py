@@ -30,6 +30,15 @@ class Gptq(SafetensorsFormat):
 # Needs a GPTQ backend such as gptqmodel.
 model = {auto_class}.from_pretrained("this repository or folder")"""
 
+    def why_not_target(self, target: Target) -> str | None:
+        if target.out_features * target.grid.bits % 32 and not target.experts:
+            return (
+                "gptq packs the zero points of all outputs into words of 32 bits, but the"
+                f" {target.out_features} zero points of {target.grid.bits} bits do not fill whole"
+                " words; use another format"
+            )
+        return super().why_not_target(target)
+
     def check(self, model: Outline) -> None:
         kinds = {(target.grid.bits, target.group_size) for target in model.targets.values()}
         if len(kinds) > 1:
@@ -45,13 +54,7 @@ model = {auto_class}.from_pretrained("this repository or folder")"""
 
         ``scales`` is (groups, out).
         """
-        grid, (out_features, in_features) = linear.grid, linear.codes.shape
-        if out_features * grid.bits % 32:
-            raise ValueError(
-                "GPTQ packs the zero points of all outputs into words of 32 bits, but the"
-                f" {out_features} zero points of {grid.bits} bits of `{linear.name}` do not fill"
-                " whole words; use another format"
-            )
+        grid, in_features = linear.grid, linear.codes.shape[1]
         codes = linear.codes.to(torch.int16) - grid.qmin
         zero_point = linear.zero_point
         if zero_point is None:

@@ -117,7 +117,7 @@ def _load(
         try:
             key = name if fields.get("experts") else f"{name}.weight"
             weights[key] = _weight(fields, tensors, config.dtype)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"`{name}` in {path} is damaged: {error}") from None
     return build(path, config, weights, stored, config.dtype if dtype is None else dtype)
 

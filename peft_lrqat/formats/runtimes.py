@@ -30,14 +30,23 @@ class Runtime:
     # Layers that the runtime joins into one, which must be quantised alike.
     fused: tuple[tuple[str, ...], ...] = ()
 
-    def why_not(self, grid: Grid, scale_dtype: str, in_features: int | None = None) -> str | None:
+    def why_not(self, grid: Grid, scale_dtype: str, *, is_conv1d: bool = False) -> str | None:
         """Why the runtime does not run weights on ``grid``, and what it runs; None if it does."""
-        if self.group_sizes is not None and grid.group_size not in self.group_sizes:
-            return (
-                f"{self.name} runs group sizes {in_words(self.group_sizes)} (-1: one scale per"
-                f" row), but `group_size` is {grid.group_size}"
-            )
-        return self.format.why_not(grid, scale_dtype, in_features)
+        return self._why_not_groups(grid) or self.format.why_not(
+            grid, scale_dtype, is_conv1d=is_conv1d
+        )
+
+    def why_not_target(self, target: Target) -> str | None:
+        """The same for one weight of a model."""
+        return self._why_not_groups(target.grid) or self.format.why_not_target(target)
+
+    def _why_not_groups(self, grid: Grid) -> str | None:
+        if self.group_sizes is None or grid.group_size in self.group_sizes:
+            return None
+        return (
+            f"{self.name} runs group sizes {in_words(self.group_sizes)} (-1: one scale per"
+            f" row), but `group_size` is {grid.group_size}"
+        )
 
     def why_not_activations(
         self, grid: Grid, activations: Grid | None, kv_cache: Grid | None
@@ -85,21 +94,27 @@ class Runtime:
         bits: int = 4,
         symmetric: bool | None = None,
         shapes: Iterable[tuple[int, int]] = ((WIDTH, WIDTH),),
+        *,
+        balanced: bool = False,
+        k_quant: bool | None = None,
     ) -> dict[str, Any]:
         """Fields of `LRQATConfig` that the runtime runs; the width of integers is given.
 
         The group size is the first that fits all ``shapes``, (out, in), and is stored at about the
         bits that are trained; where none is, the one that takes the least. K blocks are chosen
-        where they hold small groups in fewer bits than other blocks. ``symmetric`` None: without
-        zero points, except at 2 bits in K blocks.
+        where they hold small groups in fewer bits than other blocks, unless ``k_quant`` says.
+        ``symmetric`` None: without zero points, except at 2 bits in K blocks that are not
+        ``balanced``.
         """
         shapes = list(shapes)
-        if found := self._k_blocks(bits, bits > 2 if symmetric is None else symmetric, shapes):
-            return found
+        in_k_blocks = balanced or bits > 2 if symmetric is None else symmetric
+        if k_quant or (k_quant is None and self._gains(bits, in_k_blocks, balanced, shapes)):
+            scales = {"scale_dtype": "float16", "k_quant": True}
+            return {"group_size": -1, "symmetric": in_k_blocks, **scales}
         symmetric = symmetric is not False
         fitting: dict[int, StoredBits] = {}
         for size in self.presets:
-            grid = Grid(bits=bits, symmetric=symmetric, group_size=size)
+            grid = Grid(bits=bits, symmetric=symmetric, group_size=size, balanced=balanced)
             if all(
                 (size == -1 or columns % size == 0)
                 and self.format.why_not(grid, "bfloat16", columns) is None
@@ -111,24 +126,17 @@ class Runtime:
         group_size = next(iter([*frugal, *least]), self.presets[0])
         return {"group_size": group_size, "symmetric": symmetric, "scale_dtype": "bfloat16"}
 
-    def _k_blocks(
-        self, bits: int, symmetric: bool, shapes: list[tuple[int, int]]
-    ) -> dict[str, Any] | None:
-        """Settings with small groups in K blocks; None where other blocks are as small."""
+    def _gains(
+        self, bits: int, symmetric: bool, balanced: bool, shapes: list[tuple[int, int]]
+    ) -> bool:
+        """Whether K blocks hold small groups in fewer bits than other blocks."""
         if self.small_groups is None or bits > 4 or any(columns % 256 for _, columns in shapes):
-            return None
-        grid = Grid(
-            bits=bits, symmetric=symmetric, group_size=k_group(bits, symmetric) or -1, k_quant=True
-        )
-        plain = Grid(bits=bits, symmetric=symmetric, group_size=self.small_groups)
-        if self.stored_bits(grid, shapes).stored >= self.stored_bits(plain, shapes).stored:
-            return None
-        return {
-            "group_size": -1,
-            "symmetric": symmetric,
-            "scale_dtype": "float16",
-            "k_quant": True,
-        }
+            return False
+        unit = k_group(bits, symmetric and not balanced)
+        kind: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "balanced": balanced}
+        grid = Grid(**kind, group_size=unit or -1, k_quant=unit is not None)
+        plain = Grid(**kind, group_size=self.small_groups)
+        return self.stored_bits(grid, shapes).stored < self.stored_bits(plain, shapes).stored
 
 
 RUNTIMES: dict[str, Runtime] = {

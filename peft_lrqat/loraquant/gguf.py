@@ -89,7 +89,7 @@ def adapter_to_gguf(
     if place is None:
         raise ValueError("the adapter names no base model; give `base`")
     try:
-        base_config = AutoConfig.from_pretrained(place)
+        base_config = AutoConfig.from_pretrained(place, token=token)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the config of the base model {place} cannot be read ({error}); give `base` (--model)"

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..base.settings import WeightSettings, as_parameter_names, check_bits
@@ -361,14 +362,24 @@ class LRQATConfig(WeightSettings, AdapterConfig):
 
         chosen = runtime_named(runtime)
         known: dict[str, Any] = {} if model is None else {"shapes": linear_names(model).values()}
-        preset = chosen.preset(bits, fields.get("symmetric"), **known)
+        k_quant = fields.get("k_quant")
+        if k_quant is None and fields.get("scale_dtype", "float16") != "float16":
+            k_quant = False
+        preset = chosen.preset(
+            bits,
+            fields.get("symmetric"),
+            **known,
+            balanced=fields.get("balanced", False),
+            k_quant=k_quant,
+        )
         config = cls(**{**preset, "bits": bits, **fields})
+        is_conv1d = model is not None and any(isinstance(m, Conv1D) for m in model.modules())
         for b in {config.bits, *config.bits_pattern.values()}:
             for size in {config.group_size, *config.group_size_pattern.values()}:
                 grid = config.grid_of(b, size)
-                reason = chosen.why_not(grid, config.scale_dtype) or chosen.why_not_activations(
-                    grid, config.activation_grid, config.kv_cache_grid
-                )
+                reason = chosen.why_not(
+                    grid, config.scale_dtype, is_conv1d=is_conv1d
+                ) or chosen.why_not_activations(grid, config.activation_grid, config.kv_cache_grid)
                 if reason is not None:
                     raise ValueError(reason)
         names = sum(chosen.fused, ()) if model is None else linear_names(model)

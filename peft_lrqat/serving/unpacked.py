@@ -77,8 +77,14 @@ class UnpackedAdapters:
         """
         packed = Path(packed)
         config = packed / CONFIG_NAME
-        if config.exists() and read_config(config).get("peft_type") == "LORA":
+        kind = read_config(config).get("peft_type") if config.exists() else None
+        if kind == "LORA":
             return packed
+        if kind == "LRQAT":
+            raise ValueError(
+                f"the adapter in {packed} is of type LRQAT, whose factors act inside the rounding, "
+                "so that no LoRA adapter stands for it; serve the model that `lrqat export` makes"
+            )
         target = self.directory / self._name(packed)
         with FileLock(_lock(target)):
             if not all((target / name).exists() for name in FILES):

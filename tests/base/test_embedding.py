@@ -166,6 +166,18 @@ def test_two_weights_that_the_config_ties_are_refused(make_base, tmp_path):
     assert isinstance(load(tmp_path / "plain", embedding_bits=8).lm_head, TiedHead)
 
 
+def test_two_weights_in_an_old_file_are_looked_at_too(make_base, tmp_path):
+    model = make_base("qwen2", torch.bfloat16)
+    model.config.save_pretrained(tmp_path)
+    tensors = dict(model.state_dict())
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert isinstance(load(tmp_path, embedding_bits=8).lm_head, TiedHead)
+    tensors["lm_head.weight"] = torch.randn(96, 32, dtype=torch.bfloat16)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="another weight for each"):
+        load(tmp_path, embedding_bits=8)
+
+
 @pytest.mark.parametrize("bits", [3, 9, 8.0, True])
 def test_bits_that_are_refused(bits):
     with pytest.raises(ValueError, match="`embedding_bits` must be an integer from 4 to 8"):

@@ -153,6 +153,12 @@ def test_groups_in_another_order_are_kept(folder, gptq):
     check_weights(load_low_bit(folder), check_weights_of)
 
 
+def test_a_group_that_is_not_there_is_named(folder, gptq):
+    gptq(order=lambda g_idx: torch.where(g_idx == 1, -1, g_idx))
+    with pytest.raises(ValueError, match="g_idx names group -1, but there are"):
+        load_low_bit(folder)
+
+
 def test_act_order_that_scatters_groups_is_refused(folder, gptq):
     gptq(order=lambda g_idx: g_idx[torch.randperm(len(g_idx))])
     with pytest.raises(ValueError, match=r"act-order.*desc_act=False.*static_groups"):

@@ -8,7 +8,12 @@ import torch
 from commands_at_work import refusal, train
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.cli import main
@@ -131,6 +136,24 @@ def test_a_gguf_file_that_is_not_whole(base, capsys, size, command):
     name, *options = command
     line = refusal(capsys, [name, "gguf/model.gguf", *options])
     assert "gguf/model.gguf is no GGUF file, or is not whole" in line
+
+
+def test_layers_that_only_some_formats_hold(base, capsys):
+    config = LRQATConfig(
+        target_modules="all-linear", embedding_bits=8, downcast="int", train_embeddings=True
+    )
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained("ends")
+    found = info(capsys, "ends")
+    assert "embeddings='plain'" in found["bytes of these by format"]["compressed-tensors"]
+    assert "embeddings='plain'" in found["runtimes"]["vllm"]
+    assert isinstance(found["bytes of these by format"]["gguf"], int)
+    small = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96, n_positions=32)
+    GPT2LMHeadModel(small).save_pretrained("gpt2")
+    config = LRQATConfig(target_modules=["c_attn"])
+    get_peft_model(GPT2LMHeadModel.from_pretrained("gpt2"), config).save_pretrained("other")
+    found = info(capsys, "other")
+    assert all("Conv1D" in reason for reason in found["runtimes"].values())
+    assert isinstance(found["bytes of these by format"]["packed"], int)
 
 
 def test_a_classifier_is_nothing_for_gguf(base, capsys):

@@ -106,6 +106,8 @@ def test_low_bit_embeddings(format, trained, bits, make_low_bit, tokenizer, tmp_
     export_model(model, out, **words, embeddings="plain" if plain else "low-bit")
     found = verify_export(model, out, format=format)
     assert found.exact, found
+    card = (out / "README.md").read_text()
+    assert ("embed" in card) != plain
     if format == "packed":
         with safe_open(out / "model.safetensors", framework="pt") as stored:
             names = set(stored.keys())

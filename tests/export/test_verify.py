@@ -212,6 +212,15 @@ def test_the_model_stays_as_it_was(tmp_path):
     assert trained == {n for n, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_zero_points_that_fill_no_words_are_refused_before_a_layer(tmp_path):
+    config = transformers.LlamaConfig(**{**LLAMA, "intermediate_size": 84})
+    base = transformers.LlamaForCausalLM(config)
+    model = get_peft_model(base, LRQATConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj`: gptq packs .* the 84 zero"):
+        export_model(model, tmp_path / "out", format="gptq", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_invalid_generation_config_is_refused_before_a_layer(monkeypatch, tmp_path):
     from peft_lrqat.export import exporter
 

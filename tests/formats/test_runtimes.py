@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_lrqat import LRQATConfig
 from peft_lrqat.demo import model_path
@@ -95,6 +95,33 @@ def test_k_blocks_are_chosen_where_they_take_less():
         RUNTIMES["vllm"].preset(2),
     ):
         assert "k_quant" not in preset
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"bits": 2, "balanced": True}, (-1, True, True, "float16")),
+        ({"bits": 4, "balanced": True}, (-1, True, True, "float16")),
+        ({"bits": 3, "balanced": True}, (32, True, False, "bfloat16")),
+        ({"bits": 2, "balanced": True, "k_quant": False}, (256, True, False, "bfloat16")),
+        ({"bits": 2, "k_quant": False}, (256, True, False, "bfloat16")),
+        ({"bits": 3, "scale_dtype": "bfloat16"}, (256, True, False, "bfloat16")),
+        ({"bits": 5, "k_quant": True}, (-1, True, True, "float16")),
+    ],
+    ids=str,
+)
+def test_a_preset_goes_with_what_is_given(fields, found):
+    config = LRQATConfig.for_runtime("llama.cpp", **fields)
+    names = ("group_size", "symmetric", "k_quant", "scale_dtype")
+    assert tuple(getattr(config, name) for name in names) == found
+
+
+def test_layers_that_a_runtime_has_no_place_for():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96))
+    for runtime in RUNTIMES:
+        with pytest.raises(ValueError, match="cannot hold transformers' Conv1D layers"):
+            LRQATConfig.for_runtime(runtime, model=model)
 
 
 def test_a_preset_divides_the_widths_of_the_model():

@@ -12,7 +12,7 @@ from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_lrqat import LoRAQuantConfig, dequantize_adapter, quantize_adapter
+from peft_lrqat import LoRAQuantConfig, LRQATConfig, dequantize_adapter, quantize_adapter
 from peft_lrqat.serving import UnpackedAdapters, unpacked
 from peft_lrqat.shared.staging import directory_bytes
 
@@ -107,6 +107,16 @@ def test_a_damaged_adapter_leaves_nothing(packed, adapters, tmp_path):
 
 def test_what_is_not_packed_stays_where_it_is(packed, adapters):
     assert adapters.path(packed / "lora" / "a") == packed / "lora" / "a"
+
+
+def test_factors_inside_the_rounding_are_no_lora(adapters, make_base, tmp_path):
+    config = LRQATConfig(r=4, target_modules=["q_proj"])
+    get_peft_model(make_base(), config).save_pretrained(tmp_path / "lrqat")
+    quantize_adapter(tmp_path / "lrqat", tmp_path / "packed", LoRAQuantConfig(), progress=False)
+    for folder in ("lrqat", "packed"):
+        with pytest.raises(ValueError, match=r"type LRQAT.*serve the model that `lrqat export`"):
+            adapters.path(tmp_path / folder)
+    assert not folders(adapters)
 
 
 def test_nothing_else_in_the_directory_is_touched(packed, tmp_path):

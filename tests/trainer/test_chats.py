@@ -159,8 +159,11 @@ def test_a_template_that_fails_is_named(tokenizer, template):
         tokenize_chat({"messages": CHAT}, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "row", [{"messages": CHAT}, {"prompt": CHAT[:-1], "completion": CHAT[-1:]}], ids=list
+)
 @pytest.mark.parametrize("own", [True, False])
-def test_a_template_without_the_beginning_of_texts_is_warned_of(tokenizer, own, monkeypatch):
+def test_a_template_without_the_beginning_of_texts_is_warned_of(tokenizer, own, row, monkeypatch):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -170,7 +173,7 @@ def test_a_template_without_the_beginning_of_texts_is_warned_of(tokenizer, own, 
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     said = []
     monkeypatch.setattr(chats.logger, "warning", said.append)
-    make_chat_blocks(Dataset.from_list([{"messages": CHAT}]), tokenizer, block_size=200)
+    make_chat_blocks(Dataset.from_list([row]), tokenizer, block_size=200)
     assert [("Begin the template with `{{ bos_token }}`" in line) for line in said] == [True] * (
         not own
     )
