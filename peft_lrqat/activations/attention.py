@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -148,7 +148,7 @@ def _route_again(model: nn.Module, args: Any) -> None:
     """A forward pre-hook: keys and values stay rounded after `set_attn_implementation`."""
     if torch.compiler.is_compiling():
         return
-    unwrapped = set(_names(cast(PreTrainedModel, model).config)) - set(WRAPPED.values())
+    unwrapped = _names(cast(PreTrainedModel, model).config) - set(WRAPPED.values())
     if not unwrapped:
         return
     if other := unwrapped - WRAPPED.keys():
@@ -253,13 +253,17 @@ def _wrapped_names(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[s
     }
 
 
-def _names(config: PreTrainedConfig) -> Iterator[str]:
+def _names(config: PreTrainedConfig) -> set[str]:
     """The attention implementations of a configuration and of those inside it."""
-    if config._attn_implementation is not None:
-        yield config._attn_implementation
-    for name in config.sub_configs:
-        if (sub := getattr(config, name, None)) is not None:
-            yield from _names(sub)
+    names: set[str] = set()
+    left = [_wrapped_names(config, {})]
+    while left:
+        for value in left.pop().values():
+            if isinstance(value, dict):
+                left.append(value)
+            elif value is not None:
+                names.add(value)
+    return names
 
 
 def _implementation(name: str, attention: nn.Module) -> Callable[..., Any]:

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from ..quant import Grid, WeightFormat, pack, unpack
-from ..quant.grid import SCALE_DTYPES
+from ..quant.grid import DTYPE_NAMES, SCALE_DTYPES
 from ..quant.packing import packed_bytes
 
 
-SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 GPTQ_BITS = (2, 3, 4, 8)
 # The place of each of eight neighbouring outputs in a word of AWQ.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -344,7 +343,7 @@ def _taken(
                 "else; correct its quantization_config, or quantise again"
             )
         zero_point = None
-    if scale.dtype not in SCALE_NAMES:
+    if scale.dtype not in DTYPE_NAMES:
         raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, but are {scale.dtype}")
     wrong = int((~scale.isfinite() | (scale < 0)).sum())
     if wrong:
@@ -366,7 +365,7 @@ def _taken(
     format = WeightFormat(
         grid=grid,
         downcast="int",
-        scale_dtype=SCALE_NAMES[scale.dtype] if exact else "float32",
+        scale_dtype=DTYPE_NAMES[scale.dtype] if exact else "float32",
         in_features=in_features,
     )
     if zero_point is not None:

@@ -37,7 +37,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 
 from ..quant import unpack
-from ..quant.grid import SCALE_DTYPES
+from ..quant.grid import DTYPE_NAMES, SCALE_DTYPES
 from ..shared.model_files import CONFIG, check_model, check_settings
 from ..shared.names import PACKED_VERSIONS
 from ..shared.pages import release_pages
@@ -62,18 +62,15 @@ from .experts import (
     keep_apart,
     set_layer,
 )
-from .settings import is_excluded
+from .settings import HEADS, is_excluded
 from .takeover import Takeover, put
 
 
 logger = logging.get_logger(__name__)
-# PEFT trains the outermost modules that end so in full, for tasks other than language modelling.
-HEADS = ("classifier", "score", "qa_outputs")
 # Threads that compute digests; more wait for the disk or the memory.
 MAX_THREADS = 8
 # Smaller tensors are read again sooner than their pages are found.
 RELEASED_BYTES = 1 << 22
-DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 def find_targets(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Plain]:

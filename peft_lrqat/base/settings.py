@@ -226,6 +226,8 @@ def check_group_size(name: str, value: object) -> None:
             raise ValueError(f"{error}; -1 is one group per row") from None
 
 
+# PEFT trains the outermost modules that end so in full, for tasks other than language modelling.
+HEADS = ("classifier", "score", "qa_outputs")
 ALL_EXPERTS = "all-experts"
 
 

@@ -18,13 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..quant import WeightFormat
+from ..quant.grid import DTYPE_NAMES
 from ..shared.model_files import check_signed
 from ..shared.words import some
 from .config import METHOD, LowBitConfig
 from .downcast import DowncastLinear
 from .embedding import Plain, layer_class
 from .experts import set_layer
-from .layouts import SCALE_NAMES, find_layout
+from .layouts import find_layout
 
 
 logger = logging.get_logger(__name__)
@@ -210,8 +211,8 @@ class Takeover:
             )
         for other in self.scale_dtypes - {self.dtype, torch.float32}:
             logger.warning(
-                f"The scales of this checkpoint are {SCALE_NAMES[other]}, but the model is "
-                f"{SCALE_NAMES[self.dtype]}. Each weight is rounded once to that, while "
+                f"The scales of this checkpoint are {DTYPE_NAMES[other]}, but the model is "
+                f"{DTYPE_NAMES[self.dtype]}. Each weight is rounded once to that, while "
                 f"{self.layout.name} loaders may round twice; load with dtype={other} to compute "
                 "exactly what they do."
             )

@@ -32,8 +32,8 @@ from ..base.experts import (
     fuse_experts,
     put_expert_weights,
 )
-from ..base.settings import ALL_EXPERTS
-from ..quant.grid import SCALE_DTYPES
+from ..base.settings import ALL_EXPERTS, HEADS
+from ..quant.grid import DTYPE_NAMES, SCALE_DTYPES
 from ..shared.routers import is_router
 from ..shared.tensor_cache import TensorCache
 from . import loading
@@ -53,8 +53,6 @@ from .low_bit import (
 from .one_rate import one_rate
 from .packed_factors import unpack_factors
 from .targets import (
-    DTYPE_NAMES,
-    HEADS,
     TASKS_WITH_HEADS,
     Plan,
     check_target,
@@ -153,7 +151,7 @@ class LRQATModel(BaseTuner):
             warnings.filterwarnings("ignore", "You have passed exclude_modules")
         _maybe_include_all_linear_layers(peft_config, model)
         if all_linear:
-            heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else set()
+            heads = HEADS if peft_config.task_type in TASKS_WITH_HEADS else ()
             # PEFT trains in full what ends so, such as DistilBERT's `pre_classifier`.
             saved = tuple(peft_config.modules_to_save or ())
             names = [
@@ -161,7 +159,7 @@ class LRQATModel(BaseTuner):
                 for name in peft_config.target_modules or ()
                 if not name.endswith(saved) and not is_router(model.get_submodule(name))
             ]
-            peft_config.target_modules = cast(Any, set(names) - heads)
+            peft_config.target_modules = cast(Any, set(names).difference(heads))
         if ends is not None:
             self._take_targets(peft_config, ends)
         frozen = {

@@ -23,16 +23,14 @@ from transformers.utils import logging
 from ..activations.attention import check_attention
 from ..base.downcast import DowncastLinear, range_name
 from ..base.experts import ExpertWeights, expert_weights, fused_elsewhere
-from ..quant.grid import SCALE_DTYPES
+from ..quant.grid import DTYPE_NAMES
 from ..quant.storage import WeightFormat
 from .config import LRQATConfig
 from .layer import LRQATLayer, LRQATLinear
 
 
 logger = logging.get_logger(__name__)
-DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
-# What PEFT trains in full for these tasks, but leaves out of "all-linear" for SEQ_CLS only.
-HEADS = {"classifier", "score", "qa_outputs"}
+# Here, PEFT trains `HEADS` in full, but leaves them out of "all-linear" for SEQ_CLS only.
 TASKS_WITH_HEADS = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
